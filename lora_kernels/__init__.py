@@ -1,0 +1,25 @@
+"""LoRA layers that cost what the frozen linear costs: one operator for ``x W^T + s (x A^T) B^T``, forward and backward."""
+
+from .functional import lora_linear
+from .integrations.peft import load_adapter, save_adapter
+from .models import LoRAConfig, LoRAReport, apply_lora, lora_report, merge_adapter, unmerge_adapter
+from .nn import FusedLoRALinear
+from .plan import Answer, force_plan, last_plan, record_plans
+
+__version__ = "0.1.0"
+__all__ = [
+    "Answer",
+    "FusedLoRALinear",
+    "LoRAConfig",
+    "LoRAReport",
+    "apply_lora",
+    "force_plan",
+    "last_plan",
+    "load_adapter",
+    "lora_linear",
+    "lora_report",
+    "merge_adapter",
+    "record_plans",
+    "save_adapter",
+    "unmerge_adapter",
+]

@@ -1,0 +1,30 @@
+"""The CPU backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native, plan, reference, vendor
+from .config import PROBLEM_OF
+from .device import facts
+
+
+def masked(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
+    """``mask * x`` as ``reference.masked`` defines it, by the native kernel where one was built."""
+    if _native.load() is None:
+        return reference.masked(x, rng, dropout_p)
+    return torch.ops.lora_kernels_cpu.masked(x, rng, dropout_p)
+
+
+def answer(op: str, *args: Any, **kwargs: Any) -> Any:
+    """Run one operator on CPU tensors, by the plan that ``plan.plan`` chooses for its problem."""
+    problem = PROBLEM_OF[op](*args, **kwargs)
+    config = plan.plan(problem, facts("cpu"))
+    if config.plan == "reference":
+        plan.answered("reference", config, problem)
+        return getattr(reference, op)(*args, **kwargs)
+    plan.answered("cpu", config, problem)
+    return getattr(vendor, op)(*args, **kwargs, masked=masked)

@@ -1,0 +1,279 @@
+"""PEFT's adapter format on disk, both ways: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..models import LoRAConfig, applied, insert, lora_layers, select, unwrap
+from ..nn import FusedLoRALinear
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# Fields of PEFT's LoraConfig that change what a layer computes in a way FusedLoRALinear does not.
+_UNSUPPORTED = (
+    "use_dora lora_bias layer_replication trainable_token_indices target_parameters alora_invocation_tokens use_qalora "
+    "megatron_config use_bdlora arrow_config kasa_config monteclora_config velora_config"
+).split()
+
+# Initialisations that rewrite the base weight, so that the adapter belongs to another base than the one at hand.
+_BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+# Fields that do not touch what the layers compute once the weights are loaded.
+_IRRELEVANT = frozenset(
+    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config fan_in_fan_out inference_mode "
+    "init_lora_weights loftq_config lora_ga_config megatron_core peft_type peft_version qalora_group_size revision "
+    "runtime_config task_type".split()
+)
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write the adapter of ``model`` as PEFT does, so that ``PeftModel.from_pretrained`` reads it.
+
+    The directory is made if it is missing; each of the two files is replaced whole. Biases that train and
+    ``modules_to_save`` go along. A scaling that was set by hand is saved as an alpha of its layer.
+
+    Raises:
+        ValueError: the model has no LoRA layers of this package.
+        RuntimeError: the adapter was folded in by ``merge_adapter(model, keep_base=False)``.
+    """
+    root = unwrap(model)
+    config = applied(root).config
+    layers = lora_layers(root)
+    if any(layer.lora_A is None for layer in layers.values()):
+        raise RuntimeError("merge_adapter(model, keep_base=False) removed the adapter: there is nothing to save")
+    tensors = {key: tensor.detach().contiguous() for key, tensor in _tensors(root, config).items()}
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(_to_peft(root, config, layers), indent=2, sort_keys=True) + "\n"
+    # Tied parameters may appear under two keys; safetensors wants storage of their own.
+    unique = {key: tensor.clone() for key, tensor in tensors.items()}
+    _replace(folder / WEIGHTS_NAME, lambda path: save_file(unique, path, metadata={"format": "pt"}))
+    _replace(folder / CONFIG_NAME, lambda path: path.write_text(content))
+
+
+def load_adapter(model: ModelT, directory: str | os.PathLike[str]) -> ModelT:
+    """Load an adapter that :func:`save_adapter` or PEFT wrote, and return the model.
+
+    On a model without LoRA layers the adapter's own configuration is applied first; on one that has them, layers and
+    ranks must agree, and the file's alpha decides the scaling. Local directories and safetensors only.
+
+    Raises:
+        FileNotFoundError: the directory or one of its two files is missing.
+        ValueError: a file is corrupt, of another method than LoRA, or uses what :class:`FusedLoRALinear` does not
+            compute (DoRA, a bias on lora_B, ...); tensors are missing, left over, or of the wrong shape. The message
+            names the file and the modules, and the model is as it was.
+    """
+    root = unwrap(model)
+    folder = Path(directory)
+    config = read_config(folder)
+    tensors = read_tensors(folder)
+    layers = lora_layers(root)
+    selection = None if layers else select(root, config)
+    if selection is None:
+        shapes = {name: (layer.r, layer.in_features, layer.out_features) for name, layer in layers.items()}
+        saved = {name: root.get_submodule(name) for name in applied(root).report.modules_to_save}
+    else:
+        shapes = {}
+        for module, names in selection.targets.items():
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            transposed = not isinstance(module, nn.Linear)
+            out_features, in_features = weight.shape[::-1] if transposed else weight.shape
+            shapes[names[0]] = (config.rank(names[0]), in_features, out_features)
+        saved = selection.modules_to_save
+    pairs = _take_pairs(tensors, shapes, folder / WEIGHTS_NAME)
+    others = _match_others(root, tensors, saved, set(shapes), config, folder / WEIGHTS_NAME)
+    if selection is not None:
+        insert(root, config, selection)
+        layers = lora_layers(root)
+    for name, (lora_a, lora_b) in pairs.items():
+        layers[name].set_lora(lora_a, lora_b, lora_alpha=config.alpha(name), use_rslora=config.use_rslora)
+    with torch.no_grad():
+        for parameter, tensor in others:
+            parameter.copy_(tensor)
+    applied(root).config = config
+    return model
+
+
+def read_config(folder: Path) -> LoRAConfig:
+    """The configuration in ``folder``, checked to be one that this package computes."""
+    path = folder / CONFIG_NAME
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no adapter directory {folder}")
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} has no {CONFIG_NAME}: it is not a PEFT adapter")
+    try:
+        content = json.loads(path.read_text())
+        peft_type = content.get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not a JSON object: {error}") from error
+    if peft_type != "LORA":
+        raise ValueError(f"{path}: peft_type is {peft_type!r}; only LORA adapters can be loaded")
+    used = [name for name in _UNSUPPORTED if content.get(name)]
+    if used:
+        raise ValueError(f"{path} uses {', '.join(used)}, which FusedLoRALinear does not compute")
+    init = content.get("init_lora_weights", True)
+    if isinstance(init, str) and init.startswith(_BASE_CHANGING_INIT):
+        raise ValueError(
+            f"{path}: init_lora_weights={init!r} changed the base weights; convert the adapter to plain LoRA when "
+            "saving it (PEFT's path_initial_model_for_weight_conversion)"
+        )
+    known = {f.name for f in fields(LoRAConfig)}
+    unknown = [k for k, v in content.items() if v and k not in known and k not in _IRRELEVANT]
+    if unknown:
+        warnings.warn(f"{path}: ignored fields that are not known here: {', '.join(unknown)}", stacklevel=3)
+    # What PEFT leaves out is at PEFT's defaults, which are not all ours.
+    values = {"r": 8, "lora_alpha": 8} | {k: v for k, v in content.items() if k in known and v is not None}
+    values["init_lora_weights"] = True
+    return LoRAConfig(**values)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of ``folder`` by PEFT's keys without the ``base_model.model.`` prefix."""
+    path = folder / WEIGHTS_NAME
+    if not path.exists():
+        pickle = folder / "adapter_model.bin"
+        if pickle.exists():
+            raise ValueError(f"{pickle} is a pickle, which can run code: convert it to {WEIGHTS_NAME} first")
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS_NAME}")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file (truncated or another format): {error}") from error
+    return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
+
+
+def _take_pairs(
+    tensors: dict[str, Tensor], shapes: dict[str, tuple[int, int, int]], path: Path
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Remove every layer's A and B from ``tensors``; ``shapes``: name -> (r, in_features, out_features)."""
+    pairs = {}
+    missing, wrong = [], []
+    for name, (r, in_features, out_features) in shapes.items():
+        pair = []
+        for key, shape in ((f"{name}.lora_A.weight", (r, in_features)), (f"{name}.lora_B.weight", (out_features, r))):
+            tensor = tensors.pop(key, None)
+            if tensor is None:
+                missing.append(key)
+            elif tuple(tensor.shape) != shape:
+                wrong.append(f"{key} is {list(tensor.shape)}, the model's layer wants {list(shape)}")
+            else:
+                pair.append(tensor)
+        if len(pair) == 2:
+            pairs[name] = (pair[0], pair[1])
+    if wrong:
+        raise ValueError(f"{path}: {_some(wrong)}")
+    if missing:
+        raise ValueError(f"{path} has no {_some(missing)}")
+    return pairs
+
+
+def _match_others(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    saved: dict[str, nn.Module],
+    adapted: set[str],
+    config: LoRAConfig,
+    path: Path,
+) -> list[tuple[Tensor, Tensor]]:
+    """What the file holds beside A and B: modules trained in full and biases, each with its place in the model."""
+    state = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+    wanted = {f"{name}.{key}" for name, module in saved.items() for key in module.state_dict()}
+    missing = sorted(wanted - tensors.keys())
+    if missing:
+        raise ValueError(f"{path} has no {_some(missing)}, though modules_to_save={config.modules_to_save}")
+    found = []
+    unexpected, wrong = [], []
+    for key, tensor in tensors.items():
+        name, _, last = key.rpartition(".")
+        owner = name.removesuffix(".base_layer")
+        place = state.get(f"{owner}.{last}" if owner else last)
+        is_bias = last == "bias" and config.bias != "none" and (config.bias == "all" or owner in adapted)
+        if place is None or not (key in wanted or is_bias):
+            unexpected.append(key)
+        elif place.shape != tensor.shape:
+            wrong.append(f"{key} is {list(tensor.shape)}, the model's is {list(place.shape)}")
+        else:
+            found.append((place, tensor))
+    if wrong:
+        raise ValueError(f"{path}: {_some(wrong)}")
+    if unexpected:
+        raise ValueError(f"{path} holds what the model has no place for: {_some(sorted(unexpected))}")
+    return found
+
+
+def _tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
+    layers = lora_layers(model)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        assert layer.lora_A is not None and layer.lora_B is not None
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B
+        if config.bias != "none" and layer.bias is not None:
+            tensors[f"{_PREFIX}{name}.base_layer.bias"] = layer.bias
+    if config.bias == "all":
+        for name, parameter in model.named_parameters():
+            owner, _, last = name.rpartition(".")
+            if last == "bias" and owner not in layers:
+                tensors[_PREFIX + name] = parameter
+    for name in applied(model).report.modules_to_save:
+        for key, tensor in model.get_submodule(name).state_dict().items():
+            tensors[f"{_PREFIX}{name}.{key}"] = tensor
+    return tensors
+
+
+def _to_peft(model: nn.Module, config: LoRAConfig, layers: dict[str, FusedLoRALinear]) -> dict[str, Any]:
+    alpha_pattern = {}
+    for name, layer in layers.items():
+        alpha = layer.scaling * (math.sqrt(layer.r) if config.use_rslora else layer.r)
+        if not math.isclose(alpha, config.alpha(name), rel_tol=1e-12):
+            # Anchored, and before the user's patterns: PEFT takes the first that matches.
+            alpha_pattern[f"^{name}"] = alpha
+    content = asdict(config)
+    del content["autocast_adapter_dtype"]
+    if config.target_modules in (None, "all-linear"):
+        content["target_modules"] = _endings(model, layers)
+    return content | {
+        "alpha_pattern": alpha_pattern | config.alpha_pattern,
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
+        "inference_mode": True,
+        "peft_type": "LORA",
+        "task_type": None,
+    }
+
+
+def _endings(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> list[str]:
+    """The last names of the adapted layers if they select those layers and nothing else, else the whole names."""
+    last = {name.rpartition(".")[2] for name in layers}
+    selected = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
+    return sorted(last) if selected == layers.keys() else sorted(layers)
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Write beside ``path`` and move into place, so that a reader never sees half a file."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")

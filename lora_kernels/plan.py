@@ -1,0 +1,219 @@
+"""Which plan answers a problem, decided from numbers alone, and which one answered, on record.
+
+The plans, one contract (how S reaches the accumulator of the base product):
+
+- ``in_loop``   one pass: x W^T and x A^T accumulate side by side, S B^T is added before the only store (p = 0);
+- ``tail``      a skinny shrink writes S, the GEMM starts with dot(S, B);
+- ``producer``  one persistent launch, tiles that own S for a row block publish it to the others;
+- ``vendor``    the library's GEMM, then the tail added in place: the floor under every shape;
+- ``reference`` plain torch in float32 or float64: where no backend exists.
+
+A measured table decides if there is one (the user's, written by ``python -m lora_kernels tune``, before the shipped
+one), else a heuristic that is always valid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import PLANS, Config, Problem, is_valid
+from .device import DeviceFacts
+
+_SHIPPED = Path(__file__).parent / "plans"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What answered one operator call: ``backend`` is "cpu", "cuda" or "reference"."""
+
+    backend: str
+    config: Config
+    problem: Problem
+
+    @property
+    def op(self) -> str:
+        return self.problem.op
+
+    @property
+    def plan(self) -> str:
+        return self.config.plan
+
+
+_last: Answer | None = None
+_recorders: list[list[Answer]] = []
+_forced: str | None = None
+
+
+def plan(problem: Problem, facts: DeviceFacts) -> Config:
+    """The configuration for ``problem`` on a device with these facts. Pure but for :func:`force_plan`.
+
+    >>> from lora_kernels.device import DeviceFacts
+    >>> problem = Problem("lora_linear_fwd", 512, 4096, 4096, 16, "bfloat16", "float32")
+    >>> plan(problem, DeviceFacts("cpu", "some cpu", "avx2")).plan
+    'vendor'
+    >>> plan(problem, DeviceFacts("xpu", "some accelerator", "unknown")).plan
+    'reference'
+    """
+    if _forced is not None:
+        config = Config(_forced)
+        if not is_valid(config, problem, facts):
+            raise ValueError(f"plan {_forced!r} cannot answer {problem} on {facts.name}")
+        return config
+    return _plan(problem.bucketed(), facts)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(problem: Problem, facts: DeviceFacts) -> Config:
+    tuned = table(facts).get(problem.key())
+    if tuned is not None and is_valid(tuned, problem, facts):
+        return tuned
+    return heuristic(problem, facts)
+
+
+def heuristic(problem: Problem, facts: DeviceFacts) -> Config:
+    """Valid everywhere: the library's GEMM where a backend of ours calls it, else the reference."""
+    vendor = Config("vendor")
+    return vendor if is_valid(vendor, problem, facts) else Config("reference")
+
+
+def answered(backend: str, config: Config, problem: Problem) -> None:
+    """Called by each backend once per operator call, with what is about to answer it."""
+    global _last
+    _last = Answer(backend, config, problem)
+    for recorder in _recorders:
+        recorder.append(_last)
+
+
+def last_plan() -> Answer | None:
+    """What answered the most recent operator call of this process, or None before the first.
+
+    >>> import torch, lora_kernels as lk
+    >>> x, w, a, b = (torch.ones(s) for s in ((2, 3), (4, 3), (1, 3), (4, 1)))
+    >>> _ = lk.lora_linear(x, w, a, b)
+    >>> lk.last_plan().op, lk.last_plan().backend, lk.last_plan().plan
+    ('lora_linear_fwd', 'cpu', 'vendor')
+    """
+    return _last
+
+
+@contextlib.contextmanager
+def record_plans() -> Iterator[list[Answer]]:
+    """Collect an :class:`Answer` for every operator call inside the block, from all threads, backward included."""
+    recorder: list[Answer] = []
+    _recorders.append(recorder)
+    try:
+        yield recorder
+    finally:
+        # By identity: two recorders that hold equal answers are still two recorders.
+        _recorders[:] = [other for other in _recorders if other is not recorder]
+
+
+@contextlib.contextmanager
+def force_plan(name: str) -> Iterator[None]:
+    """Inside the block every call is answered by the plan ``name``, or raises ValueError where that plan cannot."""
+    global _forced
+    if name not in PLANS:
+        raise ValueError(f"no plan is called {name!r}; there are {', '.join(PLANS)}")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+# Tables: one JSON file per device, {"device", "versions", "kernels", "date", "plans": {key: {"config", "median_us"}}}.
+
+
+def cache_directory() -> Path:
+    """Where tuned tables live: ``$LORA_KERNELS_CACHE``, else the platform's cache directory of the user."""
+    chosen = os.environ.get("LORA_KERNELS_CACHE")
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lora_kernels"
+
+
+def table_name(facts: DeviceFacts) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", f"{facts.kind}-{facts.name}-{facts.arch}".lower()).strip("-") + ".json"
+
+
+@functools.cache
+def kernel_sources_hash() -> str:
+    """A hash of everything whose change makes a measurement stale: kernels, launchers, CPU sources."""
+    package = Path(__file__).parent
+    files = [package / "cpu.py", package / "cuda.py", package / "vendor.py"]
+    files += sorted((package / "kernels").glob("*.py"))
+    files += sorted((package.parent / "csrc").glob("*.[ch]*"))
+    digest = hashlib.sha256()
+    for file in files:
+        if file.exists():
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions a measurement depends on; a table from others is ignored."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    return {"torch": torch.__version__, "triton": triton}
+
+
+@functools.cache
+def table(facts: DeviceFacts) -> dict[str, Config]:
+    """The measured configurations for a device, the user's own before the shipped ones."""
+    plans: dict[str, Config] = {}
+    for directory in (_SHIPPED, cache_directory()):
+        plans.update(read_table(directory / table_name(facts)))
+    return plans
+
+
+def read_table(path: Path) -> dict[str, Config]:
+    """The plans of one table; empty if it does not exist or was measured with other versions or other kernels."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        if content["versions"] != versions() or content["kernels"] != kernel_sources_hash():
+            return {}
+        return {key: Config(**entry["config"]) for key, entry in content["plans"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(f"the tuned plans in {path} cannot be read ({error!r}); heuristics answer", stacklevel=2)
+        return {}
+
+
+def write_table(path: Path, facts: DeviceFacts, measured: dict[str, dict[str, Any]]) -> None:
+    """Write ``measured`` = {key: {"config": Config, ...}} whole and atomically, keeping other keys that still hold."""
+    kept = {key: {"config": asdict(config)} for key, config in read_table(path).items()}
+    new = {key: {**entry, "config": asdict(entry["config"])} for key, entry in measured.items()}
+    content = {
+        "device": asdict(facts),
+        "versions": versions(),
+        "kernels": kernel_sources_hash(),
+        "plans": dict(sorted((kept | new).items())),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+    forget_tables()
+
+
+def forget_tables() -> None:
+    """Drop what is held in memory, so that the next call reads the tables again."""
+    table.cache_clear()
+    _plan.cache_clear()

@@ -1,0 +1,182 @@
+"""The mathematics of the package in plain torch: what every kernel is compared with, and what answers where none exists.
+
+    forward    S  = c (mask*x) A^T                   [M,r]
+               Y  = x W^T + S B^T + bias             [M,N]
+    backward   D  = c dY B                           [M,r]
+               dX = dY W + mask*(D A)                [M,K]
+               dA = D^T (mask*x)                     [r,K]
+               dB = dY^T S                           [N,r]
+               dbias = sum_rows dY                   [N]
+
+with ``c = scale / (1 - dropout_p)``. Half-precision operands accumulate in float32; S and D are scaled in float32 and
+rounded once to the operand dtype; Y and dX are rounded once. The functions carry the names and the arguments of the
+operators in ``ops.py``, run on any device, and are differentiable where autograd is wanted as an oracle (float64).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+_PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+
+# One 128-bit Philox block decides this many neighbouring columns, 16 bits each.
+LANES = 8
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """The integer a 16-bit lane is compared with: kept if and only if ``lane >= threshold``.
+
+    Rounded to the nearest 1/65536 and capped below 65536, so that no ``dropout_p < 1`` drops everything.
+    """
+    return min(int(dropout_p * 65536 + 0.5), 65535)
+
+
+def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) on 32-bit words held in int64.
+
+    ``counter`` is four and ``key`` two broadcastable int64 tensors with values in [0, 2^32); so are the four results.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # The 64-bit product wraps to a negative int64; shifting and masking still reads its two unsigned words.
+        product0, product1 = c0 * _PHILOX_M0, c2 * _PHILOX_M1
+        c0, c2 = (product1 >> 32 & _WORD) ^ c1 ^ k0, (product0 >> 32 & _WORD) ^ c3 ^ k1
+        c1, c3 = product1 & _WORD, product0 & _WORD
+        k0, k1 = (k0 + _PHILOX_W0) & _WORD, (k1 + _PHILOX_W1) & _WORD
+    return c0, c1, c2, c3
+
+
+def dropout_mask(rng: Tensor, rows: int, cols: int, dropout_p: float) -> Tensor:
+    """The dropout mask as bool [rows, cols]; True keeps the element.
+
+    ``rng`` is int64[4] = (seed, offset, row0, col0). Element (i, j) stands at the logical position (row0+i, col0+j); its
+    bits are lane ``(col0+j) % 8`` of the Philox block with counter ``(row, col // 8, offset low, offset high)`` and key
+    ``(seed low, seed high)``: lane ``l`` is the low (even l) or high (odd l) half of word ``l // 2``. So a shard or a
+    micro-batch that knows its first row and column reproduces its part of the whole mask.
+    """
+    seed, offset, row0, col0 = rng.unbind()
+    row = (row0 + torch.arange(rows, device=rng.device)) & _WORD
+    # One block more than cols needs when col0 is a multiple of 8, so that the shape does not depend on a device value.
+    blocks = (cols + LANES - 1) // LANES + 1
+    col_block = (col0 // LANES + torch.arange(blocks, device=rng.device)) & _WORD
+    words = philox4x32(
+        (row[:, None], col_block[None, :], offset & _WORD, offset >> 32 & _WORD),
+        (seed & _WORD, seed >> 32 & _WORD),
+    )
+    words = torch.broadcast_tensors(*words)
+    lanes = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    lane = col0 % LANES + torch.arange(cols, device=rng.device)
+    return lanes.flatten(1).index_select(1, lane) >= dropout_threshold(dropout_p)
+
+
+def masked(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
+    """``mask * x`` without the 1/(1-p): x [M,K] -> [M,K]. Dropped elements are +0 whatever x holds (NaN too)."""
+    return torch.where(dropout_mask(rng, x.shape[0], x.shape[1], dropout_p), x, 0)
+
+
+def lora_shrink(
+    x: Tensor, lora_a: Tensor, scale: Tensor, rng: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    """``S = scale/(1-dropout_p) * (mask*x) A^T``: x [M,K], lora_a [r,K] -> [M,r] in x's dtype.
+
+    The mask is applied where ``rng`` is given; D, which no mask touches, is the same function of (dY, B^T) without it.
+    """
+    acc = accumulate_dtype(x.dtype)
+    if rng is not None:
+        x = masked(x, rng, dropout_p)
+    s = x.to(acc) @ lora_a.to(x.dtype).to(acc).t()
+    return (s * (scale.to(acc) / (1.0 - dropout_p))).to(x.dtype)
+
+
+def lora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    fan_in_fan_out: bool = False,
+    out_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``Y = out_scale * (x W^T + S B^T) + bias`` and S.
+
+    x [M,K], weight [N,K] (or [K,N] with ``fan_in_fan_out``), lora_a [r,K], lora_b [N,r], scale 0-d, bias [N],
+    out_scale [N] -> Y [M,N], S [M,r], both in x's dtype.
+    """
+    acc = accumulate_dtype(x.dtype)
+    s = lora_shrink(x, lora_a, scale, rng, dropout_p)
+    w = weight if fan_in_fan_out else weight.t()
+    y = x.to(acc) @ w.to(acc) + s.to(acc) @ lora_b.to(x.dtype).to(acc).t()
+    if out_scale is not None:
+        y = y * out_scale.to(acc)
+    if bias is not None:
+        y = y + bias.to(acc)
+    return y.to(x.dtype), s
+
+
+def lora_linear_dx(
+    dy: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    fan_in_fan_out: bool = False,
+    out_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``D = c dY B`` and ``dX = dY W + mask*(D A)``: dy [M,N] -> dX [M,K], D [M,r], both in dy's dtype.
+
+    The forward with its roles swapped, and the mask on the tail's product instead of on the operand that makes S.
+    """
+    acc = accumulate_dtype(dy.dtype)
+    if out_scale is not None:
+        dy = (dy * out_scale).to(dy.dtype)
+    d = lora_shrink(dy, lora_b.t(), scale, None, dropout_p)
+    tail = d.to(acc) @ lora_a.to(dy.dtype).to(acc)
+    if rng is not None:
+        tail = masked(tail, rng, dropout_p)
+    w = weight.t() if fan_in_fan_out else weight
+    return (dy.to(acc) @ w.to(acc) + tail).to(dy.dtype), d
+
+
+def lora_linear_dab(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    d: Tensor | None,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    da_dtype: torch.dtype | None = None,
+    db_dtype: torch.dtype | None = None,
+    dbias_dtype: torch.dtype | None = None,
+    out_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dA = D^T (mask*x)`` [r,K], ``dB = dY^T S`` [N,r], ``dbias = sum_rows dY`` [N], each in its given dtype.
+
+    A dtype of None means: not asked for; its place is taken by an empty tensor, and x and d (for dA) or s (for dB) may
+    then be None.
+    """
+    acc = accumulate_dtype(dy.dtype)
+    da, db, dbias = (dy.new_empty(0) for _ in range(3))
+    if da_dtype is not None:
+        assert x is not None and d is not None
+        mx = x if rng is None else masked(x, rng, dropout_p)
+        da = (d.to(acc).t() @ mx.to(acc)).to(da_dtype)
+    if db_dtype is not None:
+        assert s is not None
+        scaled = dy if out_scale is None else (dy * out_scale).to(dy.dtype)
+        db = (scaled.to(acc).t() @ s.to(acc)).to(db_dtype)
+    if dbias_dtype is not None:
+        dbias = dy.to(acc).sum(0).to(dbias_dtype)
+    return da, db, dbias

@@ -1,0 +1,104 @@
+"""The vendor plan: the library's GEMM, then the rank tail added in place. The floor under every shape.
+
+Same names, arguments and results as ``reference.py``, with two roundings more than the contract's single one: the base
+product is rounded before the tail is added, and S before it is scaled. ``masked`` is the device's dropout kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Masked = Callable[[Tensor, Tensor, float], Tensor]
+
+
+def lora_shrink(
+    x: Tensor, lora_a: Tensor, scale: Tensor, rng: Tensor | None = None, dropout_p: float = 0.0, *, masked: Masked
+) -> Tensor:
+    if rng is not None:
+        x = masked(x, rng, dropout_p)
+    s = torch.mm(x, lora_a.to(x.dtype).t())
+    return s.mul_(scale / (1.0 - dropout_p) if dropout_p else scale)
+
+
+def lora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    fan_in_fan_out: bool = False,
+    out_scale: Tensor | None = None,
+    *,
+    masked: Masked,
+) -> tuple[Tensor, Tensor]:
+    s = lora_shrink(x, lora_a, scale, rng, dropout_p, masked=masked)
+    inner_bias = None
+    if bias is not None and out_scale is None:
+        inner_bias = bias.to(x.dtype)
+    y = F.linear(x, weight.t() if fan_in_fan_out else weight, inner_bias)
+    y.addmm_(s, lora_b.to(x.dtype).t())
+    if out_scale is not None:
+        y.mul_(out_scale)
+        if bias is not None:
+            y.add_(bias)
+    return y, s
+
+
+def lora_linear_dx(
+    dy: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    fan_in_fan_out: bool = False,
+    out_scale: Tensor | None = None,
+    *,
+    masked: Masked,
+) -> tuple[Tensor, Tensor]:
+    if out_scale is not None:
+        dy = (dy * out_scale).to(dy.dtype)
+    d = lora_shrink(dy, lora_b.t(), scale, None, dropout_p, masked=masked)
+    dx = torch.mm(dy, weight.t() if fan_in_fan_out else weight)
+    a = lora_a.to(dy.dtype)
+    if rng is None:
+        dx.addmm_(d, a)
+    else:
+        dx.add_(masked(torch.mm(d, a), rng, dropout_p))
+    return dx, d
+
+
+def lora_linear_dab(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    d: Tensor | None,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    da_dtype: torch.dtype | None = None,
+    db_dtype: torch.dtype | None = None,
+    dbias_dtype: torch.dtype | None = None,
+    out_scale: Tensor | None = None,
+    *,
+    masked: Masked,
+) -> tuple[Tensor, Tensor, Tensor]:
+    da, db, dbias = (dy.new_empty(0) for _ in range(3))
+    if da_dtype is not None:
+        assert x is not None and d is not None
+        mx = x if rng is None else masked(x, rng, dropout_p)
+        da = torch.mm(d.t(), mx).to(da_dtype)
+    if db_dtype is not None:
+        assert s is not None
+        scaled = dy if out_scale is None else (dy * out_scale).to(dy.dtype)
+        db = torch.mm(scaled.t(), s).to(db_dtype)
+    if dbias_dtype is not None:
+        dbias = dy.sum(0, dtype=torch.float32).to(dbias_dtype)
+    return da, db, dbias
