@@ -1,4 +1,5 @@
-"""LoRA layers that cost what the frozen linear costs: one operator for ``x W^T + s (x A^T) B^T``, forward and backward."""
+"""LoRA layers that cost what the frozen linear costs: one operator for ``x W^T + s (x A^T) B^T``,
+forward and backward."""
 
 from .functional import lora_linear
 from .integrations.peft import load_adapter, save_adapter

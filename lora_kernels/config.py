@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .device import DeviceFacts
 
-# How S reaches the accumulator (module docstring of plan.py). The order is the order in which a tuner tries them.
+# How S reaches the accumulator (module docstring of plan.py). The order is the order in which a
+# tuner tries them.
 PLANS = ("in_loop", "tail", "producer", "vendor", "reference")
 
 # Plans whose work is done by Triton kernels with tiles; the others take no numbers.
@@ -21,8 +23,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """One call, as numbers and names: all that a plan may depend on."""
 
     op: str
@@ -36,7 +37,8 @@ class Problem:
     fan_in_fan_out: bool = False
 
     def bucketed(self) -> Problem:
-        """The key of the tables: N and K exact, M rounded up to a power of two, r to a multiple of 16."""
+        """The key of the tables: N and K exact, M rounded up to a power of two, r to a multiple of
+        16."""
         return Problem(
             self.op,
             1 << max(self.m - 1, 0).bit_length(),
@@ -52,13 +54,16 @@ class Problem:
     def key(self) -> str:
         format_ = "KN" if self.fan_in_fan_out else "NK"
         dropout = "dropout" if self.dropout else "plain"
-        return f"{self.op}/{self.m}/{self.n}/{self.k}/{self.r}/{self.dtype}/{self.adapter_dtype}/{format_}/{dropout}"
+        sizes = f"{self.m}/{self.n}/{self.k}/{self.r}"
+        return f"{self.op}/{sizes}/{self.dtype}/{self.adapter_dtype}/{format_}/{dropout}"
 
 
 # One builder per operator, with the operator's own arguments.
 
 
-def _linear(op: str, rows: Tensor, n: int, k: int, adapter: Tensor | None, r: int, dropout: bool, kn: bool) -> Problem:
+def _linear(
+    op: str, rows: Tensor, n: int, k: int, adapter: Tensor | None, r: int, dropout: bool, kn: bool
+) -> Problem:
     dtype = dtype_name(rows.dtype)
     adapter_dtype = dtype if adapter is None else dtype_name(adapter.dtype)
     return Problem(op, rows.shape[0], n, k, r, dtype, adapter_dtype, dropout, kn)
@@ -84,7 +89,9 @@ def _lora_linear_fwd(
     out_scale: Tensor | None = None,
 ) -> Problem:
     n, r = lora_b.shape
-    return _linear("lora_linear_fwd", x, n, lora_a.shape[1], lora_a, r, rng is not None, fan_in_fan_out)
+    return _linear(
+        "lora_linear_fwd", x, n, lora_a.shape[1], lora_a, r, rng is not None, fan_in_fan_out
+    )
 
 
 def _lora_linear_dx(
@@ -129,7 +136,8 @@ PROBLEM_OF: dict[str, Callable[..., Problem]] = {
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """A plan and, for the tiled plans, its compile-time numbers. Zero means: not used by this plan."""
+    """A plan and, for the tiled plans, its compile-time numbers. Zero means: not used by this
+    plan."""
 
     plan: str
     block_m: int = 0
@@ -141,17 +149,23 @@ class Config:
     num_stages: int = 0
 
 
-def is_valid(config: Config, problem: Problem, facts: DeviceFacts) -> bool:
-    """Whether ``config`` computes ``problem`` correctly on such a device: the only statement of the constraints."""
+def invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str | None:
+    """Why ``config`` cannot compute ``problem`` on such a device, or None if it can: the only
+    statement of the constraints."""
     if config.plan not in PLANS:
-        return False
+        return f"no plan is called {config.plan!r}; there are {', '.join(PLANS)}"
     if config.plan in TILED_PLANS:
-        # No tiled kernel is built into this version for any device.
-        return False
+        return "this version has no tiled kernel"
     if config.plan == "vendor":
-        # float64 and devices without a backend file of ours are the reference's.
-        return facts.kind in ("cpu", "cuda") and problem.dtype != "float64"
-    return True
+        if problem.dtype == "float64":
+            return "float64 is computed by the reference"
+        if facts.kind not in ("cpu", "cuda"):
+            return f"there is no backend for {facts.kind} devices"
+    return None
+
+
+def is_valid(config: Config, problem: Problem, facts: DeviceFacts) -> bool:
+    return invalid_reason(config, problem, facts) is None
 
 
 def candidates(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:

@@ -12,10 +12,11 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """``kind`` is torch's device type; ``arch`` the compute capability ("sm_90", "gfx942") or the CPU capability.
+    """``kind`` is torch's device type; ``arch`` the compute capability ("sm_90", "gfx942") or the
+    CPU capability.
 
-    ``processors`` are SMs, compute units or threads; ``shared_memory`` is the most one block may ask for, in bytes.
-    Zero stands for unknown.
+    ``processors`` are SMs, compute units or threads; ``shared_memory`` is the most one block may
+    ask for, in bytes. Zero stands for unknown.
     """
 
     kind: str
@@ -28,9 +29,10 @@ class DeviceFacts:
 
 
 def facts(device: torch.device | str) -> DeviceFacts:
-    """The facts of one device. An unknown kind of device gets its name and nothing else, never an error."""
+    """The facts of one device. An unknown kind of device gets its name and nothing else, never an
+    error."""
     device = torch.device(device)
-    index = device.index
+    index: int | None = device.index
     if device.type == "cuda" and index is None:
         index = torch.cuda.current_device()
     return _facts(device.type, index)

@@ -25,34 +25,42 @@ def lora_linear(
     fan_in_fan_out: bool = False,
     rng: Tensor | None = None,
 ) -> Tensor:
-    """``y = x W^T + scale * (dropout(x) A^T) B^T + bias``: a linear layer with an unmerged LoRA adapter.
+    """``y = x W^T + scale * (dropout(x) A^T) B^T + bias``: a linear layer with an unmerged LoRA
+    adapter.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685).
 
     Args:
-        x: [..., K], any number of leading dimensions and any strides; float32, float16, bfloat16 or float64.
-        weight: [N, K] in x's dtype, or [K, N] with ``fan_in_fan_out`` (Conv1D's layout); any strides, never copied.
-        lora_a: [r, K] with r >= 1, lora_b: [N, r]. Any floating dtype; they are rounded to the compute dtype.
-        scale: a float, or a 0-d floating tensor: changing its value recompiles nothing and reaches captured graphs.
+        x: [..., K], any number of leading dimensions and any strides; float32, float16, bfloat16 or
+            float64.
+        weight: [N, K] in x's dtype, or [K, N] with ``fan_in_fan_out`` (Conv1D's layout); any
+            strides, never copied.
+        lora_a: [r, K] with r >= 1, lora_b: [N, r]. Any floating dtype; they are rounded to the
+            compute dtype.
+        scale: a float, or a 0-d floating tensor: changing its value recompiles nothing and reaches
+            captured graphs.
         bias: [N] or None, any floating dtype.
-        dropout_p: in [0, 1); active only with ``training``. The mask multiplies the adapter's x, not the base's.
+        dropout_p: in [0, 1); active only with ``training``. The mask multiplies the adapter's x,
+            not the base's.
         training: whether dropout is active.
         fan_in_fan_out: the orientation of ``weight``.
-        rng: int64 [4] = (seed, offset, row0, col0) on x's device, to reproduce a mask or a shard's part of one; by
-            default it is drawn from torch's generator of that device.
+        rng: int64 [4] = (seed, offset, row0, col0) on x's device, to reproduce a mask or a shard's
+            part of one; by default it is drawn from torch's generator of that device.
 
     Returns:
         [..., N] in the compute dtype: x's dtype, or autocast's where autocast is on.
 
-    The adapter is computed in the compute dtype with float32 accumulation, float32 adapters on a half-precision base
-    included (PEFT without autocast computes that case in float32). Saved for backward are x as it was given and
-    ``S = scale * x A^T`` [M, r], each only if a gradient needs it, and no mask. Every gradient has its input's dtype;
-    ``weight`` and ``bias`` get one if they require it. Second derivatives are not defined.
+    The adapter is computed in the compute dtype with float32 accumulation, float32 adapters on a
+    half-precision base included (PEFT without autocast computes that case in float32). Saved for
+    backward are x as it was given and ``S = scale * x A^T`` [M, r], each only if a gradient needs
+    it, and no mask. Every gradient has its input's dtype; ``weight`` and ``bias`` get one if they
+    require it. Second derivatives are not defined.
 
     Raises:
-        ValueError: shapes that do not fit, rank 0, dropout_p outside [0, 1), tensors on different devices, a scale that
-            requires grad or is not 0-d.
-        TypeError: something is not a floating tensor, or x and weight differ in dtype outside autocast.
+        ValueError: shapes that do not fit, rank 0, dropout_p outside [0, 1), tensors on different
+            devices, a scale that requires grad or is not 0-d.
+        TypeError: something is not a floating tensor, or x and weight differ in dtype outside
+            autocast.
 
     >>> import torch
     >>> x, weight = torch.eye(2), torch.zeros(3, 2)
@@ -74,15 +82,26 @@ def lora_linear(
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        return _LoRALinear.apply(x, weight, lora_a, lora_b, scale, bias, rng, dropout_p, fan_in_fan_out, dtype)
+        return _LoRALinear.apply(
+            x, weight, lora_a, lora_b, scale, bias, rng, dropout_p, fan_in_fan_out, dtype
+        )
     y, _ = ops.lora_linear_fwd(
-        _rows(x, dtype), weight.to(dtype), lora_a, lora_b, scale, bias, rng, dropout_p, fan_in_fan_out
+        _rows(x, dtype),
+        weight.to(dtype),
+        lora_a,
+        lora_b,
+        scale,
+        bias,
+        rng,
+        dropout_p,
+        fan_in_fan_out,
     )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Forward and backward of one call. Saves x as given, S, and the parameters; never a mask or a copy of x."""
+    """Forward and backward of one call. Saves x as given, S, and the parameters; never a mask or a
+    copy of x."""
 
     @staticmethod
     def forward(
@@ -99,11 +118,25 @@ class _LoRALinear(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         y, s = ops.lora_linear_fwd(
-            _rows(x, dtype), weight.to(dtype), lora_a, lora_b, scale, bias, rng, dropout_p, fan_in_fan_out
+            _rows(x, dtype),
+            weight.to(dtype),
+            lora_a,
+            lora_b,
+            scale,
+            bias,
+            rng,
+            dropout_p,
+            fan_in_fan_out,
         )
         _, need_w, need_a, need_b, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
-            x if need_a or need_w else None, s if need_b else None, weight, lora_a, lora_b, scale, rng
+            x if need_a or need_w else None,
+            s if need_b else None,
+            weight,
+            lora_a,
+            lora_b,
+            scale,
+            rng,
         )
         ctx.dropout_p, ctx.fan_in_fan_out, ctx.dtype = dropout_p, fan_in_fan_out, dtype
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
@@ -116,11 +149,18 @@ class _LoRALinear(torch.autograd.Function):
         x, s, weight, lora_a, lora_b, scale, rng = ctx.saved_tensors
         need_x, need_w, need_a, need_b, _, need_bias, *_ = ctx.needs_input_grad
         dy = _rows(grad, ctx.dtype)
-        x2 = None if x is None else _rows(x, ctx.dtype)
+        rows = None if x is None else _rows(x, ctx.dtype)
         dx = dw = da = db = dbias = d = None
         if need_x:
             dx, d = ops.lora_linear_dx(
-                dy, weight.to(ctx.dtype), lora_a, lora_b, scale, rng, ctx.dropout_p, ctx.fan_in_fan_out
+                dy,
+                weight.to(ctx.dtype),
+                lora_a,
+                lora_b,
+                scale,
+                rng,
+                ctx.dropout_p,
+                ctx.fan_in_fan_out,
             )
             dx = dx.to(ctx.x_dtype).view(ctx.x_shape)
         elif need_a:
@@ -129,7 +169,7 @@ class _LoRALinear(torch.autograd.Function):
         if need_a or need_b or need_bias:
             da, db, dbias = ops.lora_linear_dab(
                 dy,
-                x2 if need_a else None,
+                rows if need_a else None,
                 s,
                 d if need_a else None,
                 rng,
@@ -138,9 +178,10 @@ class _LoRALinear(torch.autograd.Function):
                 lora_b.dtype if need_b else None,
                 ctx.bias_dtype if need_bias else None,
             )
-        if need_w:
-            # The base is frozen in LoRA training; for whoever trains it too, the library's GEMM is the answer.
-            dw = (x2.t() @ dy if ctx.fan_in_fan_out else dy.t() @ x2).to(weight.dtype)
+        if need_w and rows is not None:
+            # The base is frozen in LoRA training; for whoever trains it too, the library's GEMM is
+            # the answer.
+            dw = (rows.t() @ dy if ctx.fan_in_fan_out else dy.t() @ rows).to(weight.dtype)
         return (
             dx,
             dw,
@@ -163,20 +204,28 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
-def _scale_tensor(scale: float | Tensor, device: torch.device, compute_dtype: torch.dtype) -> Tensor:
+def _scale_tensor(
+    scale: float | Tensor, device: torch.device, compute_dtype: torch.dtype
+) -> Tensor:
     dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
     if not isinstance(scale, Tensor):
         # full() is a fill on the device; tensor() would be a copy that waits for it.
         return torch.full((), scale, dtype=dtype, device=device)
     if scale.dim() != 0 or not scale.is_floating_point():
-        raise ValueError(f"scale must be a float or a 0-d floating tensor, not {scale.dtype} {tuple(scale.shape)}")
+        raise ValueError(
+            "scale must be a float or a 0-d floating tensor, "
+            f"not {scale.dtype} {tuple(scale.shape)}"
+        )
     if scale.requires_grad:
-        raise ValueError("scale requires grad, and lora_linear has no gradient for it: pass scale.detach()")
+        raise ValueError(
+            "scale requires grad, and lora_linear has no gradient for it: pass scale.detach()"
+        )
     return scale.to(device=device, dtype=dtype)
 
 
 def _draw_rng(device: torch.device) -> Tensor:
-    """(seed, offset, 0, 0) by one draw of the device's generator: graphs advance it and checkpointing replays it."""
+    """(seed, offset, 0, 0) by one draw of the device's generator: graphs advance it and
+    checkpointing replays it."""
     return F.pad(torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device), (0, 2))
 
 
@@ -199,7 +248,13 @@ def _check(
     fan_in_fan_out: bool,
 ) -> torch.dtype:
     """Raise on a wrong call, else return the compute dtype."""
-    for name, tensor in (("x", x), ("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
+    for name, tensor in (
+        ("x", x),
+        ("weight", weight),
+        ("lora_a", lora_a),
+        ("lora_b", lora_b),
+        ("bias", bias),
+    ):
         if tensor is None and name == "bias":
             continue
         if not isinstance(tensor, Tensor):
@@ -227,10 +282,12 @@ def _check(
         raise ValueError(f"bias must be [N] = [{n}], not {list(bias.shape)}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if ops.autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     if x.dtype != weight.dtype:
-        raise TypeError(f"x is {x.dtype} and weight is {weight.dtype}: cast one of them, or use autocast")
+        raise TypeError(
+            f"x is {x.dtype} and weight is {weight.dtype}: cast one of them, or use autocast"
+        )
     return x.dtype
 
 

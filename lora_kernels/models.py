@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 import re
 from collections.abc import Iterable, Sequence
@@ -238,7 +236,11 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
     for module, names in paths.items():
         name = next((n for n in names if _is_target(n, config)), names[0])
         reason = _skip_reason(model, module, name, config, saved)
-        bypass = unsupported_reason(module) or _transformers.offload_reason(module) or _bypass_reason(by_name, names)
+        bypass = (
+            unsupported_reason(module)
+            or _transformers.offload_reason(module)
+            or _transformers.bypass_reason(by_name, names)
+        )
         if reason is None and bypass is None:
             targets[module] = names
         elif reason is None and explicit and _is_wrong_target(module, config):
@@ -421,43 +423,6 @@ def _in_layers(name: str, config: LoRAConfig) -> bool:
             index = int(match.group(1))
             return index == wanted if isinstance(wanted, int) else index in wanted
     return False
-
-
-def _bypass_reason(by_name: dict[str, nn.Module], names: list[str]) -> str | None:
-    """Why a linear's own forward is not what its parent computes with, so that an adapter in it would do nothing."""
-    for name in names:
-        parent_name, _, child = name.rpartition(".")
-        parent = by_name.get(parent_name)
-        if parent is None or not child:
-            continue
-        kind = type(parent).__name__
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            return f"its forward is skipped by the fast path of {kind}, which reads its weight"
-        if reads_weight_only(type(parent), child):
-            return f"its forward is never called: {kind} reads its weight"
-    return None
-
-
-@functools.cache
-def reads_weight_only(parent: type[nn.Module], child: str) -> bool:
-    """Whether the source of ``parent`` mentions ``self.child.weight`` and never calls (or passes on) ``self.child``.
-
-    Read from the source, since nothing else tells before a forward has run. Names that only the model's state knows
-    (children of containers) cannot be judged and count as called.
-    """
-    weight_read = False
-    for cls in parent.__mro__:
-        if cls is nn.Module:
-            break
-        try:
-            source = inspect.getsource(cls)
-        except (OSError, TypeError):
-            return False
-        mentions = re.findall(rf"self\.{re.escape(child)}\b(?!\s*(?:=[^=]|:))(\.weight\b|\.\w+|)", source)
-        if any(mention in ("", ".forward", ".__call__") for mention in mentions):
-            return False
-        weight_read |= ".weight" in mentions
-    return weight_read
 
 
 def _nothing_matches(config: LoRAConfig, skipped: dict[str, str]) -> str:

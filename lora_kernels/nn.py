@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from .functional import lora_linear
 
-# Classes that hold their weight as [in, out], recognised by predicates that the integrations add (transformers' Conv1D).
+# Classes that hold their weight as [in, out], recognised by predicates that the integrations add
+# (transformers' Conv1D).
 TRANSPOSED_LINEARS: list[Callable[[nn.Module], bool]] = []
 
-# What a replacement takes over from the module it replaces: the very dicts, so that handles still remove their hooks.
+# What a replacement takes over from the module it replaces: the very dicts, so that handles still
+# remove their hooks.
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -42,8 +44,10 @@ def unsupported_reason(module: nn.Module) -> str | None:
         return f"is a {kind}, a linear layer with a forward of its own"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "its forward is never called: nn.MultiheadAttention reads its weight"
+    if isinstance(module.weight, nn.UninitializedParameter):
+        return "is lazy: its weight has no shape yet"
     if not isinstance(module.weight, nn.Parameter) or module.weight.dim() != 2:
-        return "its weight is no 2-D Parameter (parametrised, sharded or lazy)"
+        return "its weight is no 2-D Parameter (parametrised or sharded)"
     if module.weight.dtype not in _BASE_DTYPES:
         return f"its weight is {module.weight.dtype}"
     return None
@@ -52,33 +56,37 @@ def unsupported_reason(module: nn.Module) -> str | None:
 class FusedLoRALinear(nn.Linear):
     """A linear layer with a LoRA adapter, computed in one operator; a drop-in for ``nn.Linear``.
 
-    ``y = x W^T + scaling * (dropout(x) A^T) B^T + bias`` with ``weight`` W [out, in] and ``bias`` [out] frozen, and
-    ``lora_A`` A [r, in], ``lora_B`` B [out, r] trainable Parameters. ``scaling`` is ``lora_alpha / r``, or
-    ``lora_alpha / sqrt(r)`` with ``use_rslora`` (Kalajdzievski, arXiv:2312.03732). Weights taken from transformers'
-    Conv1D stay stored as [in, out] (``fan_in_fan_out`` is then True); so do ``state_dict`` and ``delta_weight``.
+    ``y = x W^T + scaling * (dropout(x) A^T) B^T + bias`` with ``weight`` W [out, in] and ``bias``
+    [out] frozen, and ``lora_A`` A [r, in], ``lora_B`` B [out, r] trainable Parameters. ``scaling``
+    is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora`` (Kalajdzievski,
+    arXiv:2312.03732). Weights taken from transformers' Conv1D stay stored as [in, out]
+    (``fan_in_fan_out`` is then True); so do ``state_dict`` and ``delta_weight``.
 
-    While merged, the layer computes ``x (W + delta)^T + bias`` with a new weight Parameter; the pristine one is kept
-    aside and comes back, the same object, on :meth:`unmerge`. The merged weight is derived state, so:
+    While merged, the layer computes ``x (W + delta)^T + bias`` with a new weight Parameter; the
+    pristine one is kept aside and comes back, the same object, on :meth:`unmerge`. The merged
+    weight is derived state, so:
 
     - ``state_dict()`` holds the pristine weight and the adapter, merged or not;
-    - ``load_state_dict``, ``.to``, ``.half`` and their like, and setting ``scaling``, act on the pristine weight and the
-      adapter, and merge again;
+    - ``load_state_dict``, ``.to``, ``.half`` and their like, and setting ``scaling``, act on the
+      pristine weight and the adapter, and merge again;
     - ``deepcopy`` and ``pickle`` keep the state, the pristine weight included;
     - ``train()`` unmerges, since a merged layer would train nothing; ``eval()`` changes nothing.
 
-    After ``merge(keep_base=False)`` the layer is a plain frozen linear for good: ``lora_A`` and ``lora_B`` are None and
-    ``state_dict`` is that of the plain layer.
+    After ``merge(keep_base=False)`` the layer is a plain frozen linear for good: ``lora_A`` and
+    ``lora_B`` are None and ``state_dict`` is that of the plain layer.
 
     Args:
         in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
         r: the rank, >= 1.
         lora_alpha: the numerator of ``scaling``.
-        lora_dropout: probability in [0, 1) of dropping an element of the adapter's input in training.
+        lora_dropout: probability in [0, 1) of dropping an element of the adapter's input in
+            training.
         use_rslora: see above.
-        init_lora_weights: True: A Kaiming-uniform and B zero, so that the layer starts as its base; "gaussian": A
-            normal with deviation 1/r and B zero; False: both Kaiming-uniform, for tests.
-        autocast_adapter_dtype: keep the adapter in float32 on a half-precision base (PEFT's default). The compute dtype
-            is x's in any case, see :func:`lora_kernels.lora_linear`.
+        init_lora_weights: True: A Kaiming-uniform and B zero, so that the layer starts as its base;
+            "gaussian": A normal with deviation 1/r and B zero; False: both Kaiming-uniform, for
+            tests.
+        autocast_adapter_dtype: keep the adapter in float32 on a half-precision base (PEFT's
+            default). The compute dtype is x's in any case, see :func:`lora_kernels.lora_linear`.
 
     Raises:
         ValueError: r < 1, lora_dropout outside [0, 1), an unknown init_lora_weights.
@@ -95,6 +103,7 @@ class FusedLoRALinear(nn.Linear):
     fan_in_fan_out: bool
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
+    _scale: Tensor
 
     def __init__(
         self,
@@ -114,7 +123,9 @@ class FusedLoRALinear(nn.Linear):
         check_lora_arguments(r, lora_alpha, lora_dropout, init_lora_weights)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.fan_in_fan_out = False
-        self._add_lora(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, autocast_adapter_dtype)
+        self._add_lora(
+            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, autocast_adapter_dtype
+        )
 
     @classmethod
     def from_linear(
@@ -127,12 +138,15 @@ class FusedLoRALinear(nn.Linear):
         init_lora_weights: bool | str = True,
         autocast_adapter_dtype: bool = True,
     ) -> FusedLoRALinear:
-        """Wrap an ``nn.Linear`` or transformers' ``Conv1D``: the new layer holds the same Parameter objects, frozen.
+        """Wrap an ``nn.Linear`` or transformers' ``Conv1D``: the new layer holds the same Parameter
+        objects, frozen.
 
-        Hooks, ``training`` and the device come along; nothing is copied and no forward of ``module`` changes.
+        Hooks, ``training`` and the device come along; nothing is copied and no forward of
+        ``module`` changes.
 
         Raises:
-            TypeError: ``module`` is something else, or a subclass with a forward of its own; the message says which.
+            TypeError: ``module`` is something else, or a subclass with a forward of its own; the
+                message says which.
             ValueError: as for the constructor.
         """
         reason = unsupported_reason(module)
@@ -142,12 +156,15 @@ class FusedLoRALinear(nn.Linear):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.fan_in_fan_out = any(matches(module) for matches in TRANSPOSED_LINEARS)
-        shape = module.weight.shape[::-1] if self.fan_in_fan_out else module.weight.shape
+        weight = cast(nn.Parameter, module.weight)
+        shape = weight.shape[::-1] if self.fan_in_fan_out else weight.shape
         self.out_features, self.in_features = shape
-        self.weight, self.bias = module.weight, module.bias
+        self.weight, self.bias = weight, cast(nn.Parameter, module.bias)
         for name in _HOOKS:
             setattr(self, name, getattr(module, name))
-        self._add_lora(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, autocast_adapter_dtype)
+        self._add_lora(
+            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, autocast_adapter_dtype
+        )
         return self.train(module.training)
 
     def _add_lora(
@@ -176,7 +193,8 @@ class FusedLoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
         self._scaling = default_scaling(lora_alpha, r, use_rslora)
-        # A tensor, so that changing it recompiles nothing and reaches captured graphs; not part of any state_dict.
+        # A tensor, so that changing it recompiles nothing and reaches captured graphs; not part of
+        # any state_dict.
         self.register_buffer("_scale", self._new_scale(), persistent=False)
         self.reset_lora_parameters()
 
@@ -190,7 +208,8 @@ class FusedLoRALinear(nn.Linear):
             self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
-        """Draw A and B anew, as ``init_lora_weights`` says; ``weight`` and ``bias`` stay as they are."""
+        """Draw A and B anew, as ``init_lora_weights`` says; ``weight`` and ``bias`` stay as they
+        are."""
         if self.lora_A is None or self.lora_B is None:
             raise RuntimeError("merge(keep_base=False) removed the adapter of this layer")
         if self.init_lora_weights == "gaussian":
@@ -202,8 +221,11 @@ class FusedLoRALinear(nn.Linear):
         else:
             nn.init.zeros_(self.lora_B)
 
-    def set_lora(self, lora_a: Tensor, lora_b: Tensor, *, lora_alpha: float, use_rslora: bool = False) -> None:
-        """Copy another adapter of the same rank into this layer, ``scaling`` included; a merged layer merges it.
+    def set_lora(
+        self, lora_a: Tensor, lora_b: Tensor, *, lora_alpha: float, use_rslora: bool = False
+    ) -> None:
+        """Copy another adapter of the same rank into this layer, ``scaling`` included; a merged
+        layer merges it.
 
         Raises:
             ValueError: ``lora_a`` is not [r, in_features] or ``lora_b`` not [out_features, r].
@@ -212,13 +234,15 @@ class FusedLoRALinear(nn.Linear):
             raise RuntimeError("merge(keep_base=False) removed the adapter of this layer")
         if lora_a.shape != self.lora_A.shape or lora_b.shape != self.lora_B.shape:
             raise ValueError(
-                f"lora_a {list(lora_a.shape)} and lora_b {list(lora_b.shape)} do not fit this layer's "
-                f"{list(self.lora_A.shape)} and {list(self.lora_B.shape)}"
+                f"lora_a {list(lora_a.shape)} and lora_b {list(lora_b.shape)} do not fit this "
+                f"layer's {list(self.lora_A.shape)} and {list(self.lora_B.shape)}"
             )
         self._with_pristine_weight(lambda: self._set_lora(lora_a, lora_b, lora_alpha, use_rslora))
 
     @torch.no_grad()
-    def _set_lora(self, lora_a: Tensor, lora_b: Tensor, lora_alpha: float, use_rslora: bool) -> None:
+    def _set_lora(
+        self, lora_a: Tensor, lora_b: Tensor, lora_alpha: float, use_rslora: bool
+    ) -> None:
         assert self.lora_A is not None and self.lora_B is not None
         self.lora_A.copy_(lora_a)
         self.lora_B.copy_(lora_b)
@@ -227,7 +251,8 @@ class FusedLoRALinear(nn.Linear):
 
     @property
     def scaling(self) -> float:
-        """The factor of the adapter's product; setting it keeps compiled code and captured graphs valid."""
+        """The factor of the adapter's product; setting it keeps compiled code and captured graphs
+        valid."""
         return self._scaling
 
     @scaling.setter
@@ -242,7 +267,9 @@ class FusedLoRALinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], see :func:`lora_kernels.lora_linear`."""
         if self.merged:
-            return F.linear(input, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
+            return F.linear(
+                input, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias
+            )
         assert self.lora_A is not None and self.lora_B is not None
         return lora_linear(
             input,
@@ -258,7 +285,8 @@ class FusedLoRALinear(nn.Linear):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """``scaling * B A`` in the weight's own orientation, in float32 (float64 for a float64 weight)."""
+        """``scaling * B A`` in the weight's own orientation, in float32 (float64 for a float64
+        weight)."""
         if self.lora_A is None or self.lora_B is None:
             raise RuntimeError("merge(keep_base=False) removed the adapter of this layer")
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
@@ -272,13 +300,16 @@ class FusedLoRALinear(nn.Linear):
     def merge(self, keep_base: bool = True) -> None:
         """Fold the adapter into a new weight Parameter; merging a merged layer changes nothing.
 
-        The pristine weight is never written, so tied and shared weights stay as they are, and :meth:`unmerge` puts the
-        same object back. With ``keep_base=False`` neither it nor the adapter is kept, for a final export.
+        The pristine weight is never written, so tied and shared weights stay as they are, and
+        :meth:`unmerge` puts the same object back. With ``keep_base=False`` neither it nor the
+        adapter is kept, for a final export.
         """
         if not self.merged:
             delta = self.delta_weight()
-            base = self.weight
-            self.weight = nn.Parameter((base.to(delta.dtype) + delta).to(base.dtype), requires_grad=False)
+            base = cast(nn.Parameter, self.weight)
+            self.weight = nn.Parameter(
+                (base.to(delta.dtype) + delta).to(base.dtype), requires_grad=False
+            )
             self._base = (base,)
             self.merged = True
         if not keep_base and self._base:
@@ -294,7 +325,9 @@ class FusedLoRALinear(nn.Linear):
         if not self.merged:
             return
         if not self._base:
-            raise RuntimeError("this layer was merged with keep_base=False: its pristine weight is gone")
+            raise RuntimeError(
+                "this layer was merged with keep_base=False: its pristine weight is gone"
+            )
         (self.weight,) = self._base
         self._base = ()
         self.merged = False
@@ -310,7 +343,8 @@ class FusedLoRALinear(nn.Linear):
             self.merge()
 
     def train(self, mode: bool = True) -> FusedLoRALinear:
-        """As ``nn.Module.train``; entering training mode unmerges (a layer exported by ``keep_base=False`` stays)."""
+        """As ``nn.Module.train``; entering training mode unmerges (a layer exported by
+        ``keep_base=False`` stays)."""
         if mode and self._base:
             self.unmerge()
         super().train(mode)
@@ -323,24 +357,30 @@ class FusedLoRALinear(nn.Linear):
     def _apply_to_pristine(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
         scale = self._scale
         super()._apply(fn, recurse)
-        # .half() must not round the scale, to_empty() must not lose it; an unmoved one keeps its address.
+        # .half() must not round the scale, to_empty() must not lose it; an unmoved one keeps its
+        # address.
         expected = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         if scale.device == self.weight.device and scale.dtype == expected:
             self._scale = scale
         else:
             self._scale = self._new_scale()
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._base:
             (base,) = self._base
             destination[prefix + "weight"] = base if keep_vars else base.detach()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._with_pristine_weight(lambda: super(FusedLoRALinear, self)._load_from_state_dict(*args, **kwargs))
+        self._with_pristine_weight(
+            lambda: super(FusedLoRALinear, self)._load_from_state_dict(*args, **kwargs)
+        )
 
     def extra_repr(self) -> str:
-        text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, scaling={self.scaling:g}"
+        text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}"
+        text += f", scaling={self.scaling:g}"
         if self.lora_dropout:
             text += f", lora_dropout={self.lora_dropout}"
         if self.fan_in_fan_out:
@@ -354,7 +394,9 @@ def default_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
-def check_lora_arguments(r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str) -> None:
+def check_lora_arguments(
+    r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str
+) -> None:
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ValueError(f"the rank r must be an integer >= 1, not {r!r}")
     if not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
@@ -362,4 +404,6 @@ def check_lora_arguments(r: int, lora_alpha: float, lora_dropout: float, init_lo
     if not isinstance(lora_dropout, (int, float)) or not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout must be in [0, 1), not {lora_dropout!r}")
     if init_lora_weights not in (True, False, "gaussian"):
-        raise ValueError(f"init_lora_weights must be True, False or 'gaussian', not {init_lora_weights!r}")
+        raise ValueError(
+            f"init_lora_weights must be True, False or 'gaussian', not {init_lora_weights!r}"
+        )

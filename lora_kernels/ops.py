@@ -1,16 +1,18 @@
-"""The operators: schemas, fakes, and which function answers on which device. This file is the contract.
+"""The operators: schemas, fakes, and which function answers on which device: the contract.
 
-All operators are functional, take 2-D rows of any strides, and stand below autograd and autocast: ``functional.py``
-brings both. On CPU and CUDA tensors the backend of that device answers; everywhere else ``reference.py`` does.
+All operators are functional, take 2-D rows of any strides, and stand below autograd and autocast:
+``functional.py`` brings both. On CPU and CUDA tensors the backend of that device answers;
+everywhere else ``reference.py`` does.
 
-    x, dy      [M, K], [M, N]    the rows; their dtype (float16, bfloat16, float32, float64) is the compute dtype
-    weight     [N, K]            in the compute dtype; [K, N] with ``fan_in_fan_out``
-    lora_a     [r, K]            any floating dtype, rounded to the compute dtype where it is used; r >= 1
-    lora_b     [N, r]            likewise
-    scale      []                float32 (float64 for float64 rows) on the rows' device
-    bias       [N]               any floating dtype
-    rng        int64 [4]         (seed, offset, row0, col0) on the rows' device; None: no dropout mask
-    out_scale  [N]               multiplies x W^T + S B^T before the bias (DoRA)
+    x, dy      [M, K], [M, N]  the rows; their dtype (float16, bfloat16, float32, float64) is the
+                               compute dtype
+    weight     [N, K]          in the compute dtype; [K, N] with ``fan_in_fan_out``
+    lora_a     [r, K]          r >= 1; any floating dtype, rounded to the compute dtype on use
+    lora_b     [N, r]          likewise
+    scale      []              float32 (float64 for float64 rows) on the rows' device
+    bias       [N]             any floating dtype
+    rng        int64 [4]       (seed, offset, row0, col0) on the rows' device; None: no mask
+    out_scale  [N]             multiplies x W^T + S B^T before the bias (DoRA)
 """
 
 from __future__ import annotations
@@ -25,19 +27,19 @@ from torch import Tensor
 from . import cpu, cuda, plan, reference
 from .config import PROBLEM_OF, Config
 
+_DROPOUT = "Tensor? rng=None, float dropout_p=0.0"
+_ADAPTED = "Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scale"
+_BASE = "bool fan_in_fan_out=False, Tensor? out_scale=None"
+_GRADIENTS = "ScalarType? da_dtype=None, ScalarType? db_dtype=None, ScalarType? dbias_dtype=None"
+
 _SCHEMAS = {
-    "lora_shrink": "(Tensor x, Tensor lora_a, Tensor scale, Tensor? rng=None, float dropout_p=0.0) -> Tensor",
+    "lora_shrink": f"(Tensor x, Tensor lora_a, Tensor scale, {_DROPOUT}) -> Tensor s",
     "lora_linear_fwd": (
-        "(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scale, Tensor? bias=None, Tensor? rng=None, "
-        "float dropout_p=0.0, bool fan_in_fan_out=False, Tensor? out_scale=None) -> (Tensor y, Tensor s)"
+        f"(Tensor x, {_ADAPTED}, Tensor? bias=None, {_DROPOUT}, {_BASE}) -> (Tensor y, Tensor s)"
     ),
-    "lora_linear_dx": (
-        "(Tensor dy, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scale, Tensor? rng=None, "
-        "float dropout_p=0.0, bool fan_in_fan_out=False, Tensor? out_scale=None) -> (Tensor dx, Tensor d)"
-    ),
+    "lora_linear_dx": f"(Tensor dy, {_ADAPTED}, {_DROPOUT}, {_BASE}) -> (Tensor dx, Tensor d)",
     "lora_linear_dab": (
-        "(Tensor dy, Tensor? x, Tensor? s, Tensor? d, Tensor? rng=None, float dropout_p=0.0, "
-        "ScalarType? da_dtype=None, ScalarType? db_dtype=None, ScalarType? dbias_dtype=None, "
+        f"(Tensor dy, Tensor? x, Tensor? s, Tensor? d, {_DROPOUT}, {_GRADIENTS}, "
         "Tensor? out_scale=None) -> (Tensor da, Tensor db, Tensor dbias)"
     ),
 }
@@ -47,21 +49,27 @@ OPERATORS = tuple(_SCHEMAS)
 _library = torch.library.Library("lora_kernels", "DEF")
 
 
+def autocast_enabled(device_type: str) -> bool:
+    # Torch raises for a device that knows no autocast, such as meta.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def _reference_answer(op: str, *args: Any, **kwargs: Any) -> Any:
     plan.answered("reference", Config("reference"), PROBLEM_OF[op](*args, **kwargs))
     return getattr(reference, op)(*args, **kwargs)
 
 
 def _below_autograd(op: str, answer: Callable[..., Any]) -> Callable[..., Any]:
-    """``answer`` for one operator, with autograd and autocast off: no graph and no cast reaches inside a backend."""
+    """``answer`` for one operator, with autograd and autocast off: no graph and no cast reaches
+    inside a backend."""
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
         device_type = args[0].device.type
-        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(device_type):
+        if not torch.is_grad_enabled() and not autocast_enabled(device_type):
             return answer(op, *args, **kwargs)
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            if torch.is_autocast_enabled(device_type):
+            if autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
             return answer(op, *args, **kwargs)
 
@@ -81,7 +89,9 @@ lora_linear_dab = torch.ops.lora_kernels.lora_linear_dab.default
 
 
 @torch.library.register_fake("lora_kernels::lora_shrink", lib=_library)
-def _(x: Tensor, lora_a: Tensor, scale: Tensor, rng: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+def _(
+    x: Tensor, lora_a: Tensor, scale: Tensor, rng: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
     return x.new_empty(x.shape[0], lora_a.shape[0])
 
 

@@ -2,14 +2,15 @@
 
 The plans, one contract (how S reaches the accumulator of the base product):
 
-- ``in_loop``   one pass: x W^T and x A^T accumulate side by side, S B^T is added before the only store (p = 0);
+- ``in_loop``   one pass: x W^T and x A^T accumulate side by side, S B^T is added before the only
+  store (p = 0);
 - ``tail``      a skinny shrink writes S, the GEMM starts with dot(S, B);
 - ``producer``  one persistent launch, tiles that own S for a row block publish it to the others;
 - ``vendor``    the library's GEMM, then the tail added in place: the floor under every shape;
 - ``reference`` plain torch in float32 or float64: where no backend exists.
 
-A measured table decides if there is one (the user's, written by ``python -m lora_kernels tune``, before the shipped
-one), else a heuristic that is always valid.
+A measured table decides if there is one (the user's, written by ``python -m lora_kernels tune``,
+before the shipped one), else a heuristic that is always valid.
 """
 
 from __future__ import annotations
@@ -23,20 +24,19 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .config import PLANS, Config, Problem, is_valid
+from .config import PLANS, Config, Problem, invalid_reason, is_valid
 from .device import DeviceFacts
 
 _SHIPPED = Path(__file__).parent / "plans"
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What answered one operator call: ``backend`` is "cpu", "cuda" or "reference"."""
 
     backend: str
@@ -54,11 +54,12 @@ class Answer:
 
 _last: Answer | None = None
 _recorders: list[list[Answer]] = []
-_forced: str | None = None
+_forced: Config | None = None
 
 
 def plan(problem: Problem, facts: DeviceFacts) -> Config:
-    """The configuration for ``problem`` on a device with these facts. Pure but for :func:`force_plan`.
+    """The configuration for ``problem`` on a device with these facts. Pure but for
+    :func:`force_plan`.
 
     >>> from lora_kernels.device import DeviceFacts
     >>> problem = Problem("lora_linear_fwd", 512, 4096, 4096, 16, "bfloat16", "float32")
@@ -68,16 +69,18 @@ def plan(problem: Problem, facts: DeviceFacts) -> Config:
     'reference'
     """
     if _forced is not None:
-        config = Config(_forced)
-        if not is_valid(config, problem, facts):
-            raise ValueError(f"plan {_forced!r} cannot answer {problem} on {facts.name}")
-        return config
-    return _plan(problem.bucketed(), facts)
+        reason = invalid_reason(_forced, problem, facts)
+        if reason is not None:
+            raise ValueError(
+                f"{_forced} was forced and cannot answer {problem} on {facts.name}: {reason}"
+            )
+        return _forced
+    return _plan(problem, facts)
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(problem: Problem, facts: DeviceFacts) -> Config:
-    tuned = table(facts).get(problem.key())
+    tuned = table(facts).get(problem.bucketed().key())
     if tuned is not None and is_valid(tuned, problem, facts):
         return tuned
     return heuristic(problem, facts)
@@ -111,7 +114,8 @@ def last_plan() -> Answer | None:
 
 @contextlib.contextmanager
 def record_plans() -> Iterator[list[Answer]]:
-    """Collect an :class:`Answer` for every operator call inside the block, from all threads, backward included."""
+    """Collect an :class:`Answer` for every operator call inside the block, from all threads,
+    backward included."""
     recorder: list[Answer] = []
     _recorders.append(recorder)
     try:
@@ -122,23 +126,32 @@ def record_plans() -> Iterator[list[Answer]]:
 
 
 @contextlib.contextmanager
-def force_plan(name: str) -> Iterator[None]:
-    """Inside the block every call is answered by the plan ``name``, or raises ValueError where that plan cannot."""
+def force_plan(choice: str | Config) -> Iterator[None]:
+    """Inside the block every call is answered by this plan (or whole configuration), or raises
+    where that cannot be.
+
+    Raises:
+        ValueError: there is no such plan; and, from the calls, where the plan cannot answer the
+            problem.
+    """
     global _forced
-    if name not in PLANS:
-        raise ValueError(f"no plan is called {name!r}; there are {', '.join(PLANS)}")
-    previous, _forced = _forced, name
+    config = Config(choice) if isinstance(choice, str) else choice
+    if config.plan not in PLANS:
+        raise ValueError(f"no plan is called {config.plan!r}; there are {', '.join(PLANS)}")
+    previous, _forced = _forced, config
     try:
         yield
     finally:
         _forced = previous
 
 
-# Tables: one JSON file per device, {"device", "versions", "kernels", "date", "plans": {key: {"config", "median_us"}}}.
+# Tables: one JSON file per device, {"device", "versions", "kernels", "date", "plans": {key:
+# {"config", "median_us"}}}.
 
 
 def cache_directory() -> Path:
-    """Where tuned tables live: ``$LORA_KERNELS_CACHE``, else the platform's cache directory of the user."""
+    """Where tuned tables live: ``$LORA_KERNELS_CACHE``, else the platform's cache directory of the
+    user."""
     chosen = os.environ.get("LORA_KERNELS_CACHE")
     if chosen:
         return Path(chosen)
@@ -147,12 +160,16 @@ def cache_directory() -> Path:
 
 
 def table_name(facts: DeviceFacts) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", f"{facts.kind}-{facts.name}-{facts.arch}".lower()).strip("-") + ".json"
+    return (
+        re.sub(r"[^a-z0-9]+", "-", f"{facts.kind}-{facts.name}-{facts.arch}".lower()).strip("-")
+        + ".json"
+    )
 
 
 @functools.cache
 def kernel_sources_hash() -> str:
-    """A hash of everything whose change makes a measurement stale: kernels, launchers, CPU sources."""
+    """A hash of everything whose change makes a measurement stale: kernels, launchers, CPU
+    sources."""
     package = Path(__file__).parent
     files = [package / "cpu.py", package / "cuda.py", package / "vendor.py"]
     files += sorted((package / "kernels").glob("*.py"))
@@ -183,7 +200,8 @@ def table(facts: DeviceFacts) -> dict[str, Config]:
 
 
 def read_table(path: Path) -> dict[str, Config]:
-    """The plans of one table; empty if it does not exist or was measured with other versions or other kernels."""
+    """The plans of one table; empty if it does not exist or was measured with other versions or
+    other kernels."""
     try:
         content: dict[str, Any] = json.loads(path.read_text())
         if content["versions"] != versions() or content["kernels"] != kernel_sources_hash():
@@ -192,12 +210,15 @@ def read_table(path: Path) -> dict[str, Config]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"the tuned plans in {path} cannot be read ({error!r}); heuristics answer", stacklevel=2)
+        warnings.warn(
+            f"the tuned plans in {path} cannot be read ({error!r}); heuristics answer", stacklevel=2
+        )
         return {}
 
 
 def write_table(path: Path, facts: DeviceFacts, measured: dict[str, dict[str, Any]]) -> None:
-    """Write ``measured`` = {key: {"config": Config, ...}} whole and atomically, keeping other keys that still hold."""
+    """Write ``measured`` = {key: {"config": Config, ...}} whole and atomically, keeping other keys
+    that still hold."""
     kept = {key: {"config": asdict(config)} for key, config in read_table(path).items()}
     new = {key: {**entry, "config": asdict(entry["config"])} for key, entry in measured.items()}
     content = {

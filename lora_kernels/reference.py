@@ -1,4 +1,5 @@
-"""The mathematics of the package in plain torch: what every kernel is compared with, and what answers where none exists.
+"""The mathematics of the package in plain torch: what every kernel is compared with, and what
+answers where none exists.
 
     forward    S  = c (mask*x) A^T                   [M,r]
                Y  = x W^T + S B^T + bias             [M,N]
@@ -8,9 +9,10 @@
                dB = dY^T S                           [N,r]
                dbias = sum_rows dY                   [N]
 
-with ``c = scale / (1 - dropout_p)``. Half-precision operands accumulate in float32; S and D are scaled in float32 and
-rounded once to the operand dtype; Y and dX are rounded once. The functions carry the names and the arguments of the
-operators in ``ops.py``, run on any device, and are differentiable where autograd is wanted as an oracle (float64).
+with ``c = scale / (1 - dropout_p)``. Half-precision operands accumulate in float32; S and D are
+scaled in float32 and rounded once to the operand dtype; Y and dX are rounded once. The functions
+carry the names and the arguments of the operators in ``ops.py``, run on any device, and are
+differentiable where autograd is wanted as an oracle (float64).
 """
 
 from __future__ import annotations
@@ -33,20 +35,24 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def dropout_threshold(dropout_p: float) -> int:
     """The integer a 16-bit lane is compared with: kept if and only if ``lane >= threshold``.
 
-    Rounded to the nearest 1/65536 and capped below 65536, so that no ``dropout_p < 1`` drops everything.
+    Rounded to the nearest 1/65536 and capped below 65536, so that no ``dropout_p < 1`` drops
+    everything.
     """
     return min(int(dropout_p * 65536 + 0.5), 65535)
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) on 32-bit words held in int64.
+    """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) on 32-bit
+    words held in int64.
 
-    ``counter`` is four and ``key`` two broadcastable int64 tensors with values in [0, 2^32); so are the four results.
+    ``counter`` is four and ``key`` two broadcastable int64 tensors with values in [0, 2^32); so are
+    the four results.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # The 64-bit product wraps to a negative int64; shifting and masking still reads its two unsigned words.
+        # The 64-bit product wraps to a negative int64; shifting and masking still reads its two
+        # unsigned words.
         product0, product1 = c0 * _PHILOX_M0, c2 * _PHILOX_M1
         c0, c2 = (product1 >> 32 & _WORD) ^ c1 ^ k0, (product0 >> 32 & _WORD) ^ c3 ^ k1
         c1, c3 = product1 & _WORD, product0 & _WORD
@@ -57,14 +63,16 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
 def dropout_mask(rng: Tensor, rows: int, cols: int, dropout_p: float) -> Tensor:
     """The dropout mask as bool [rows, cols]; True keeps the element.
 
-    ``rng`` is int64[4] = (seed, offset, row0, col0). Element (i, j) stands at the logical position (row0+i, col0+j); its
-    bits are lane ``(col0+j) % 8`` of the Philox block with counter ``(row, col // 8, offset low, offset high)`` and key
-    ``(seed low, seed high)``: lane ``l`` is the low (even l) or high (odd l) half of word ``l // 2``. So a shard or a
-    micro-batch that knows its first row and column reproduces its part of the whole mask.
+    ``rng`` is int64[4] = (seed, offset, row0, col0). Element (i, j) stands at the logical position
+    (row0+i, col0+j); its bits are lane ``(col0+j) % 8`` of the Philox block with counter ``(row,
+    col // 8, offset low, offset high)`` and key ``(seed low, seed high)``: lane ``l`` is the low
+    (even l) or high (odd l) half of word ``l // 2``. So a shard or a micro-batch that knows its
+    first row and column reproduces its part of the whole mask.
     """
     seed, offset, row0, col0 = rng.unbind()
     row = (row0 + torch.arange(rows, device=rng.device)) & _WORD
-    # One block more than cols needs when col0 is a multiple of 8, so that the shape does not depend on a device value.
+    # One block more than cols needs when col0 is a multiple of 8, so that the shape does not depend
+    # on a device value.
     blocks = (cols + LANES - 1) // LANES + 1
     col_block = (col0 // LANES + torch.arange(blocks, device=rng.device)) & _WORD
     words = philox4x32(
@@ -78,7 +86,8 @@ def dropout_mask(rng: Tensor, rows: int, cols: int, dropout_p: float) -> Tensor:
 
 
 def masked(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
-    """``mask * x`` without the 1/(1-p): x [M,K] -> [M,K]. Dropped elements are +0 whatever x holds (NaN too)."""
+    """``mask * x`` without the 1/(1-p): x [M,K] -> [M,K]. Dropped elements are +0 whatever x holds
+    (NaN too)."""
     return torch.where(dropout_mask(rng, x.shape[0], x.shape[1], dropout_p), x, 0)
 
 
@@ -87,7 +96,8 @@ def lora_shrink(
 ) -> Tensor:
     """``S = scale/(1-dropout_p) * (mask*x) A^T``: x [M,K], lora_a [r,K] -> [M,r] in x's dtype.
 
-    The mask is applied where ``rng`` is given; D, which no mask touches, is the same function of (dY, B^T) without it.
+    The mask is applied where ``rng`` is given; D, which no mask touches, is the same function of
+    (dY, B^T) without it.
     """
     acc = accumulate_dtype(x.dtype)
     if rng is not None:
@@ -110,8 +120,8 @@ def lora_linear_fwd(
 ) -> tuple[Tensor, Tensor]:
     """``Y = out_scale * (x W^T + S B^T) + bias`` and S.
 
-    x [M,K], weight [N,K] (or [K,N] with ``fan_in_fan_out``), lora_a [r,K], lora_b [N,r], scale 0-d, bias [N],
-    out_scale [N] -> Y [M,N], S [M,r], both in x's dtype.
+    x [M,K], weight [N,K] (or [K,N] with ``fan_in_fan_out``), lora_a [r,K], lora_b [N,r], scale 0-d,
+    bias [N], out_scale [N] -> Y [M,N], S [M,r], both in x's dtype.
     """
     acc = accumulate_dtype(x.dtype)
     s = lora_shrink(x, lora_a, scale, rng, dropout_p)
@@ -135,9 +145,11 @@ def lora_linear_dx(
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``D = c dY B`` and ``dX = dY W + mask*(D A)``: dy [M,N] -> dX [M,K], D [M,r], both in dy's dtype.
+    """``D = c dY B`` and ``dX = dY W + mask*(D A)``: dy [M,N] -> dX [M,K], D [M,r], both in dy's
+    dtype.
 
-    The forward with its roles swapped, and the mask on the tail's product instead of on the operand that makes S.
+    The forward with its roles swapped, and the mask on the tail's product instead of on the operand
+    that makes S.
     """
     acc = accumulate_dtype(dy.dtype)
     if out_scale is not None:
@@ -162,10 +174,11 @@ def lora_linear_dab(
     dbias_dtype: torch.dtype | None = None,
     out_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``dA = D^T (mask*x)`` [r,K], ``dB = dY^T S`` [N,r], ``dbias = sum_rows dY`` [N], each in its given dtype.
+    """``dA = D^T (mask*x)`` [r,K], ``dB = dY^T S`` [N,r], ``dbias = sum_rows dY`` [N], each in its
+    given dtype.
 
-    A dtype of None means: not asked for; its place is taken by an empty tensor, and x and d (for dA) or s (for dB) may
-    then be None.
+    A dtype of None means: not asked for; its place is taken by an empty tensor, and x and d (for
+    dA) or s (for dB) may then be None.
     """
     acc = accumulate_dtype(dy.dtype)
     da, db, dbias = (dy.new_empty(0) for _ in range(3))

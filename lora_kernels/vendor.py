@@ -1,7 +1,9 @@
-"""The vendor plan: the library's GEMM, then the rank tail added in place. The floor under every shape.
+"""The vendor plan: the library's GEMM, then the rank tail added in place. The floor under every
+shape.
 
-Same names, arguments and results as ``reference.py``, with two roundings more than the contract's single one: the base
-product is rounded before the tail is added, and S before it is scaled. ``masked`` is the device's dropout kernel.
+Same names, arguments and results as ``reference.py``, with two roundings more than the contract's
+single one: the base product is rounded before the tail is added, and S before it is scaled.
+``masked`` is the device's dropout kernel.
 """
 
 from __future__ import annotations
@@ -16,7 +18,13 @@ Masked = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def lora_shrink(
-    x: Tensor, lora_a: Tensor, scale: Tensor, rng: Tensor | None = None, dropout_p: float = 0.0, *, masked: Masked
+    x: Tensor,
+    lora_a: Tensor,
+    scale: Tensor,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *,
+    masked: Masked,
 ) -> Tensor:
     if rng is not None:
         x = masked(x, rng, dropout_p)

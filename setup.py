@@ -1,0 +1,161 @@
+"""Builds the CPU extensions: one per instruction set, from the same sources, none of them required.
+
+Everything declarative is in pyproject.toml. What could not be built, and why, is written to
+`lora_kernels/_build_info.json`, which `lora_kernels._native` reads: a machine without a compiler
+installs the package all the same and the reference answers.
+"""
+
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# The build may run in an environment that is not activated, and ninja is one of its scripts.
+os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    NO_TORCH = None
+except Exception as error:  # a torch that is there but broken raises anything
+    torch = None
+    NO_TORCH = f"torch could not be imported while lora_kernels was installed ({error})"
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+ISA_FLAGS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISA_FLAGS.update(avx2=AVX2, avx512=AVX512)
+
+COMMON_FLAGS = ["-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden"]
+# at::parallel_for is inlined from a header and silently serial without this flag. Apple's clang
+# does not know it, and a second OpenMP runtime beside torch's would be worse than one thread.
+OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
+
+SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
+HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
+
+
+def isa_of(extension: Extension) -> str:
+    return extension.name.removeprefix("lora_kernels._C_")
+
+
+def make_extension(isa: str) -> Extension:
+    name = f"lora_kernels._C_{isa}"
+    if torch is None:  # never compiled; it only carries its files into a source distribution
+        return Extension(name, SOURCES, depends=HEADERS)
+    extension = CppExtension(
+        name,
+        SOURCES,
+        depends=HEADERS,
+        extra_compile_args=[
+            *COMMON_FLAGS,
+            *OPENMP_FLAGS,
+            *ISA_FLAGS[isa],
+            f"-DLORA_KERNELS_ISA={isa}",
+        ],
+        extra_link_args=OPENMP_FLAGS,
+        # No Python in it at all (torch.ops.load_library opens it): torch_python stays out.
+        py_limited_api=True,
+    )
+    # Warnings are for our code, not for torch's headers.
+    for directory in extension.include_dirs:
+        extension.extra_compile_args += ["-isystem", directory]
+    extension.include_dirs = []
+    return extension
+
+
+def find_compiler() -> "str | None":
+    """CXX if it is set, else the first compiler on PATH: Python's own may be another machine's."""
+    for command in [os.environ.get("CXX"), "c++", "g++", "clang++"]:
+        if command and shutil.which(shlex.split(command)[0]):
+            return command
+    return None
+
+
+def compiler_version(compiler: str) -> str:
+    command = [*shlex.split(compiler), "--version"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
+
+
+def first_error(build_temp: str, error: Exception) -> str:
+    """The compiler's own first complaint: torch's exception only says that ninja failed."""
+    if Path(build_temp, "build.ninja").exists() and shutil.which("ninja"):
+        again = subprocess.run(["ninja", "-C", build_temp], capture_output=True, text=True)
+        complaint = re.search(r"^.*\berror\b:.*$", again.stdout, re.MULTILINE)
+        if complaint:
+            return complaint.group().strip()
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class BuildNative(BuildExtension.with_options(no_python_abi_suffix=True) if torch else build_ext):
+    """Builds what it can, leaves out what it cannot and writes down which is which."""
+
+    def run(self) -> None:
+        self.failed: dict[str, str] = {}
+        compiler = find_compiler()
+        if torch is None:
+            self.leave_out_all(NO_TORCH)
+        elif compiler is None:
+            self.leave_out_all(
+                f"no C++ compiler was found while lora_kernels was installed (CXX="
+                f"{os.environ.get('CXX')!r}; c++, g++ and clang++ are not on PATH): "
+                f"install one, then install lora_kernels again"
+            )
+        else:
+            os.environ["CXX"] = compiler
+            if self.inplace:
+                # Objects that outlive this call: an edited source costs one file, not all of them.
+                self.build_temp = os.path.abspath(f"build/torch-{torch.__version__}")
+        super().run()
+
+        info = {
+            "built": [isa_of(extension) for extension in self.extensions],
+            "failed": self.failed,
+            "compiler": compiler and compiler_version(compiler),
+            "torch": torch and torch.__version__,
+        }
+        package = Path("." if self.inplace else self.build_lib, "lora_kernels")
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+        for reason in dict.fromkeys(self.failed.values()):
+            names = ", ".join(isa for isa in self.failed if self.failed[isa] == reason)
+            print(f"lora_kernels: CPU extension not built ({names}): {reason}", file=sys.stderr)
+
+    def leave_out_all(self, reason: str) -> None:
+        self.failed = dict.fromkeys(ISA_FLAGS, reason)
+        self.extensions = []
+
+    def build_extensions(self) -> None:
+        try:
+            super().build_extensions()
+        except Exception as error:  # torch's own checks of the compiler raise several types
+            self.leave_out_all(first_error(self.build_temp, error))
+        self.extensions = [ext for ext in self.extensions if isa_of(ext) not in self.failed]
+
+    def build_extension(self, ext: Extension) -> None:
+        # The extensions share their sources: objects of one must not pass for those of another.
+        shared, self.build_temp = self.build_temp, os.path.join(self.build_temp, isa_of(ext))
+        try:
+            super().build_extension(ext)
+        except Exception as error:  # recorded, and the other instruction sets are still built
+            self.failed[isa_of(ext)] = first_error(self.build_temp, error)
+        finally:
+            self.build_temp = shared
+
+
+setup(
+    license="Apache-2.0",
+    ext_modules=[make_extension(isa) for isa in ISA_FLAGS],
+    cmdclass={"build_ext": BuildNative},
+)

@@ -1,0 +1,337 @@
+"""The CPU extension's own operators, for every instruction set, and the module that loads it.
+
+A process holds one extension. So `test_masked_*` tests whichever one this process has, and
+`test_every_instruction_set` runs them again in one process for each of the others.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lora_kernels import _native
+
+needs_extension = pytest.mark.skipif(
+    _native.load() is None, reason=f"no CPU extension is loaded: {_native.why_not()}"
+)
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# Random123's kat_vectors for philox4x32-10: counter, key, result.
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    (
+        (0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF),
+        (0xFFFFFFFF, 0xFFFFFFFF),
+        (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+    ),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+def philox(counter, key):
+    """Philox4x32-10 on Python's integers: slow, and plain to read."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1 = product1 >> 32 ^ c1 ^ k0, product1 & 0xFFFFFFFF
+        c2, c3 = product0 >> 32 ^ c3 ^ k1, product0 & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def halves(value):
+    return value & 0xFFFFFFFF, value >> 32 & 0xFFFFFFFF
+
+
+def signed(value):
+    return value - 2**64 if value >= 2**63 else value
+
+
+def keeps(rng, rows, cols, dropout_p):
+    """The mask as bool [rows, cols], one element after the other."""
+    seed, offset, row0, col0 = rng
+    threshold = min(int(dropout_p * 65536 + 0.5), 65535)
+    words = {}
+    mask = torch.empty(rows, cols, dtype=torch.bool)
+    for i in range(rows):
+        for j in range(cols):
+            group, lane = divmod(col0 + j, 8)
+            if (i, group) not in words:
+                counter = (halves(row0 + i)[0], halves(group)[0], *halves(offset))
+                words[i, group] = philox(counter, halves(seed))
+            value = words[i, group][lane // 2] >> 16 * (lane % 2) & 0xFFFF
+            mask[i, j] = value >= threshold
+    return mask
+
+
+def bits(x):
+    return x.contiguous().view(INTEGER[x.element_size()])
+
+
+def check(x, rng, dropout_p):
+    out = torch.ops.lora_kernels_cpu.masked(x, torch.tensor(rng), dropout_p)
+    keep = keeps(rng, *x.shape, dropout_p)
+    assert out.dtype == x.dtype and out.shape == x.shape and out.is_contiguous()
+    assert torch.equal(bits(out), torch.where(keep, bits(x), 0))
+    return keep
+
+
+@pytest.mark.parametrize(("counter", "key", "result"), KNOWN_ANSWERS)
+def test_philox_of_this_file(counter, key, result):
+    assert philox(counter, key) == result
+
+
+@needs_extension
+@pytest.mark.parametrize(("counter", "key", "result"), KNOWN_ANSWERS)
+def test_masked_known_answers(counter, key, result):
+    # An element is kept up to the threshold that is its lane: bisection reads the lane out.
+    seed, offset = (signed(low | high << 32) for low, high in (key, counter[2:]))
+    rng = torch.tensor([seed, offset, counter[0], 8 * counter[1]])
+    ones = torch.ones(1, 8)
+    lanes = torch.zeros(8, dtype=torch.int64)
+    for step in (1 << bit for bit in reversed(range(16))):
+        for lane in range(8):
+            p = (lanes[lane].item() + step) / 65536
+            kept = torch.ops.lora_kernels_cpu.masked(ones, rng, p)[0, lane] == 1
+            lanes[lane] += step * int(kept)
+    words = lanes[0::2] + (lanes[1::2] << 16)
+    assert tuple(words.tolist()) == result
+
+
+@needs_extension
+def test_masked_instruction_set():
+    isa = torch.ops.lora_kernels_cpu.isa()
+    assert isa == _native.load() == os.environ.get(_native.VARIABLE, _native.available()[-1])
+    assert _native.why_not() is None
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999999])
+def test_masked_dtypes(dtype, p):
+    keep = check(torch.randn(3, 517).to(dtype), (0x123456789ABCDEF, 5, 0, 0), p)
+    assert keep.all() == (p == 0.0)
+    assert p == 0.0 or abs(keep.float().mean() - (1 - p)) < 0.06
+
+
+@needs_extension
+@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize("cols", [0, 1, 7, 8, 9, 255, 256, 257, 600])
+def test_masked_sizes(rows, cols):
+    check(torch.randn(rows, cols), (7, 1, 0, 0), 0.3)
+
+
+@needs_extension
+@pytest.mark.parametrize("row0", [0, 3, 2**32 - 1, 2**40 + 1])
+@pytest.mark.parametrize("col0", [0, 1, 13, 8 * 2**32 - 9])
+def test_masked_origin(row0, col0):
+    check(torch.randn(3, 300), (-1, -(2**62), row0, col0), 0.4)
+
+
+@needs_extension
+def test_masked_part_of_a_whole():
+    masked = torch.ops.lora_kernels_cpu.masked
+    x = torch.randn(37, 600)
+    whole = masked(x, torch.tensor([11, 2, 0, 0]), 0.2)
+    part = masked(x[5:21, 123:477], torch.tensor([11, 2, 5, 123]), 0.2)
+    assert torch.equal(part, whole[5:21, 123:477])
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda x: x.t(), id="transposed"),
+        pytest.param(lambda x: x[1::2, 3:], id="sliced"),
+        pytest.param(lambda x: x[:, ::3], id="every third column"),
+        pytest.param(lambda x: x[:1].expand(4, -1), id="expanded rows"),
+        pytest.param(lambda x: x[:4, :1].expand(-1, 270), id="expanded columns"),
+    ],
+)
+def test_masked_strides(dtype, view):
+    x = torch.randn(8, 300).to(dtype)
+    before = x.clone()
+    check(view(x), (3, 4, 1, 2), 0.25)
+    assert torch.equal(x, before)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.0])
+def test_masked_special_values(dtype, value):
+    keep = check(torch.full((4, 90), value, dtype=dtype), (1, 2, 3, 4), 0.5)
+    assert keep.any() and not keep.all()
+
+
+@needs_extension
+def test_masked_over_threads():
+    # Enough rows for several tasks; the threads must not show in the result.
+    x, rng = torch.randn(513, 129), torch.tensor([9, 8, 7, 6])
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(torch.ops.lora_kernels_cpu.masked(x, rng, 0.5))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert torch.equal(results[0] != 0, keeps(rng.tolist(), 513, 129, 0.5))
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("x", "rng", "p", "error", "says"),
+    [
+        (torch.zeros(2, 3, dtype=torch.int32), torch.zeros(4).long(), 0.1, TypeError, "x must be"),
+        (torch.zeros(3), torch.zeros(4).long(), 0.1, ValueError, r"\[M, K\], got \[3\]"),
+        (torch.zeros(2, 3, 4), torch.zeros(4).long(), 0.1, ValueError, r"\[M, K\]"),
+        (torch.zeros(2, 3), torch.zeros(4), 0.1, TypeError, "rng must be int64"),
+        (torch.zeros(2, 3), torch.zeros(3).long(), 0.1, ValueError, "rng must be .*seed"),
+        (torch.zeros(2, 3), torch.zeros(4, 1).long(), 0.1, ValueError, "rng must be .*seed"),
+        (torch.zeros(2, 3), torch.zeros(8).long()[::2], 0.1, ValueError, "contiguous"),
+        (torch.zeros(2, 3), torch.tensor([0, 0, 0, -1]), 0.1, ValueError, "col0"),
+        (torch.zeros(2, 3), torch.zeros(4).long(), 1.0, ValueError, "dropout_p"),
+        (torch.zeros(2, 3), torch.zeros(4).long(), -0.1, ValueError, "dropout_p"),
+        (torch.zeros(2, 3), torch.zeros(4).long(), float("nan"), ValueError, "dropout_p"),
+        (torch.zeros(2, 3).to("meta"), torch.zeros(4).long(), 0.1, ValueError, "x on meta"),
+        (torch.zeros(2, 3), torch.zeros(4).long().to("meta"), 0.1, ValueError, "rng on meta"),
+        (torch.zeros(2, 3).to_sparse(), torch.zeros(4).long(), 0.1, ValueError, "Sparse"),
+    ],
+)
+def test_masked_wrong_calls(x, rng, p, error, says):
+    with pytest.raises(error, match=says):
+        torch.ops.lora_kernels_cpu.masked(x, rng, p)
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", [isa for isa in _native.available() if isa != _native.load()])
+def test_every_instruction_set(isa):
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_masked"]
+    done = subprocess.run(
+        [*tests, __file__],
+        env={**os.environ, _native.VARIABLE: isa},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout + done.stderr
+
+
+def load_in_new_process(statement, **environment):
+    """What `statement`, run in a process of its own, leaves in `said`."""
+    before = "import json, torch\nfrom lora_kernels import _native\n"
+    code = f"{before}{statement}\nprint(json.dumps(said))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def test_import_loads_nothing():
+    assert not load_in_new_process("said = hasattr(torch.ops.lora_kernels_cpu, 'isa')")
+
+
+@needs_extension
+def test_threads_that_load_together():
+    said = load_in_new_process(
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "with ThreadPoolExecutor(8) as pool:\n"
+        "    said = list(pool.map(lambda _: _native.load(), range(32)))"
+    )
+    assert said == [_native.load()] * 32
+
+
+def test_forced_off():
+    said = load_in_new_process(
+        "said = [_native.load(), _native.why_not(), hasattr(torch.ops.lora_kernels_cpu, 'isa')]",
+        LORA_KERNELS_CPU_ISA="none",
+    )
+    assert said == [None, "turned off by LORA_KERNELS_CPU_ISA=none", False]
+
+
+def install(directory, built=(), failed=None, torch_version=torch.__version__):
+    info = {"built": list(built), "failed": failed or {}, "compiler": None, "torch": torch_version}
+    (directory / "_build_info.json").write_text(json.dumps(info))
+
+
+def test_unknown_name_raises(tmp_path):
+    install(tmp_path)
+    with pytest.raises(ValueError, match="LORA_KERNELS_CPU_ISA='sse9'.*baseline.*none"):
+        _native._load(tmp_path, "sse9")
+
+
+def test_instruction_set_the_cpu_lacks_raises(tmp_path, monkeypatch):
+    install(tmp_path, ["baseline", "avx2", "avx512"])
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert _native._supported() == ("baseline", "avx2")
+    with pytest.raises(ValueError, match="avx512.*choice of baseline, avx2, none"):
+        _native._load(tmp_path, "avx512")
+
+
+def test_reason_never_installed(tmp_path):
+    isa, reason = _native._load(tmp_path, None)
+    assert isa is None and "never installed" in reason
+
+
+def test_reason_recorded_by_the_install(tmp_path):
+    install(tmp_path, failed=dict.fromkeys(_native.ISAS, "no C++ compiler was found"))
+    assert _native._load(tmp_path, None) == (None, "no C++ compiler was found")
+    assert _native._load(tmp_path, "baseline") == (None, "no C++ compiler was found")
+
+
+def test_reason_built_for_another_torch(tmp_path):
+    install(tmp_path, ["baseline"], torch_version="2.0.0")
+    isa, reason = _native._load(tmp_path, None)
+    assert isa is None and "built for torch 2.0.0" in reason and torch.__version__ in reason
+
+
+def test_reason_instruction_set_not_built(tmp_path):
+    install(tmp_path)
+    assert _native._load(tmp_path, "baseline") == (None, "baseline was not built")
+
+
+def test_library_that_does_not_load(tmp_path):
+    install(tmp_path, ["baseline"])
+    (tmp_path / "_C_baseline.so").write_bytes(b"not a library")
+    said = load_in_new_process(
+        f"import pathlib; said = _native._load(pathlib.Path({str(tmp_path)!r}), None)"
+    )
+    assert said[0] is None and "_C_baseline.so" in said[1]
+
+
+def test_next_best_is_loaded_where_the_best_is_broken(tmp_path, monkeypatch):
+    install(tmp_path, ["baseline", "avx2", "avx512"])
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    tried = []
+
+    def load_library(path):
+        tried.append(path.name)
+        if "avx512" in path.name:
+            raise OSError("cannot open")
+
+    monkeypatch.setattr(_native, "_load_library", load_library)
+    assert _native._load(tmp_path, None) == ("avx2", None)
+    assert tried == ["_C_avx512.so", "_C_avx2.so"]
+
+
+@needs_extension
+def test_second_import_of_the_package_shares_the_library():
+    directory, loaded = _native.DIRECTORY, _native.load()
+    assert _native._load(directory, loaded) == (loaded, None)
+    for other in (isa for isa in _native.available() if isa != loaded):
+        isa, reason = _native._load(directory, other)
+        assert isa is None and f"{loaded} extension is loaded" in reason
