@@ -1,0 +1,27 @@
+"""Devices and dtypes that the tests run on: the CPU always, a GPU where there is one."""
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+DEVICES = ["cpu"] + ["cuda"] * HAS_GPU
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a GPU")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)

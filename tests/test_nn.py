@@ -1,0 +1,472 @@
+"""``FusedLoRALinear``: construction, state, merging, and every way a user moves or copies a
+module."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import lora_kernels as lk
+from lora_kernels.testing import Case, assert_within_budget, naive
+
+FORMATS = ["linear", "no bias", "conv1d", "square conv1d"]
+
+
+def base_layer(kind, dtype=torch.float32):
+    if kind == "linear":
+        return nn.Linear(24, 40, dtype=dtype)
+    if kind == "no bias":
+        return nn.Linear(24, 40, bias=False, dtype=dtype)
+    in_features, out_features = (24, 40) if kind == "conv1d" else (32, 32)
+    layer = Conv1D(out_features, in_features)
+    nn.init.normal_(layer.weight, std=in_features**-0.5)
+    nn.init.normal_(layer.bias)
+    return layer.to(dtype)
+
+
+def adapted(kind="linear", dtype=torch.float32, **arguments):
+    """A layer whose adapter is as large as its base."""
+    layer = lk.FusedLoRALinear.from_linear(
+        base_layer(kind, dtype), **({"r": 4, "lora_alpha": 6} | arguments)
+    )
+    with torch.no_grad():
+        nn.init.normal_(layer.lora_A, std=layer.in_features**-0.5)
+        nn.init.normal_(layer.lora_B, std=1 / (layer.scaling * layer.r**0.5))
+    return layer
+
+
+def explicit(layer, x):
+    """The formula in float64, orientation by the names of the axes."""
+    x, weight = x.double(), layer.weight.double()
+    base = torch.einsum("...i,io->...o" if layer.fan_in_fan_out else "...i,oi->...o", x, weight)
+    tail = torch.einsum("...i,ri,or->...o", x, layer.lora_A.double(), layer.lora_B.double())
+    return base + layer.scaling * tail + (0 if layer.bias is None else layer.bias.double())
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_forward_is_the_formula(kind, dtype):
+    layer = adapted(kind, dtype)
+    x = torch.randn(3, 5, layer.in_features, dtype=dtype)
+    expected = explicit(layer, x)
+    assert (expected - F.linear(x, *base_of(layer)).double()).norm() > expected.norm() / 4
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def base_of(layer):
+    return (layer.weight.t() if layer.fan_in_fan_out else layer.weight), layer.bias
+
+
+def test_is_a_linear_and_starts_as_its_base():
+    layer = lk.FusedLoRALinear(24, 40, r=4)
+    x = torch.randn(5, 24)
+    assert isinstance(layer, nn.Linear)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    trained = {name for name, p in layer.named_parameters() if p.requires_grad}
+    assert trained == {"lora_A", "lora_B"}
+    assert layer.lora_A.shape == (4, 24)
+    assert layer.lora_B.shape == (40, 4)
+
+
+def test_constructor_draws_the_base_as_linear_does():
+    torch.manual_seed(3)
+    plain = nn.Linear(24, 40)
+    torch.manual_seed(3)
+    layer = lk.FusedLoRALinear(24, 40)
+    assert torch.equal(layer.weight, plain.weight)
+    assert torch.equal(layer.bias, plain.bias)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_from_linear_shares_the_base(kind):
+    module = base_layer(kind).eval()
+    layer = lk.FusedLoRALinear.from_linear(module, r=3)
+    assert layer.weight is module.weight
+    assert layer.bias is module.bias
+    assert layer.fan_in_fan_out == ("conv1d" in kind)
+    assert not layer.training
+    assert not any(
+        p.requires_grad for p in (layer.weight, *([] if layer.bias is None else [layer.bias]))
+    )
+    x = torch.randn(7, layer.in_features)
+    torch.testing.assert_close(layer(x), module(x))
+
+
+def test_from_linear_keeps_hooks():
+    module, calls = nn.Linear(4, 4), []
+    handle = module.register_forward_hook(lambda m, args, out: calls.append("forward"))
+    module.register_forward_pre_hook(lambda m, args, kwargs: calls.append("pre"), with_kwargs=True)
+    layer = lk.FusedLoRALinear.from_linear(module)
+    layer(torch.ones(1, 4))
+    assert calls == ["pre", "forward"]
+    handle.remove()
+    layer(torch.ones(1, 4))
+    assert calls == ["pre", "forward", "pre"]
+
+
+class _OwnForward(nn.Linear):
+    def forward(self, input):
+        return super().forward(input) * 2
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Embedding(3, 4), "is a Embedding"),
+        (nn.Conv1d(3, 4, 1), "is a Conv1d"),
+        (_OwnForward(3, 4), "forward of its own"),
+        (nn.MultiheadAttention(4, 2).out_proj, "never called"),
+        (lk.FusedLoRALinear(3, 4), "already"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), "parametrised"),
+        (nn.LazyLinear(4), "LazyLinear|lazy"),
+    ],
+)
+def test_from_linear_refuses(module, message):
+    with pytest.raises(TypeError, match=message):
+        lk.FusedLoRALinear.from_linear(module)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"r": 0}, "rank r must be an integer >= 1, not 0"),
+        ({"r": -1}, "not -1"),
+        ({"r": 2.5}, "not 2.5"),
+        ({"r": True}, "not True"),
+        ({"lora_alpha": float("nan")}, "lora_alpha"),
+        ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
+        ({"lora_dropout": -0.1}, "lora_dropout"),
+        ({"init_lora_weights": "pissa"}, "'pissa'"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lk.FusedLoRALinear(3, 4, **arguments)
+    module = nn.Linear(3, 4)
+    with pytest.raises(ValueError, match=message):
+        lk.FusedLoRALinear.from_linear(module, **arguments)
+    assert module.weight.requires_grad
+
+
+def test_a_typo_is_an_error():
+    with pytest.raises(TypeError, match="lora_aplha"):
+        lk.FusedLoRALinear(3, 4, lora_aplha=3)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_scaling(use_rslora):
+    layer = adapted(r=4, lora_alpha=6, use_rslora=use_rslora)
+    assert layer.scaling == (6 / math.sqrt(4) if use_rslora else 6 / 4)
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(layer(x).double(), explicit(layer, x), rtol=1e-5, atol=1e-5)
+    address = layer._scale.data_ptr()
+    layer.scaling = 0.25
+    assert layer.scaling == 0.25
+    assert layer._scale.data_ptr() == address, "a captured graph reads the scale at its address"
+    torch.testing.assert_close(layer(x).double(), explicit(layer, x), rtol=1e-5, atol=1e-5)
+    layer.merge()
+    layer.scaling = 3.0
+    layer.unmerge()
+    layer.merge()
+    merged = layer(x)
+    layer.unmerge()
+    torch.testing.assert_close(merged.double(), explicit(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_initialisations():
+    torch.manual_seed(0)
+    kaiming = lk.FusedLoRALinear(4096, 16, r=64)
+    bound = 1 / math.sqrt(4096)
+    assert kaiming.lora_A.abs().max() <= bound
+    assert kaiming.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    assert not kaiming.lora_B.any()
+    gaussian = lk.FusedLoRALinear(4096, 16, r=64, init_lora_weights="gaussian")
+    assert gaussian.lora_A.std().item() == pytest.approx(1 / 64, rel=0.02)
+    assert not gaussian.lora_B.any()
+    random = lk.FusedLoRALinear(4096, 16, r=64, init_lora_weights=False)
+    assert random.lora_B.std().item() == pytest.approx(1 / math.sqrt(3 * 64), rel=0.1)
+    old = random.lora_A.clone()
+    random.reset_lora_parameters()
+    assert not torch.equal(random.lora_A, old)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_half_precision_bases(dtype, autocast_adapter_dtype):
+    layer = adapted("conv1d", dtype, autocast_adapter_dtype=autocast_adapter_dtype)
+    expected = torch.float32 if autocast_adapter_dtype else dtype
+    assert (layer.weight.dtype, layer.lora_A.dtype, layer.lora_B.dtype) == (
+        dtype,
+        expected,
+        expected,
+    )
+    x = torch.randn(33, 24, dtype=dtype)
+    y = layer(x)
+    y.sum().backward()
+    assert y.dtype == dtype
+    assert layer.lora_A.grad.dtype == expected
+    # The budget's eager baseline, on this layer's own tensors.
+    case = Case(
+        33, 40, 24, 4, dtype, adapter_dtype=expected, fan_in_fan_out=True, scale=layer.scaling
+    )
+    inputs = copy.copy(case.draw())
+    for name, value in {
+        "x": x,
+        "weight": layer.weight,
+        "lora_a": layer.lora_A,
+        "lora_b": layer.lora_B,
+    }.items():
+        object.__setattr__(inputs, name, value)
+    object.__setattr__(inputs, "bias", layer.bias)
+    assert_within_budget("y", y, naive(inputs, dtype)["y"], naive(inputs, torch.float64)["y"])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_and_unmerge(kind, dtype):
+    layer = adapted(kind, dtype)
+    weight, version, values = layer.weight, layer.weight._version, layer.weight.clone()
+    x = torch.randn(64, layer.in_features, dtype=dtype)
+    y = layer(x)
+    layer.merge()
+    assert layer.merged
+    assert layer.weight is not weight
+    assert not layer.weight.requires_grad
+    merged = layer(x)
+    bound = 1e-6 if dtype == torch.float32 else 2e-2
+    assert (merged - y).abs().max() / y.abs().max() < bound
+    delta = layer.delta_weight()
+    assert delta.shape == weight.shape
+    torch.testing.assert_close(
+        layer.weight.double(), values.double() + delta.double(), rtol=1e-2, atol=1e-6
+    )
+    first = layer.weight
+    layer.merge()
+    assert layer.weight is first, "merging twice merges once"
+    layer.unmerge()
+    assert layer.weight is weight
+    assert weight._version == version
+    assert torch.equal(weight, values)
+    assert torch.equal(layer(x), y)
+    layer.unmerge()
+    assert layer.weight is weight
+
+
+def test_merging_writes_no_tied_weight():
+    embedding = nn.Embedding(40, 24)
+    module = nn.Linear(24, 40, bias=False)
+    module.weight = embedding.weight
+    values = embedding.weight.clone()
+    layer = lk.FusedLoRALinear.from_linear(module, init_lora_weights=False)
+    layer.merge()
+    assert torch.equal(embedding.weight, values)
+    layer.unmerge()
+    assert layer.weight is embedding.weight
+
+
+def test_merge_without_keeping_the_base_is_a_plain_linear():
+    layer = adapted()
+    x = torch.randn(3, 24)
+    y = layer(x)
+    layer.merge(keep_base=False)
+    assert layer.lora_A is None
+    assert layer.lora_B is None
+    plain = nn.Linear(24, 40)
+    plain.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(plain(x), y)
+    assert torch.equal(layer.train()(x), layer.eval()(x))
+    for call in (layer.unmerge, layer.delta_weight, layer.reset_lora_parameters):
+        with pytest.raises(RuntimeError, match="keep_base=False"):
+            call()
+    kept = adapted()
+    kept.merge()
+    kept.merge(keep_base=False)
+    assert kept.lora_A is None
+    assert kept.merged
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_state_dict_holds_base_and_adapter_merged_or_not(merged):
+    layer = adapted()
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    assert set(before) == {"weight", "bias", "lora_A", "lora_B"}
+    if merged:
+        layer.merge()
+    after = layer.state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    kept = layer.state_dict(keep_vars=True)["weight"]
+    assert isinstance(kept, nn.Parameter)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("merged", [False, True])
+def test_load_state_dict(merged, assign):
+    source, layer = adapted("conv1d"), adapted("conv1d")
+    if merged:
+        layer.merge()
+    layer.load_state_dict(source.state_dict(), assign=assign)
+    assert layer.merged == merged
+    x = torch.randn(5, 24)
+    torch.testing.assert_close(layer(x), source(x), rtol=1e-5, atol=1e-5)
+    layer.unmerge()
+    assert torch.equal(layer.weight, source.weight)
+    assert torch.equal(layer(x), source(x))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: saved_and_loaded(m)],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_copies(copied, merged):
+    layer = adapted("conv1d", lora_dropout=0.1).eval()
+    if merged:
+        layer.merge()
+    other = copied(layer)
+    x = torch.randn(5, 24)
+    assert torch.equal(other(x), layer(x))
+    assert other.merged == merged
+    assert other.scaling == layer.scaling
+    layer.unmerge()
+    other.unmerge()
+    assert torch.equal(other(x), layer(x))
+    with torch.no_grad():
+        other.weight.zero_()
+        other.lora_A.zero_()
+    other.scaling = 9.0
+    assert layer.weight.any()
+    assert layer.lora_A.any()
+    assert layer._scale.item() == layer.scaling
+
+
+def saved_and_loaded(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_to_dtype(dtype, merged):
+    layer = adapted()
+    base = layer.weight.detach().clone()
+    if merged:
+        layer.merge()
+    assert layer.to(dtype) is layer
+    assert {p.dtype for p in layer.parameters()} == {dtype}
+    assert layer.merged == merged
+    # The scale keeps its precision, whatever the module is cast to.
+    assert layer._scale.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert layer._scale.item() == layer.scaling
+    x = torch.randn(5, 24, dtype=dtype)
+    torch.testing.assert_close(layer(x).double(), explicit_unmerged(layer, x), rtol=5e-2, atol=5e-2)
+    assert torch.equal(layer.weight, base.to(dtype))
+
+
+def explicit_unmerged(layer, x):
+    layer.unmerge()
+    return explicit(layer, x)
+
+
+def test_to_empty_and_reset_after_meta():
+    layer = lk.FusedLoRALinear(24, 40, r=4, lora_alpha=6, device="meta")
+    assert layer._scale.is_meta
+    layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    assert layer._scale.item() == 1.5
+    x = torch.randn(3, 24)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_unmoved_layer_keeps_its_scale_in_place():
+    layer = adapted()
+    address = layer._scale.data_ptr()
+    layer.cpu().float()
+    assert layer._scale.data_ptr() == address
+
+
+def test_train_and_eval_while_merged():
+    layer = adapted(lora_dropout=0.5).eval()
+    layer.merge()
+    assert layer.eval().merged
+    layer.train()
+    assert not layer.merged
+    layer(torch.randn(3, 24)).sum().backward()
+    assert layer.lora_A.grad is not None
+
+
+def test_dropout_only_in_training():
+    layer = adapted(lora_dropout=0.5)
+    x = torch.randn(64, 24)
+    assert not torch.equal(layer.train()(x), layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+    torch.testing.assert_close(layer(x).double(), explicit(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_requires_grad_of_the_bias_is_honoured():
+    layer = adapted()
+    layer.bias.requires_grad_(True)
+    layer(torch.randn(3, 24)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((40,), 3.0))
+    assert layer.weight.grad is None
+
+
+def test_set_lora():
+    layer = adapted(r=4)
+    layer.merge()
+    lora_a, lora_b = torch.randn(4, 24), torch.randn(40, 4)
+    layer.set_lora(lora_a, lora_b, lora_alpha=2)
+    assert layer.merged
+    x = torch.randn(3, 24)
+    merged = layer(x)
+    layer.unmerge()
+    assert layer.scaling == 0.5
+    torch.testing.assert_close(merged.double(), explicit(layer, x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"lora_a \[3, 24\]"):
+        layer.set_lora(lora_a[:3], lora_b[:, :3], lora_alpha=2)
+
+
+def test_repr_tells_the_adapter():
+    layer = adapted("conv1d", lora_dropout=0.25)
+    layer.merge()
+    text = repr(layer)
+    for part in (
+        "in_features=24",
+        "r=4",
+        "lora_alpha=6",
+        "scaling=1.5",
+        "lora_dropout=0.25",
+        "fan_in_fan_out",
+        "merged",
+    ):
+        assert part in text
+
+
+def test_compiled_module_does_not_recompile_for_scales_and_batches():
+    torch._dynamo.reset()
+    layer = adapted(lora_dropout=0.1).eval()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows, scaling in ((5, 1.0), (6, 2.0), (13, 0.5)):
+            layer.scaling = scaling
+            x = torch.randn(rows, 24)
+            torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_functional_call_and_grads():
+    layer = adapted()
+    x = torch.randn(3, 24)
+    changed = {name: p.detach() * 2 for name, p in layer.named_parameters()}
+    y = torch.func.functional_call(layer, changed, (x,))
+    expected = F.linear(x, changed["weight"], changed["bias"])
+    expected = expected + layer.scaling * (x @ changed["lora_A"].t() @ changed["lora_B"].t())
+    torch.testing.assert_close(y, expected)

@@ -1,0 +1,211 @@
+"""Plans, tables, tuning, device facts and the command line, on any machine."""
+
+import json
+import threading
+
+import pytest
+import torch
+
+import lora_kernels as lk
+from lora_kernels import __main__ as cli
+from lora_kernels import config, device, ops, plan, tune
+from lora_kernels.config import Config, Problem, candidates, invalid_reason, is_valid
+from lora_kernels.device import DeviceFacts
+from lora_kernels.testing import Case
+
+CPU = DeviceFacts("cpu", "some cpu", "avx2", processors=8)
+HOPPER = DeviceFacts("cuda", "NVIDIA H200", "sm_90", processors=132, shared_memory=232448)
+UNKNOWN = DeviceFacts("xpu", "an accelerator of tomorrow", "unknown")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "cache"))
+    plan.forget_tables()
+    yield
+    plan.forget_tables()
+
+
+def problem(**changes):
+    sizes = {"m": 300, "n": 4096, "k": 1024, "r": 16, "dtype": "bfloat16"}
+    return Problem("lora_linear_fwd", **(sizes | {"adapter_dtype": "float32"} | changes))
+
+
+@pytest.mark.parametrize("facts", [CPU, HOPPER, UNKNOWN])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("op", ops.OPERATORS)
+@pytest.mark.parametrize("sizes", [(0, 1, 1, 1), (1, 4096, 4096, 16), (8191, 57344, 8192, 256)])
+def test_the_heuristic_is_always_valid(facts, dtype, op, sizes):
+    m, n, k, r = sizes
+    for dropout in (False, True):
+        asked = Problem(op, m, n, k, r, dtype, dtype, dropout)
+        chosen = plan.plan(asked, facts)
+        assert invalid_reason(chosen, asked, facts) is None
+        assert chosen in set(candidates(asked, facts))
+
+
+def test_an_unknown_device_gets_the_reference():
+    assert plan.plan(problem(), UNKNOWN).plan == "reference"
+    assert device.facts("meta").kind == "meta"
+
+
+@pytest.mark.parametrize("name", config.TILED_PLANS)
+def test_a_plan_without_a_kernel_is_not_valid(name):
+    assert "no tiled kernel" in invalid_reason(Config(name), problem(), HOPPER)
+    assert not is_valid(Config("typo"), problem(), HOPPER)
+
+
+def test_keys_round_m_and_r_and_keep_the_rest():
+    bucketed = problem(m=300, r=17).bucketed()
+    assert (bucketed.m, bucketed.r, bucketed.n, bucketed.k) == (512, 32, 4096, 1024)
+    assert [problem(m=m).bucketed().m for m in (0, 1, 2, 3, 64, 65)] == [1, 1, 2, 4, 64, 128]
+    different = {"dtype": "float16", "adapter_dtype": "float16", "dropout": True}
+    different |= {"fan_in_fan_out": True, "n": 4097, "k": 1025, "m": 600, "r": 33}
+    keys = {problem(**{name: value}).bucketed().key() for name, value in different.items()}
+    assert len(keys | {problem().bucketed().key()}) == len(different) + 1
+
+
+def test_a_measured_table_decides():
+    path = plan.cache_directory() / plan.table_name(CPU)
+    key = problem().bucketed().key()
+    plan.write_table(path, CPU, {key: {"config": Config("reference"), "median_us": 1.0}})
+    assert plan.plan(problem(), CPU).plan == "reference"
+    assert plan.plan(problem(m=400), CPU).plan == "reference", "the same bucket"
+    assert plan.plan(problem(m=600), CPU).plan == "vendor"
+    plan.write_table(path, CPU, {"another": {"config": Config("vendor"), "median_us": 1.0}})
+    assert plan.plan(problem(), CPU).plan == "reference", "writing keeps the other keys"
+
+
+def test_a_table_cannot_make_an_invalid_plan_answer():
+    path = plan.cache_directory() / plan.table_name(CPU)
+    key = problem().bucketed().key()
+    plan.write_table(path, CPU, {key: {"config": Config("in_loop", block_m=128), "median_us": 1.0}})
+    assert plan.plan(problem(), CPU).plan == "vendor"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("versions", {"torch": "1.0", "triton": "none"}), ("kernels", "0" * 16)]
+)
+def test_a_table_of_other_versions_or_kernels_is_ignored(field, value, recwarn):
+    path = plan.cache_directory() / plan.table_name(CPU)
+    plan.write_table(path, CPU, {problem().bucketed().key(): {"config": Config("reference")}})
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {field: value}))
+    plan.forget_tables()
+    assert plan.plan(problem(), CPU).plan == "vendor"
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"versions": 3}', "\x00\x01", '{"plans": {}}']
+)
+def test_a_broken_table_warns_and_is_ignored(text):
+    path = plan.cache_directory() / plan.table_name(CPU)
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert plan.plan(problem(), CPU).plan == "vendor"
+    # Tuning replaces it.
+    plan.write_table(path, CPU, {problem().bucketed().key(): {"config": Config("reference")}})
+    assert plan.plan(problem(), CPU).plan == "reference"
+
+
+def test_writing_a_table_leaves_no_other_file():
+    path = plan.cache_directory() / plan.table_name(CPU)
+    plan.write_table(path, CPU, {})
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_forced_plans():
+    inputs = Case(3, 4, 5, 2).draw()
+    arguments = (inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b)
+    with lk.force_plan("reference"):
+        lk.lora_linear(*arguments)
+        assert lk.last_plan().backend == "reference"
+        with lk.force_plan(Config("vendor")):
+            lk.lora_linear(*arguments)
+            assert lk.last_plan().plan == "vendor"
+        lk.lora_linear(*arguments)
+        assert lk.last_plan().plan == "reference"
+    with lk.force_plan("in_loop"), pytest.raises(ValueError, match="no tiled kernel"):
+        lk.lora_linear(*arguments)
+    with pytest.raises(ValueError, match="'venodr'"), lk.force_plan("venodr"):
+        pass
+    lk.lora_linear(*arguments)
+    assert lk.last_plan().plan == "vendor"
+
+
+def test_recorders_nest_and_see_all_threads():
+    inputs = Case(3, 4, 5, 2).draw()
+
+    def call():
+        lk.lora_linear(inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b)
+
+    with lk.record_plans() as outer:
+        call()
+        with lk.record_plans() as inner:
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+        call()
+    call()
+    assert (len(outer), len(inner)) == (3, 1)
+    assert outer[0].op == "lora_linear_fwd"
+    assert outer[0].problem == Problem("lora_linear_fwd", 3, 4, 5, 2, "float32", "float32")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("op", ops.OPERATORS)
+def test_tuning_measures_every_candidate_and_writes_the_best(op, dropout_p):
+    (measurement,) = tune.tune(
+        [(9, 24, 16)], [op], r=4, dtype=torch.float32, dropout_p=dropout_p, seconds=0.01
+    )
+    facts = device.facts("cpu")
+    assert set(measurement.medians_us) == set(candidates(measurement.problem, facts))
+    assert measurement.best.plan in ("vendor", "reference")
+    assert measurement.problem.dropout == (
+        dropout_p > 0 and op != "lora_linear_dx" or dropout_p > 0
+    )
+    assert plan.plan(measurement.problem, facts) == measurement.best
+    assert plan.read_table(tune.table_path("cpu"))[measurement.problem.bucketed().key()]
+
+
+def test_the_report_says_what_answers_and_why(capsys, monkeypatch):
+    assert cli.main([]) == 0
+    text = capsys.readouterr().out
+    for said in (f"lora_kernels {lk.__version__}", f"torch {torch.__version__}", "cpu:", "GPU:"):
+        assert said in text
+    assert "float64 is computed by the reference" in text
+    assert "vendor: lora_shrink, lora_linear_fwd" in text
+
+
+def test_tune_from_the_command_line(capsys):
+    assert cli.main("tune --shapes 4x16x8 --r 2 --dtype fp32 --seconds 0.01".split()) == 0
+    text = capsys.readouterr().out
+    assert "lora_linear_fwd" in text
+    assert str(tune.table_path("cpu")) in text
+    assert len(plan.read_table(tune.table_path("cpu"))) == len(ops.OPERATORS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("tune --shapes 4x16", "'4x16' is not MxKxN"),
+        ("tune --shapes 4x16x0", "below 1"),
+        ("tune --shapes 4x16x8 --dtype int8", "'int8' is none of"),
+        ("tune --shapes 4x16x8 --ops lora_linear", "'lora_linear' is none of"),
+        ("tune --shapes 4x16x8 --r 0", "--r must be at least 1"),
+        ("tune", "--shapes"),
+        ("tnue", "tnue"),
+    ],
+)
+def test_a_typo_on_the_command_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(arguments.split())
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_tuning_a_device_without_a_backend(capsys):
+    assert cli.main("tune --shapes 4x16x8 --device meta".split()) == 1
+    assert "nothing to tune on meta" in capsys.readouterr().err
