@@ -1,0 +1,1 @@
+"""Throughput of the fused layer against everything it replaces: ``pytest bench``."""

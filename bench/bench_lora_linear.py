@@ -1,0 +1,69 @@
+"""The fused layer against its rivals, one row per shape, dtype, rank, dropout and mode."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import lora_kernels as lk
+from lora_kernels.testing import Inputs
+
+from . import checks
+from .baselines import VARIANTS, Variant
+from .cases import Setting
+from .measure import CapturedStep, EagerStep, Rounds, Step, memory, quartiles
+
+
+def test_lora_linear(setting: Setting, benchmark: Any, session: Any) -> None:
+    session.skip_if_late()
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    device, clock = session.device, session.clock
+    inputs = checks.draw(setting, device)
+    inputs.x.requires_grad_(setting.mode == "training")
+    truth = checks.Truth(setting, inputs)
+    weights = [inputs.weight]
+    weights += [inputs.weight.clone() for _ in range(clock.sets(inputs.weight) - 1)]
+
+    steps: dict[str, list[Step]] = {}
+    held: dict[str, dict[str, int]] = {}
+    missing: dict[str, str] = {}
+    plans: dict[str, dict[str, str]] = {}
+    for key in session.variants:
+        variant = VARIANTS[key]
+        reason = variant.missing(setting, device)
+        if reason is not None:
+            missing[key] = reason
+            continue
+        with lk.record_plans() as answers:
+            eager = [_step(variant, replace(inputs, weight=weight), setting) for weight in weights]
+            steps[key] = [CapturedStep(step) for step in eager] if device == "cuda" else [*eager]
+            truth.check(eager[0].variant, steps[key][0], _without_base(setting, inputs, variant))
+            held[key] = memory(eager[0])
+        if variant.package == "lora_kernels":
+            plans[key] = checks.plans_of(answers, device, setting)
+
+    rounds = Rounds(clock, steps, "fused", [inputs.x, inputs.dy])
+    count = session.rounds_for(rounds.warm_up(session.warmup))
+    benchmark.group = f"{setting.dtype}, {setting.mode}"
+    with lk.record_plans() as answers:
+        benchmark.pedantic(rounds.lead, setup=rounds.before, rounds=count, iterations=1)
+    if device != "cuda":
+        # A replayed graph asks no planner: what was captured is what was timed.
+        checks.plans_of(answers, device, setting)
+    measured = {key: quartiles(found) | held[key] for key, found in rounds.samples.items()}
+    benchmark.extra_info.update(session.add_row(setting, measured, missing, plans))
+
+
+def _step(variant: type[Variant], inputs: Inputs, setting: Setting) -> EagerStep:
+    return EagerStep(variant(setting, inputs), setting.mode, inputs.x, inputs.dy)
+
+
+def _without_base(setting: Setting, inputs: Inputs, variant: type[Variant]) -> Step | None:
+    """The training step over a weight of zero, which shows the variant's dropout mask."""
+    if not setting.p or variant.computes != "lora":
+        return None
+    x = inputs.x.detach().requires_grad_()
+    return EagerStep(variant(setting, checks.without_base(inputs)), "training", x, inputs.dy)

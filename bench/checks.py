@@ -1,0 +1,124 @@
+"""Is it right? Asked of every variant, of the very step that is timed, before it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+import lora_kernels as lk
+from lora_kernels import testing
+
+from .baselines import Variant
+from .cases import Setting
+
+_SEED = 1234
+
+Outputs = tuple[Tensor, ...]
+_NAMES = ("y", "dx", "da", "db")
+
+
+@dataclass(frozen=True)
+class _Masked(testing.Inputs):
+    """Inputs with a dropout mask that somebody else drew."""
+
+    given: Tensor | None = None
+
+    def mask(self) -> Tensor | None:
+        return self.given
+
+
+def draw(setting: Setting, device: str) -> testing.Inputs:
+    """The tensors of one row; the adapter's part of y and of dx is as large as the base's."""
+    case = testing.Case(
+        m=setting.m,
+        n=setting.n,
+        k=setting.k,
+        r=setting.r,
+        dtype=getattr(torch, setting.dtype),
+        bias=False,
+        dropout_p=setting.p,
+        scale=setting.scale,
+        device=device,
+    )
+    return case.draw()
+
+
+class Truth:
+    """The float64 results of one row and the budget around them, for any variant's mask."""
+
+    def __init__(self, setting: Setting, inputs: testing.Inputs) -> None:
+        self.setting = setting
+        self.inputs = inputs
+        self._known: dict[str, list[dict[str, Tensor]]] = {}
+
+    def check(
+        self,
+        variant: Variant,
+        step: Callable[[], Outputs],
+        without_base: Callable[[], Outputs] | None,
+    ) -> None:
+        """Fail unless the outputs of ``step`` keep the budget.
+
+        ``without_base`` is the training step of the same variant over a weight of zero. Run from
+        the same seed, its dX is ``mask * (D A)`` and nothing else, so it shows the mask that the
+        variant draws, whichever generator it uses.
+        """
+        mask = None
+        if self.setting.p and variant.computes == "lora":
+            assert without_base is not None
+            torch.manual_seed(_SEED)
+            mask = without_base()[1] != 0
+            self._check_share(variant, mask)
+        exact, eager = self._results(variant, mask)
+        torch.manual_seed(_SEED)
+        for name, result in zip(_NAMES, step(), strict=False):
+            title = f"{variant.key} {self.setting} {name}"
+            testing.assert_within_budget(title, result, eager[name], exact[name])
+
+    def _check_share(self, variant: Variant, mask: Tensor) -> None:
+        p = self.setting.p
+        dropped = 1.0 - mask.double().mean().item()
+        deviation = (p * (1 - p) / mask.numel()) ** 0.5
+        # 2**-16: the mask compares 16-bit numbers.
+        allowed = 6 * deviation + 2.0**-16
+        assert abs(dropped - p) <= allowed, f"{variant.key}: dropout of {p} dropped {dropped:.4f}"
+
+    def _results(self, variant: Variant, mask: Tensor | None) -> list[dict[str, Tensor]]:
+        known = self._known.get(variant.computes)
+        if known is None or mask is not None:
+            inputs = self._inputs(variant, mask)
+            known = [testing.naive(inputs, torch.float64)]
+            known.append(testing.naive(inputs, inputs.case.dtype))
+            if mask is None:
+                self._known[variant.computes] = known
+        return known
+
+    def _inputs(self, variant: Variant, mask: Tensor | None) -> testing.Inputs:
+        inputs = self.inputs
+        if variant.computes == "plain":
+            inputs = replace(inputs, lora_b=torch.zeros_like(inputs.lora_b))
+        if mask is None:
+            return replace(inputs, case=replace(inputs.case, dropout_p=0.0), rng=None)
+        return _Masked(**{f.name: getattr(inputs, f.name) for f in fields(inputs)}, given=mask)
+
+
+def without_base(inputs: testing.Inputs) -> testing.Inputs:
+    return replace(inputs, weight=torch.zeros_like(inputs.weight))
+
+
+def plans_of(answers: Iterable[lk.Answer], device: str, setting: Setting) -> dict[str, str]:
+    """{operator: plan} of a fused step; fails where another backend than the device's answered."""
+    expected = ["lora_linear_fwd"]
+    if setting.mode == "training":
+        expected += ["lora_linear_dx", "lora_linear_dab"]
+    plans: dict[str, str] = {}
+    for answer in answers:
+        assert answer.backend == device, f"answered by {answer.backend}, not {device}: {answer}"
+        plan = plans.setdefault(answer.op, answer.plan)
+        assert plan == answer.plan, f"{answer.op} was answered by {plan}, then by {answer.plan}"
+    unseen = [op for op in expected if op not in plans]
+    assert not unseen, f"{unseen} never called: somebody else computed the step"
+    return {op: plans[op] for op in expected}

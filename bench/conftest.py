@@ -1,0 +1,229 @@
+"""Options of ``pytest bench``, the session that its rows share, and the report at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_kernels.device import facts
+
+from . import cases, report
+from .baselines import VARIANTS, version
+from .cases import Setting
+from .measure import CpuClock, CudaClock, roofline
+
+# Seconds of samples per row on a CPU, where the count follows from the speed of the row.
+_CPU_SECONDS = 2.0
+_CPU_ROUNDS = (7, 60)
+_GPU_ROUNDS = 200
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("bench", "throughput of the fused LoRA layer")
+    add = group.addoption
+    add("--shapes", metavar="MxKxN,...", help="tokens x in_features x out_features, for each row")
+    add(
+        "--dtypes",
+        metavar="NAME,...",
+        help="fp32, bf16, fp16; default on a CPU fp32,bf16, on a GPU bf16",
+    )
+    add("--rank", metavar="R,...", help="ranks of the adapter; default 16")
+    add("--dropout", metavar="P,...", help="dropout probabilities of the adapter's input")
+    add("--modes", metavar="NAME,...", help="forward, training (forward + backward); default both")
+    add("--baselines", metavar="NAME,...", help=f"of {', '.join(_baselines())}; default all")
+    add(
+        "--rounds",
+        metavar="N",
+        help="samples of each variant; default on a GPU 200, on a CPU by time",
+    )
+    add(
+        "--warmup",
+        metavar="N",
+        help="rounds before them that do not count; default on a GPU 200, on a CPU 3",
+    )
+    add("--quick", action="store_true", help="a few small rows, to see that all of it works")
+    add(
+        "--real",
+        action="store_true",
+        help="also the layers of Llama-3 8B and 70B, and ranks 8 to 128",
+    )
+    add("--time-limit", metavar="S", help="skip the rows that would begin after S seconds")
+    add("--bench-device", metavar="NAME", help="cpu or cuda; default cuda where there is one")
+    add("--report-dir", metavar="DIR", help="where the report is written; default bench/out")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):
+        raise pytest.UsageError("bench measures one thing at a time: run it without -n")
+    config.stash[_SESSION] = Session(config)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "setting" in metafunc.fixturenames:
+        settings = metafunc.config.stash[_SESSION].settings
+        metafunc.parametrize("setting", settings, ids=str)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    session = config.stash[_SESSION]
+    if not session.rows:
+        return
+    for outcome in ("failed", "error", "skipped"):
+        session.unmeasured[outcome] = [
+            item.nodeid.rpartition("[")[2].rstrip("]")
+            for item in terminalreporter.stats.get(outcome, [])
+            if "bench_" in item.nodeid
+        ]
+    content = session.content()
+    terminalreporter.section("throughput")
+    terminalreporter.write_line(report.text(content))
+    for line in report.write(content, session.directory):
+        terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def session(request: pytest.FixtureRequest) -> Session:
+    found = request.config.stash[_SESSION]
+    found.begin()
+    return found
+
+
+class Session:
+    """What one run of the benchmarks was asked for, and what it has found so far."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        option = config.getoption
+        self.quick = option("--quick")
+        self.device = option("--bench-device") or ("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device not in ("cpu", "cuda"):
+            raise pytest.UsageError(f"--bench-device: {self.device!r} is neither cpu nor cuda")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise pytest.UsageError("--bench-device: torch sees no CUDA device here")
+        self.settings = cases.settings(
+            self.device,
+            shapes=_parsed(config, "--shapes", cases.parse_shapes),
+            dtypes=_parsed(config, "--dtypes", cases.parse_dtypes),
+            ranks=_parsed(config, "--rank", cases.parse_ranks),
+            dropouts=_parsed(config, "--dropout", cases.parse_dropouts),
+            modes=_parsed(config, "--modes", cases.parse_modes),
+            quick=self.quick,
+            real=option("--real"),
+        )
+        chosen = _parsed(config, "--baselines", _parse_baselines)
+        # Compiling takes longer than all else in a quick run.
+        default = [key for key in _baselines() if not (self.quick and key == "compiled")]
+        self.variants = [*(default if chosen is None else chosen), "fused"]
+        self.rounds = _parsed(config, "--rounds", _parse_count)
+        clock = CudaClock if self.device == "cuda" else CpuClock
+        warmup = _parsed(config, "--warmup", _parse_count)
+        self.warmup = clock.warmup if warmup is None else warmup
+        self.time_limit = _parsed(config, "--time-limit", _parse_count)
+        default_directory = Path(__file__).parent / "out"
+        self.directory = Path(option("--report-dir") or default_directory)
+        self.rows: list[dict[str, Any]] = []
+        self.unmeasured: dict[str, list[str]] = {}
+        self.started = time.time()
+
+    def begin(self) -> None:
+        """Measure the machine; asked for by the first row, so collecting touches no device."""
+        self.clock = CudaClock() if self.device == "cuda" else CpuClock()
+        dtypes = list(dict.fromkeys(setting.dtype for setting in self.settings))
+        self.roofline = roofline(self.clock, self.device, dtypes)
+
+    def skip_if_late(self) -> None:
+        if self.time_limit is not None and time.time() - self.started > self.time_limit:
+            pytest.skip(f"the time limit of {self.time_limit} s is over")
+
+    def rounds_for(self, seconds: float) -> int:
+        if self.rounds is not None:
+            return self.rounds
+        if self.quick:
+            return 5
+        if self.device == "cuda":
+            return _GPU_ROUNDS
+        fewest, most = _CPU_ROUNDS
+        return min(max(int(_CPU_SECONDS / seconds), fewest), most)
+
+    def add_row(
+        self,
+        setting: Setting,
+        variants: dict[str, dict[str, float]],
+        missing: dict[str, str],
+        plans: dict[str, dict[str, str]],
+    ) -> dict[str, Any]:
+        row = {
+            "setting": asdict(setting),
+            "work": {"adapter": setting.work(True), "plain": setting.work(False)},
+            "variants": variants,
+            "missing": missing,
+            "backend": self.device,
+            "plans": plans,
+        }
+        self.rows.append(row)
+        return row
+
+    def content(self) -> dict[str, Any]:
+        """All that the report says, as JSON."""
+        device = facts(self.device)
+        packages = ("lora_kernels", "torch", "triton", "peft")
+        versions = {package: version(package) for package in packages}
+        if torch.version.cuda and self.device == "cuda":
+            versions["CUDA"] = torch.version.cuda
+        return {
+            "format": 1,
+            "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.started)),
+            "device": {field.name: getattr(device, field.name) for field in fields(device)},
+            "versions": versions,
+            "roofline": self.roofline,
+            "cache_bytes": self.clock.cache_bytes,
+            "warmup": self.warmup,
+            "variants": {
+                key: {
+                    "label": VARIANTS[key].label,
+                    "what": VARIANTS[key].what,
+                    "version": f"{VARIANTS[key].package} {version(VARIANTS[key].package)}",
+                    "work": "adapter" if VARIANTS[key].computes == "lora" else "plain",
+                }
+                for key in self.variants
+            },
+            "rows": self.rows,
+            "unmeasured": self.unmeasured,
+        }
+
+
+_SESSION = pytest.StashKey[Session]()
+
+
+def _parsed(config: pytest.Config, option: str, parse: Callable[[str], Any]) -> Any:
+    """The option's value, None if it was not given; a wrong one is an error that names it."""
+    text = config.getoption(option)
+    if text is None:
+        return None
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise pytest.UsageError(f"{option}: {error}") from None
+
+
+def _baselines() -> list[str]:
+    return [key for key in VARIANTS if key != "fused"]
+
+
+def _parse_baselines(text: str) -> list[str]:
+    chosen = [part.strip() for part in text.split(",") if part.strip()]
+    for key in chosen:
+        if key not in _baselines():
+            raise ValueError(f"{key!r} is no baseline; there are {', '.join(_baselines())}")
+    return [key for key in _baselines() if key in chosen]
+
+
+def _parse_count(text: str) -> int:
+    if not text.strip().isdecimal() or not int(text):
+        raise ValueError(f"{text!r} is no whole number from 1")
+    return int(text)

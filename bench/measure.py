@@ -1,0 +1,251 @@
+"""How it is measured: steps, clocks, rounds of all variants, and the machine's own limits.
+
+Inputs are random and drawn anew for every round. The weight is cold, as in a model whose layers
+follow each other. On a CPU a step is called and timed by the host's clock, and consecutive steps
+take turns among copies of the weight. On a GPU a step is captured in a CUDA graph, events around
+its replay time it, and before it the cache is filled with something else. (Filling it on a CPU
+would evict the interpreter too: measured, a call of 2 us then takes 27.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.device import facts
+
+from .baselines import Variant
+
+Outputs = tuple[Tensor, ...]
+Step = Callable[[], Outputs]
+
+# Copies of the weight that a CPU's steps rotate among; a small layer stays in the cache, as in a
+# small model.
+_MAX_SETS = 16
+
+# Where Linux tells the caches of a core; elsewhere a usual size is assumed.
+_CACHES = "/sys/devices/system/cpu/cpu0/cache"
+_USUAL_CACHE_BYTES = 32 * 2**20
+
+
+class EagerStep:
+    """One step of a variant on the row's own x and dy: (y,) or (y, dx, dA, dB)."""
+
+    def __init__(self, variant: Variant, mode: str, x: Tensor, dy: Tensor) -> None:
+        self.variant, self.mode, self.x, self.dy = variant, mode, x, dy
+
+    def __call__(self) -> Outputs:
+        if self.mode == "forward":
+            with torch.no_grad():
+                return (self.variant.forward(self.x),)
+        y = self.variant.forward(self.x)
+        return (y.detach(), *torch.autograd.grad(y, (self.x, *self.variant.trainable), self.dy))
+
+
+class CapturedStep:
+    """The same step captured in a CUDA graph; a call replays it and returns its outputs."""
+
+    def __init__(self, step: EagerStep) -> None:
+        # What a first call does besides computing (compile, allocate, choose algorithms) must not
+        # be captured.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = step()
+
+    def __call__(self) -> Outputs:
+        self.graph.replay()
+        return self.outputs
+
+
+class CpuClock:
+    """Seconds of one call by the host's clock."""
+
+    warmup = 3
+
+    def __init__(self) -> None:
+        sizes = [_kib(path) for path in Path(_CACHES).glob("index*/size")]
+        self.cache_bytes = max(sizes, default=_USUAL_CACHE_BYTES)
+
+    def sets(self, weight: Tensor) -> int:
+        """How many copies of ``weight`` the steps rotate among, to find each outside the cache."""
+        return min(max(-(-2 * self.cache_bytes // weight.nbytes), 2), _MAX_SETS)
+
+    def measure(self, step: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        outputs = step()
+        stop = time.perf_counter()
+        del outputs
+        return stop - start
+
+
+def _kib(path: Path) -> int:
+    """The bytes in a file that says "32768K"."""
+    return int(path.read_text().strip().removesuffix("K")) * 1024
+
+
+class CudaClock:
+    """Seconds of one call by events; before the first, the device reads twice its L2 cache.
+
+    That read also keeps the device busy while the host enqueues the events and the replay, so that
+    no time of the host lies between the events.
+    """
+
+    warmup = 200
+
+    def __init__(self) -> None:
+        self.cache_bytes = facts("cuda").l2_bytes or _USUAL_CACHE_BYTES
+        self._cold = torch.ones(2 * self.cache_bytes // 4, device="cuda")
+        self._start = torch.cuda.Event(enable_timing=True)
+        self._stop = torch.cuda.Event(enable_timing=True)
+
+    def sets(self, weight: Tensor) -> int:
+        return 1
+
+    def measure(self, step: Callable[[], Any]) -> float:
+        self._cold.sum()
+        self._start.record()
+        outputs = step()
+        self._stop.record()
+        self._stop.synchronize()
+        del outputs
+        return self._start.elapsed_time(self._stop) / 1e3
+
+
+Clock = CpuClock | CudaClock
+
+
+class Rounds:
+    """One sample of every variant per round, in an order that rotates, the leading variant last.
+
+    ``before`` times all variants but the leading one, ``lead`` times that: the setup and the target
+    of a round for a benchmark runner. ``steps`` holds a variant's step once per set of weights.
+    """
+
+    def __init__(
+        self, clock: Clock, steps: dict[str, list[Step]], leader: str, inputs: list[Tensor]
+    ) -> None:
+        self.clock, self.steps, self.leader, self.inputs = clock, steps, leader, inputs
+        self.samples: dict[str, list[float]] = {key: [] for key in steps}
+        self._others = [key for key in steps if key != leader]
+        self._taken = 0
+
+    def before(self) -> None:
+        with torch.no_grad():
+            for tensor in self.inputs:
+                tensor.normal_()
+        # Not the same neighbour in every round: what runs before a step heats caches and clocks for
+        # it.
+        self._others = self._others[1:] + self._others[:1]
+        for key in self._others:
+            self._sample(key)
+
+    def lead(self) -> None:
+        self._sample(self.leader)
+
+    def warm_up(self, rounds: int) -> float:
+        """Run rounds that do not count; returns the seconds that the last one took."""
+        # What a layer prepares on its first call, for every set.
+        for sets in self.steps.values():
+            for step in sets:
+                step()
+        seconds = 0.0
+        for _ in range(rounds):
+            start = time.perf_counter()
+            self.before()
+            self.lead()
+            seconds = time.perf_counter() - start
+        for samples in self.samples.values():
+            samples.clear()
+        return seconds
+
+    def _sample(self, key: str) -> None:
+        # One set after the other through all variants: each is touched again only after all others
+        # were.
+        sets = self.steps[key]
+        self._taken += 1
+        self.samples[key].append(self.clock.measure(sets[self._taken % len(sets)]))
+
+
+def quartiles(samples: list[float]) -> dict[str, float]:
+    """Median and quartiles in seconds, and of how many samples."""
+    q1, median, q3 = torch.tensor(samples, dtype=torch.float64).quantile(
+        torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    )
+    return {
+        "median_s": median.item(),
+        "q1_s": q1.item(),
+        "q3_s": q3.item(),
+        "rounds": len(samples),
+    }
+
+
+def memory(step: EagerStep) -> dict[str, int]:
+    """What a training step holds: bytes saved for backward, and on a GPU the step's peak.
+
+    Saved: unique storages that autograd keeps, x among them, parameters and the frozen weight not.
+    """
+    if step.mode != "training":
+        return {}
+    found: dict[str, int] = {}
+    if step.x.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        found["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    with _saved_storages() as saved:
+        y = step.variant.forward(step.x)
+    owned = {t.untyped_storage().data_ptr() for t in (step.variant.weight, *step.variant.trainable)}
+    found["saved_bytes"] = sum(size for pointer, size in saved.items() if pointer not in owned)
+    del y
+    return found
+
+
+@contextlib.contextmanager
+def _saved_storages() -> Iterator[dict[int, int]]:
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+def roofline(clock: Clock, device: str, dtypes: list[str]) -> dict[str, Any]:
+    """What the machine can do: the library's GEMM per dtype, and the bandwidth of a copy.
+
+    The best of several calls each: a roof. Copied bytes count twice, read and written.
+    """
+    gpu = device == "cuda"
+    size, copied, repeats = (8192, 2**30, 30) if gpu else (2048, 2**27, 8)
+    flops = {}
+    for dtype in dtypes:
+        a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in "ab")
+        flops[dtype] = 2 * size**3 / _best(clock, partial(torch.mm, a, b.t()), repeats)
+    source = torch.randn(copied // 4, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * copied / _best(clock, partial(target.copy_, source), repeats)
+    return {"gemm_size": size, "gemm_flop_per_s": flops, "copy_bytes_per_s": bandwidth}
+
+
+def _best(clock: Clock, call: Callable[[], Any], repeats: int) -> float:
+    times = [clock.measure(call) for _ in range(repeats)]
+    # The first calls compile, page memory in and choose algorithms.
+    return min(times[2:])
