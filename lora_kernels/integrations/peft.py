@@ -1,4 +1,5 @@
-"""PEFT's adapter format on disk, both ways: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""PEFT's adapter format on disk, both ways: ``adapter_config.json`` and
+``adapter_model.safetensors``."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import json
 import math
 import os
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..models import LoRAConfig, applied, insert, lora_layers, select, unwrap
+from ..models import applied, insert, lora_layers, select, unwrap
 from ..nn import FusedLoRALinear
+from .lora_config import LoRAConfig
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -26,26 +28,54 @@ _PREFIX = "base_model.model."
 
 # Fields of PEFT's LoraConfig that change what a layer computes in a way FusedLoRALinear does not.
 _UNSUPPORTED = (
-    "use_dora lora_bias layer_replication trainable_token_indices target_parameters alora_invocation_tokens use_qalora "
-    "megatron_config use_bdlora arrow_config kasa_config monteclora_config velora_config"
-).split()
+    "use_dora",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "megatron_config",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+)
 
-# Initialisations that rewrite the base weight, so that the adapter belongs to another base than the one at hand.
+# Initialisations that rewrite the base weight: the adapter belongs to another base than this one.
 _BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # Fields that do not touch what the layers compute once the weights are loaded.
 _IRRELEVANT = frozenset(
-    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config fan_in_fan_out inference_mode "
-    "init_lora_weights loftq_config lora_ga_config megatron_core peft_type peft_version qalora_group_size revision "
-    "runtime_config task_type".split()
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "loftq_config",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
 )
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the adapter of ``model`` as PEFT does, so that ``PeftModel.from_pretrained`` reads it.
 
-    The directory is made if it is missing; each of the two files is replaced whole. Biases that train and
-    ``modules_to_save`` go along. A scaling that was set by hand is saved as an alpha of its layer.
+    The directory is made if it is missing; each of the two files is replaced whole. Biases that
+    train and ``modules_to_save`` go along. A scaling that was set by hand is saved as an alpha of
+    its layer.
 
     Raises:
         ValueError: the model has no LoRA layers of this package.
@@ -55,7 +85,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     config = applied(root).config
     layers = lora_layers(root)
     if any(layer.lora_A is None for layer in layers.values()):
-        raise RuntimeError("merge_adapter(model, keep_base=False) removed the adapter: there is nothing to save")
+        raise RuntimeError(
+            "merge_adapter(model, keep_base=False) removed the adapter: there is nothing to save"
+        )
+    _warn_of_shared(root, layers)
     tensors = {key: tensor.detach().contiguous() for key, tensor in _tensors(root, config).items()}
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,26 +102,41 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 def load_adapter(model: ModelT, directory: str | os.PathLike[str]) -> ModelT:
     """Load an adapter that :func:`save_adapter` or PEFT wrote, and return the model.
 
-    On a model without LoRA layers the adapter's own configuration is applied first; on one that has them, layers and
-    ranks must agree, and the file's alpha decides the scaling. Local directories and safetensors only.
+    On a model without LoRA layers the adapter's own configuration is applied first; on one that has
+    them, layers and ranks must agree, and the file's alpha decides the scaling. Local directories
+    and safetensors only.
 
     Raises:
         FileNotFoundError: the directory or one of its two files is missing.
-        ValueError: a file is corrupt, of another method than LoRA, or uses what :class:`FusedLoRALinear` does not
-            compute (DoRA, a bias on lora_B, ...); tensors are missing, left over, or of the wrong shape. The message
-            names the file and the modules, and the model is as it was.
+        ValueError: a file is corrupt, of another method than LoRA, or uses what
+            :class:`FusedLoRALinear` does not compute (DoRA, a bias on lora_B, ...); tensors are
+            missing, left over, or of the wrong shape. The message names the file and the modules,
+            and the model is as it was.
     """
     root = unwrap(model)
     folder = Path(directory)
     config = read_config(folder)
     tensors = read_tensors(folder)
+    config.modules_to_save = _present(root, config.modules_to_save)
     layers = lora_layers(root)
-    selection = None if layers else select(root, config)
-    if selection is None:
-        shapes = {name: (layer.r, layer.in_features, layer.out_features) for name, layer in layers.items()}
+    shapes: dict[str, tuple[int, int, int]] = {}
+    if layers:
+        selection = None
+        present = applied(root).config
+        if config.bias != present.bias:
+            raise ValueError(
+                f"{folder / CONFIG_NAME}: bias is {config.bias!r}, the model was adapted with "
+                f"bias={present.bias!r}"
+            )
+        for name, layer in layers.items():
+            if layer.lora_A is None:
+                raise ValueError(
+                    f"merge_adapter(model, keep_base=False) removed the adapter of {name}"
+                )
+            shapes[name] = (layer.r, layer.in_features, layer.out_features)
         saved = {name: root.get_submodule(name) for name in applied(root).report.modules_to_save}
     else:
-        shapes = {}
+        selection = select(root, config)
         for module, names in selection.targets.items():
             weight = module.weight
             assert isinstance(weight, Tensor)
@@ -101,13 +149,40 @@ def load_adapter(model: ModelT, directory: str | os.PathLike[str]) -> ModelT:
     if selection is not None:
         insert(root, config, selection)
         layers = lora_layers(root)
+        _warn_of_shared(root, layers)
     for name, (lora_a, lora_b) in pairs.items():
-        layers[name].set_lora(lora_a, lora_b, lora_alpha=config.alpha(name), use_rslora=config.use_rslora)
+        alpha, use_rslora = config.alpha(name), config.use_rslora
+        layers[name].set_lora(lora_a, lora_b, lora_alpha=alpha, use_rslora=use_rslora)
     with torch.no_grad():
         for parameter, tensor in others:
             parameter.copy_(tensor)
-    applied(root).config = config
+    # Which layers there are, and how they train, stays what it was.
+    record = applied(root)
+    record.config = replace(
+        record.config,
+        lora_alpha=config.lora_alpha,
+        alpha_pattern=config.alpha_pattern,
+        use_rslora=config.use_rslora,
+    )
     return model
+
+
+def _warn_of_shared(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> None:
+    adapted = set(layers.values())
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in adapted and name not in layers:
+            warnings.warn(
+                f"{name} is one module with another place of the model, and its adapter works at "
+                "both; PEFT applies it at the first place only",
+                stacklevel=3,
+            )
+
+
+def _present(model: nn.Module, modules_to_save: list[str] | None) -> list[str] | None:
+    """PEFT lists heads by their usual names ("classifier", "score"), also those a model has not."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    found = [m for m in modules_to_save or [] if any(f".{n}".endswith(f".{m}") for n in names)]
+    return found or modules_to_save
 
 
 def read_config(folder: Path) -> LoRAConfig:
@@ -130,17 +205,26 @@ def read_config(folder: Path) -> LoRAConfig:
     init = content.get("init_lora_weights", True)
     if isinstance(init, str) and init.startswith(_BASE_CHANGING_INIT):
         raise ValueError(
-            f"{path}: init_lora_weights={init!r} changed the base weights; convert the adapter to plain LoRA when "
-            "saving it (PEFT's path_initial_model_for_weight_conversion)"
+            f"{path}: init_lora_weights={init!r} changed the base weights; convert the adapter to "
+            "plain LoRA when saving it (PEFT's path_initial_model_for_weight_conversion)"
         )
     known = {f.name for f in fields(LoRAConfig)}
     unknown = [k for k, v in content.items() if v and k not in known and k not in _IRRELEVANT]
     if unknown:
-        warnings.warn(f"{path}: ignored fields that are not known here: {', '.join(unknown)}", stacklevel=3)
+        warnings.warn(
+            f"{path}: ignored fields that are not known here: {', '.join(unknown)}", stacklevel=3
+        )
     # What PEFT leaves out is at PEFT's defaults, which are not all ours.
-    values = {"r": 8, "lora_alpha": 8} | {k: v for k, v in content.items() if k in known and v is not None}
+    values = {"r": 8, "lora_alpha": 8} | {
+        k: v for k, v in content.items() if k in known and v is not None
+    }
     values["init_lora_weights"] = True
-    return LoRAConfig(**values)
+    config = LoRAConfig(**values)
+    try:
+        config.check()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return config
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -149,29 +233,38 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not path.exists():
         pickle = folder / "adapter_model.bin"
         if pickle.exists():
-            raise ValueError(f"{pickle} is a pickle, which can run code: convert it to {WEIGHTS_NAME} first")
+            raise ValueError(
+                f"{pickle} is a pickle, which can run code: convert it to {WEIGHTS_NAME} first"
+            )
         raise FileNotFoundError(f"{folder} has no {WEIGHTS_NAME}")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file (truncated or another format): {error}") from error
+        raise ValueError(
+            f"{path} is not a readable safetensors file (truncated or another format): {error}"
+        ) from error
     return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
 
 
 def _take_pairs(
     tensors: dict[str, Tensor], shapes: dict[str, tuple[int, int, int]], path: Path
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Remove every layer's A and B from ``tensors``; ``shapes``: name -> (r, in_features, out_features)."""
+    """Remove every layer's A and B from ``tensors``; ``shapes``: name -> (r, in, out)."""
     pairs = {}
     missing, wrong = [], []
     for name, (r, in_features, out_features) in shapes.items():
         pair = []
-        for key, shape in ((f"{name}.lora_A.weight", (r, in_features)), (f"{name}.lora_B.weight", (out_features, r))):
+        for key, shape in (
+            (f"{name}.lora_A.weight", (r, in_features)),
+            (f"{name}.lora_B.weight", (out_features, r)),
+        ):
             tensor = tensors.pop(key, None)
             if tensor is None:
                 missing.append(key)
             elif tuple(tensor.shape) != shape:
-                wrong.append(f"{key} is {list(tensor.shape)}, the model's layer wants {list(shape)}")
+                wrong.append(
+                    f"{key} is {list(tensor.shape)}, the model's layer wants {list(shape)}"
+                )
             else:
                 pair.append(tensor)
         if len(pair) == 2:
@@ -191,21 +284,32 @@ def _match_others(
     config: LoRAConfig,
     path: Path,
 ) -> list[tuple[Tensor, Tensor]]:
-    """What the file holds beside A and B: modules trained in full and biases, each with its place in the model."""
+    """Modules trained in full and biases of the file, each with its place in the model."""
+    # With bias="all" PEFT also writes the biases of its wrappers around modules_to_save.
+    for name in saved:
+        inside = (f"{name}.original_module.", f"{name}.modules_to_save.")
+        for key in [key for key in tensors if key.startswith(inside)]:
+            del tensors[key]
     state = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
     wanted = {f"{name}.{key}" for name, module in saved.items() for key in module.state_dict()}
     missing = sorted(wanted - tensors.keys())
     if missing:
-        raise ValueError(f"{path} has no {_some(missing)}, though modules_to_save={config.modules_to_save}")
+        raise ValueError(
+            f"{path} has no {_some(missing)}, though modules_to_save={config.modules_to_save}"
+        )
     found = []
     unexpected, wrong = [], []
     for key, tensor in tensors.items():
         name, _, last = key.rpartition(".")
         owner = name.removesuffix(".base_layer")
         place = state.get(f"{owner}.{last}" if owner else last)
-        is_bias = last == "bias" and config.bias != "none" and (config.bias == "all" or owner in adapted)
+        is_bias = (
+            last == "bias" and config.bias != "none" and (config.bias == "all" or owner in adapted)
+        )
         if place is None or not (key in wanted or is_bias):
-            unexpected.append(key)
+            # PEFT saves an output head with its base weight; one that the model has is no news.
+            if place is None or place.shape != tensor.shape or not _has_values(place, tensor):
+                unexpected.append(key)
         elif place.shape != tensor.shape:
             wrong.append(f"{key} is {list(tensor.shape)}, the model's is {list(place.shape)}")
         else:
@@ -213,8 +317,16 @@ def _match_others(
     if wrong:
         raise ValueError(f"{path}: {_some(wrong)}")
     if unexpected:
-        raise ValueError(f"{path} holds what the model has no place for: {_some(sorted(unexpected))}")
+        raise ValueError(
+            f"{path} holds what the model has no place for, or with other values: "
+            + _some(sorted(unexpected))
+        )
     return found
+
+
+@torch.no_grad()
+def _has_values(place: Tensor, tensor: Tensor) -> bool:
+    return torch.equal(place, tensor.to(place.device, place.dtype))
 
 
 def _tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
@@ -237,7 +349,9 @@ def _tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
     return tensors
 
 
-def _to_peft(model: nn.Module, config: LoRAConfig, layers: dict[str, FusedLoRALinear]) -> dict[str, Any]:
+def _to_peft(
+    model: nn.Module, config: LoRAConfig, layers: dict[str, FusedLoRALinear]
+) -> dict[str, Any]:
     alpha_pattern = {}
     for name, layer in layers.items():
         alpha = layer.scaling * (math.sqrt(layer.r) if config.use_rslora else layer.r)
@@ -246,8 +360,10 @@ def _to_peft(model: nn.Module, config: LoRAConfig, layers: dict[str, FusedLoRALi
             alpha_pattern[f"^{name}"] = alpha
     content = asdict(config)
     del content["autocast_adapter_dtype"]
-    if config.target_modules in (None, "all-linear"):
+    if config.all_linear or config.layers_to_transform is not None:
+        # Resolved: "all" is another set of layers in PEFT, and it finds no index in "layers.0.x".
         content["target_modules"] = _endings(model, layers)
+        content["layers_to_transform"] = content["layers_pattern"] = None
     return content | {
         "alpha_pattern": alpha_pattern | config.alpha_pattern,
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
@@ -259,7 +375,7 @@ def _to_peft(model: nn.Module, config: LoRAConfig, layers: dict[str, FusedLoRALi
 
 
 def _endings(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> list[str]:
-    """The last names of the adapted layers if they select those layers and nothing else, else the whole names."""
+    """The adapted layers' last names if they select nothing else, else their whole names."""
     last = {name.rpartition(".")[2] for name in layers}
     selected = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
     return sorted(last) if selected == layers.keys() else sorted(layers)

@@ -1,0 +1,605 @@
+"""PEFT's format on disk, both ways, and files that are broken."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import warnings
+
+import models
+import peft
+import pytest
+import torch
+from models import FAMILIES, build
+from safetensors.torch import load_file, save_file
+from test_models import SELECTIONS, Shared, in_our_names
+
+import lora_kernels as lk
+from lora_kernels import FusedLoRALinear
+from lora_kernels.models import lora_layers
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+@pytest.fixture(autouse=True)
+def isolated():
+    with models.isolated():
+        yield
+
+
+@torch.no_grad()
+def assert_same_logits(ours, theirs, name):
+    """In float32, between two implementations, on an adapter that moves the logits far."""
+    y, expected = models.logits(ours), models.logits(theirs)
+    assert models.relative_difference(models.logits(build(name)), expected) > 0.05
+    assert models.relative_difference(y, expected) < 1e-5
+
+
+def read(directory):
+    return json.loads((directory / CONFIG).read_text()), load_file(directory / WEIGHTS)
+
+
+# What PEFT's configurations can say, on the model it is said of.
+ADAPTERS = SELECTIONS | {
+    f"{name} {bias}": (name, {"target_modules": r".*(proj|c_attn|query|fc1)", "bias": bias})
+    for name in FAMILIES
+    for bias in ("none", "all", "lora_only")
+}
+ADAPTERS |= {
+    "all biases and a module in full": (
+        "bert",
+        {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]},
+    ),
+    "all biases and modules in full": (
+        "roberta",
+        {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]},
+    ),
+    "every Conv1D": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "r": 3}),
+    "an output head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
+def test_saved_here_loads_in_peft(tmp_path, adapter):
+    name, config = adapter
+    ours = models.draw_adapter(lk.apply_lora(build(name), lora_alpha=6, **config))
+    lk.save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(build(name), tmp_path).eval()
+    assert_same_logits(ours, theirs, name)
+    # What PEFT itself would have written, tensor by tensor, but for what it writes twice.
+    theirs.save_pretrained(tmp_path / "theirs")
+    _, expected = read(tmp_path / "theirs")
+    _, found = read(tmp_path)
+    extra = re.compile(r"\.(original_module|modules_to_save)\.|lm_head\.base_layer\.weight$")
+    assert found.keys() == {key for key in expected if not extra.search(key)}
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
+def test_saved_by_peft_loads_here(tmp_path, adapter):
+    name, config = adapter
+    theirs = models.draw_adapter(models.peft_model(build(name), lora_alpha=6, **config))
+    theirs.save_pretrained(tmp_path)
+    ours = lk.load_adapter(build(name), tmp_path)
+    assert_same_logits(ours, theirs, name)
+    found, expected = models.adapters(ours), models.adapters(theirs)
+    assert found.keys() == expected.keys()
+    for layer, (a, b, scaling, _) in expected.items():
+        assert torch.equal(found[layer][0], a) and torch.equal(found[layer][1], b), layer
+        assert found[layer][2] == pytest.approx(scaling), layer
+    assert {n for n, p in ours.named_parameters() if p.requires_grad} == in_our_names(
+        n for n, p in theirs.named_parameters() if p.requires_grad
+    )
+
+    # Onto a model that was adapted alike and holds another adapter, merged ones included.
+    other = models.draw_adapter(lk.apply_lora(build(name), lora_alpha=99, **config), seed=8)
+    lk.merge_adapter(other)
+    lk.load_adapter(other, tmp_path)
+    assert all(layer.merged for layer in lora_layers(other).values())
+    assert_same_logits(other, theirs, name)
+    lk.unmerge_adapter(other)
+    assert_same_logits(other, theirs, name)
+
+    # And on from here: saved again, it is the same adapter.
+    lk.save_adapter(other, tmp_path / "again")
+    assert_same_logits(
+        peft.PeftModel.from_pretrained(build(name), tmp_path / "again").eval(), theirs, name
+    )
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "t5", "bart", "llama bare", "bert masked", "roberta"])
+@pytest.mark.parametrize("target_modules", [None, "all-linear"])
+def test_all_linear_both_ways(tmp_path, name, target_modules):
+    ours = models.draw_adapter(lk.apply_lora(build(name), r=3, target_modules=target_modules))
+    lk.save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(build(name), tmp_path).eval()
+    assert models.adapters(theirs).keys() == lk.lora_report(ours).adapted.keys()
+    assert_same_logits(ours, theirs, name)
+    assert_same_logits(lk.load_adapter(build(name), tmp_path), theirs, name)
+
+    theirs = models.draw_adapter(models.peft_model(build(name), target_modules="all-linear"))
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same_logits(lk.load_adapter(build(name), tmp_path / "theirs"), theirs, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"), [("gpt2 bare", ["c_attn"]), ("llama bare", ["q_proj", "down_proj"])]
+)
+def test_layers_of_a_model_without_a_prefix(tmp_path, name, targets):
+    """PEFT finds no index in "h.0.attn.c_attn", so the file must not ask it to."""
+    ours = lk.apply_lora(build(name), target_modules=targets, layers_to_transform=[1])
+    assert all(".1." in n for n in lora_layers(ours))
+    lk.save_adapter(models.draw_adapter(ours), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(build(name), tmp_path).eval()
+    assert_same_logits(ours, theirs, name)
+    assert_same_logits(lk.load_adapter(build(name), tmp_path), theirs, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "targets"),
+    [
+        ("bert", "SEQ_CLS", "all-linear"),
+        ("bert tokens", "TOKEN_CLS", ["query", "value"]),
+        ("bert questions", "QUESTION_ANS", ["query", "value"]),
+        ("llama", "CAUSAL_LM", "all-linear"),
+        ("llama sequences", "SEQ_CLS", "all-linear"),
+        ("t5", "SEQ_2_SEQ_LM", "all-linear"),
+        ("bert bare", "FEATURE_EXTRACTION", "all-linear"),
+    ],
+)
+def test_task_types_of_peft(tmp_path, name, task, targets):
+    """With a task PEFT trains heads in full, and lists their usual names, present or not."""
+    theirs = models.peft_model(build(name), task_type=task, target_modules=targets)
+    models.draw_adapter(theirs).save_pretrained(tmp_path)
+    ours = lk.load_adapter(build(name), tmp_path)
+    assert_same_logits(ours, theirs, name)
+    lk.save_adapter(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(build(name), tmp_path / "ours").eval()
+    assert_same_logits(again, theirs, name)
+
+
+def test_adapters_of_transformers_own_integration(tmp_path):
+    theirs = build("llama")
+    theirs.add_adapter(peft.LoraConfig(target_modules=["q_proj", "o_proj"]))
+    models.draw_adapter(theirs).save_pretrained(tmp_path)
+    ours = lk.load_adapter(build("llama"), tmp_path)
+    assert_same_logits(ours, theirs, "llama")
+    lk.save_adapter(ours, tmp_path / "ours")
+    model = build("llama")
+    model.load_adapter(tmp_path / "ours")
+    assert_same_logits(ours, model, "llama")
+
+
+def test_a_scaling_set_by_hand_is_saved(tmp_path):
+    config = {"r": 4, "lora_alpha": 6, "alpha_pattern": {"q_proj": 9}, "use_rslora": True}
+    ours = lk.apply_lora(build("llama"), target_modules=["q_proj", "v_proj"], **config)
+    models.draw_adapter(ours)
+    ours.model.layers[0].self_attn.q_proj.scaling = 0.31
+    ours.model.layers[1].self_attn.v_proj.scaling *= 2
+    lk.save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(build("llama"), tmp_path).eval()
+    assert_same_logits(ours, theirs, "llama")
+    for name, (_, _, scaling, _) in models.adapters(theirs).items():
+        assert lora_layers(ours)[name].scaling == pytest.approx(scaling), name
+    assert_same_logits(lk.load_adapter(build("llama"), tmp_path), theirs, "llama")
+
+
+def test_saving_while_merged_saves_the_adapter_and_not_the_sum(tmp_path):
+    ours = models.draw_adapter(lk.apply_lora(build("gpt2"), modules_to_save=["ln_f"], bias="all"))
+    lk.save_adapter(ours, tmp_path / "unmerged")
+    lk.merge_adapter(ours)
+    lk.save_adapter(ours, tmp_path / "merged")
+    assert all(layer.merged for layer in lora_layers(ours).values())
+    for file in (CONFIG, WEIGHTS):
+        assert (tmp_path / "merged" / file).read_bytes() == (
+            tmp_path / "unmerged" / file
+        ).read_bytes()
+    lk.merge_adapter(ours, keep_base=False)
+    with pytest.raises(RuntimeError, match="keep_base=False"):
+        lk.save_adapter(ours, tmp_path / "gone")
+    assert not (tmp_path / "gone").exists()
+    with pytest.raises(ValueError, match="keep_base=False"):
+        lk.load_adapter(ours, tmp_path / "merged")
+
+
+def test_half_precision(tmp_path):
+    ours = lk.apply_lora(build("llama").bfloat16(), target_modules=["q_proj"])
+    models.draw_adapter(ours)
+    lk.save_adapter(ours, tmp_path)
+    config, tensors = read(tmp_path)
+    assert "autocast_adapter_dtype" not in config
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    save_file({k: t.bfloat16() for k, t in tensors.items()}, tmp_path / WEIGHTS)
+    loaded = lk.load_adapter(build("llama"), tmp_path)
+    for name, layer in lora_layers(loaded).items():
+        saved = tensors[f"{PREFIX}{name}.lora_A.weight"]
+        assert layer.lora_A.dtype == torch.float32
+        assert torch.equal(layer.lora_A, saved.bfloat16().float())
+
+
+def test_load_replaces_only_the_adapter_and_its_scaling(tmp_path):
+    theirs = models.peft_model(build("llama"), r=4, lora_alpha=6, target_modules=["q_proj"])
+    models.draw_adapter(theirs).save_pretrained(tmp_path)
+    ours = lk.apply_lora(
+        build("llama"), r=2, rank_pattern={"q_proj": 4}, target_modules=["q_proj"], lora_dropout=0.3
+    )
+    report = lk.lora_report(ours)
+    lk.load_adapter(ours, tmp_path)
+    assert lk.lora_report(ours) is report
+    assert {layer.lora_dropout for layer in lora_layers(ours).values()} == {0.3}
+    assert {layer.scaling for layer in lora_layers(ours).values()} == {6 / 4}
+    lk.save_adapter(ours, tmp_path / "ours")
+    assert read(tmp_path / "ours")[0]["lora_dropout"] == 0.3
+    assert_same_logits(
+        peft.PeftModel.from_pretrained(build("llama"), tmp_path / "ours").eval(), theirs, "llama"
+    )
+
+
+def test_keys_without_pefts_prefix_are_read(tmp_path):
+    ours = models.draw_adapter(lk.apply_lora(build("llama"), target_modules=["q_proj"]))
+    lk.save_adapter(ours, tmp_path)
+    tensors = {k.removeprefix(PREFIX): t for k, t in load_file(tmp_path / WEIGHTS).items()}
+    save_file(tensors, tmp_path / WEIGHTS)
+    assert_same_logits(lk.load_adapter(build("llama"), tmp_path), ours, "llama")
+
+
+def test_embeddings_that_peft_saved_along_are_no_news(tmp_path):
+    theirs = models.draw_adapter(models.peft_model(build("llama"), target_modules=["q_proj"]))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert f"{PREFIX}model.embed_tokens.weight" in load_file(tmp_path / WEIGHTS)
+    assert_same_logits(lk.load_adapter(build("llama"), tmp_path), theirs, "llama")
+
+
+def test_a_shared_module_is_saved_with_a_warning(tmp_path):
+    ours = models.draw_adapter(lk.apply_lora(Shared()))
+    with pytest.warns(UserWarning, match="again is one module with another place"):
+        lk.save_adapter(ours, tmp_path)
+    other = Shared()
+    other.load_state_dict({k: v for k, v in ours.state_dict().items() if "lora" not in k})
+    with pytest.warns(UserWarning, match="PEFT applies it at the first place only"):
+        lk.load_adapter(other, tmp_path)
+    x = torch.randn(3, 16)
+    assert torch.equal(other(x), ours(x))
+    assert isinstance(other.again, FusedLoRALinear)
+
+
+def test_fields_of_later_versions_are_named(tmp_path):
+    ours = models.draw_adapter(lk.apply_lora(build("llama"), target_modules=["q_proj"]))
+    lk.save_adapter(ours, tmp_path)
+    config, _ = read(tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"use_later": True, "not_used": None}))
+    with pytest.warns(UserWarning, match="ignored fields that are not known here: use_later$"):
+        lk.load_adapter(build("llama"), tmp_path)
+
+
+def test_every_field_of_peft_is_known(tmp_path):
+    """A field that PEFT adds must be looked at: does it change what a layer computes?"""
+    models.peft_model(build("llama"), target_modules=["q_proj"]).save_pretrained(tmp_path)
+    config, _ = read(tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps({k: v or 1 for k, v in config.items()}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="FusedLoRALinear does not compute"):
+            lk.load_adapter(build("llama"), tmp_path)
+    neutral = {"use_dora", "lora_bias", "use_qalora"}
+    known = peft.LoraConfig(target_modules=["q_proj"]).to_dict().keys()
+    assert neutral <= known
+
+
+def test_an_overwritten_adapter_is_never_half_written(tmp_path, monkeypatch):
+    ours = models.draw_adapter(lk.apply_lora(build("llama"), target_modules=["q_proj"]))
+    lk.save_adapter(ours, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(lk.integrations.peft, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        lk.save_adapter(models.draw_adapter(ours, seed=8), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# ---- files that cannot be loaded
+
+KEY = "model.layers.1.self_attn.q_proj.lora_A.weight"
+
+
+def with_config(**changes):
+    def broken(folder):
+        config, _ = read(folder)
+        (folder / CONFIG).write_text(json.dumps(config | changes))
+
+    return broken
+
+
+def with_tensors(change):
+    def broken(folder):
+        _, tensors = read(folder)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return broken
+
+
+def with_bytes(file, content):
+    return lambda folder: (folder / file).write_bytes(
+        content((folder / file).read_bytes()) if callable(content) else content
+    )
+
+
+def pickle_only(folder):
+    (folder / WEIGHTS).unlink()
+    torch.save({}, folder / "adapter_model.bin")
+
+
+def set_key(key, *shape):
+    return with_tensors(lambda tensors: tensors.update({key: torch.zeros(shape)}))
+
+
+def from_peft(**config):
+    """The adapter of another method, or with something that is not computed here."""
+
+    def broken(folder):
+        shutil.rmtree(folder)
+        method = config.get("method", peft.LoraConfig)
+        rest = {k: v for k, v in config.items() if k != "method"}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = peft.get_peft_model(build("llama"), method(target_modules=["q_proj"], **rest))
+            model.save_pretrained(folder)
+
+    return broken
+
+
+class Malicious:
+    def __reduce__(self):
+        return (os._exit, (1,))
+
+
+BROKEN = {
+    "no directory": (shutil.rmtree, FileNotFoundError, "no adapter directory"),
+    "no config": (lambda f: (f / CONFIG).unlink(), FileNotFoundError, CONFIG),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), FileNotFoundError, WEIGHTS),
+    "a pickle only": (pickle_only, ValueError, r"adapter_model\.bin is a pickle"),
+    "a pickle by another name": (
+        with_bytes(WEIGHTS, pickle.dumps(Malicious())),
+        ValueError,
+        f"{WEIGHTS} is not a readable safetensors file",
+    ),
+    "truncated": (with_bytes(WEIGHTS, lambda b: b[:-7]), ValueError, f"{WEIGHTS} is not"),
+    "truncated in the header": (with_bytes(WEIGHTS, lambda b: b[:60]), ValueError, WEIGHTS),
+    "empty weights": (with_bytes(WEIGHTS, b""), ValueError, f"{WEIGHTS} is not a readable"),
+    "no tensors": (with_tensors(dict.clear), ValueError, f"{WEIGHTS} has no .*q_proj.lora_A"),
+    "empty json": (with_bytes(CONFIG, b""), ValueError, f"{CONFIG} is not a JSON object"),
+    "invalid json": (with_bytes(CONFIG, b'{"r": 4,'), ValueError, f"{CONFIG} is not a JSON"),
+    "binary json": (with_bytes(CONFIG, b"\xff\xfe\x00"), ValueError, f"{CONFIG} is not a JSON"),
+    "a json list": (with_bytes(CONFIG, b"[1]"), ValueError, f"{CONFIG} is not a JSON object"),
+    "json null": (with_bytes(CONFIG, b"null"), ValueError, f"{CONFIG} is not a JSON object"),
+    "an empty json object": (with_bytes(CONFIG, b"{}"), ValueError, f"{CONFIG}: peft_type is None"),
+    "a missing key": (
+        with_tensors(lambda t: t.pop(PREFIX + KEY)),
+        ValueError,
+        f"{WEIGHTS} has no {re.escape(KEY)}",
+    ),
+    "an extra key": (
+        set_key(f"{PREFIX}model.layers.7.self_attn.q_proj.lora_A.weight", 4, 48),
+        ValueError,
+        r"no place for, or with other values: model\.layers\.7\.self_attn\.q_proj\.lora_A\.weight",
+    ),
+    "a layer that is no target": (
+        set_key(f"{PREFIX}model.layers.1.self_attn.k_proj.lora_A.weight", 4, 48),
+        ValueError,
+        r"no place for, or with other values: model\.layers\.1\.self_attn\.k_proj",
+    ),
+    "a bias on lora_B": (
+        set_key(f"{PREFIX}model.layers.1.self_attn.q_proj.lora_B.bias", 48),
+        ValueError,
+        r"no place for, or with other values: .*q_proj\.lora_B\.bias",
+    ),
+    "a base weight": (
+        set_key(f"{PREFIX}model.layers.1.self_attn.q_proj.base_layer.weight", 48, 48),
+        ValueError,
+        r"no place for, or with other values: .*q_proj\.base_layer\.weight",
+    ),
+    "an embedding of another base": (
+        set_key(f"{PREFIX}model.embed_tokens.weight", models.VOCABULARY, 48),
+        ValueError,
+        r"or with other values: model\.embed_tokens\.weight",
+    ),
+    "a resized embedding": (
+        set_key(f"{PREFIX}model.embed_tokens.weight", models.VOCABULARY + 1, 48),
+        ValueError,
+        r"or with other values: model\.embed_tokens\.weight",
+    ),
+    "a wrong rank": (
+        set_key(PREFIX + KEY, 3, 48),
+        ValueError,
+        re.escape(f"{KEY} is [3, 48], the model's layer wants [4, 48]"),
+    ),
+    "a transposed tensor": (
+        set_key(PREFIX + KEY, 48, 4),
+        ValueError,
+        re.escape(f"{KEY} is [48, 4]"),
+    ),
+    "one dimension": (set_key(PREFIX + KEY, 192), ValueError, re.escape(f"{KEY} is [192]")),
+    "another width": (set_key(PREFIX + KEY, 4, 32), ValueError, re.escape(f"{KEY} is [4, 32]")),
+    "LoHa": (from_peft(method=peft.LoHaConfig), ValueError, f"{CONFIG}: peft_type is 'LOHA'"),
+    "DoRA": (from_peft(use_dora=True), ValueError, f"{CONFIG} uses use_dora"),
+    "lora_bias": (from_peft(lora_bias=True), ValueError, f"{CONFIG} uses lora_bias"),
+    "pissa": (
+        from_peft(init_lora_weights="pissa"),
+        ValueError,
+        "init_lora_weights='pissa' changed",
+    ),
+    "olora": (
+        from_peft(init_lora_weights="olora"),
+        ValueError,
+        "init_lora_weights='olora' changed",
+    ),
+    "token indices": (
+        from_peft(trainable_token_indices=[1, 2]),
+        ValueError,
+        "uses trainable_token_indices",
+    ),
+    "alpha is no number": (
+        with_config(lora_alpha="much"),
+        ValueError,
+        f"{CONFIG}: lora_alpha must be a finite number, not 'much'",
+    ),
+    "an alpha of a layer is no number": (
+        with_config(alpha_pattern={"q_proj": "much"}),
+        ValueError,
+        rf"{CONFIG}: alpha_pattern\['q_proj'\].*not 'much'",
+    ),
+    "rank 0": (with_config(r=0), ValueError, f"{CONFIG}: the rank r must be"),
+    "a rank that is no number": (with_config(r="4"), ValueError, f"{CONFIG}: the rank r must be"),
+    "patterns are a list": (
+        with_config(rank_pattern=["q_proj"]),
+        ValueError,
+        f"{CONFIG}: rank_pattern must be a dictionary",
+    ),
+    "bias is unknown": (with_config(bias="some"), ValueError, f"{CONFIG}: bias must be"),
+    "target is a number": (with_config(target_modules=3), ValueError, f"{CONFIG}: target_modules"),
+    "target is no regex": (
+        with_config(target_modules="("),
+        ValueError,
+        f"{CONFIG}: target_modules",
+    ),
+    "modules_to_save is a name": (
+        with_config(modules_to_save="lm_head"),
+        ValueError,
+        f"{CONFIG}: modules_to_save must be a list",
+    ),
+}
+# Only a model that has no layers yet asks these of the configuration.
+BROKEN_FOR_PLAIN = {
+    "no such target": (with_config(target_modules=["nothing"]), ValueError, "leaves no layer"),
+    "another rank in the config": (
+        with_config(r=5),
+        ValueError,
+        re.escape("q_proj.lora_A.weight is [4, 48], the model's layer wants [5, 48]"),
+    ),
+    "more targets": (
+        with_config(target_modules=["q_proj", "k_proj"]),
+        ValueError,
+        r"has no .*k_proj\.lora_A\.weight",
+    ),
+    "no such module in full": (
+        with_config(modules_to_save=["heads"]),
+        ValueError,
+        "no module is called 'heads'",
+    ),
+    "a module in full is missing": (
+        with_config(modules_to_save=["lm_head"]),
+        ValueError,
+        r"has no lm_head\.weight",
+    ),
+}
+
+
+def broken_adapter(folder, case):
+    ours = lk.apply_lora(build("llama"), r=4, target_modules=["q_proj"])
+    lk.save_adapter(models.draw_adapter(ours), folder)
+    assert load_file(folder / WEIGHTS)[PREFIX + KEY].shape == (4, 48)
+    lk.load_adapter(build("llama"), folder)
+    case[0](folder)
+
+
+@pytest.mark.parametrize(
+    "case", (BROKEN | BROKEN_FOR_PLAIN).values(), ids=[*BROKEN, *BROKEN_FOR_PLAIN]
+)
+def test_a_broken_adapter_leaves_a_plain_model_as_it_was(tmp_path, case):
+    broken_adapter(tmp_path / "adapter", case)
+    model = build("llama")
+    before = models.Snapshot(model)
+    with pytest.raises(case[1], match=case[2]):
+        lk.load_adapter(model, tmp_path / "adapter")
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize("case", BROKEN.values(), ids=BROKEN)
+def test_a_broken_adapter_leaves_an_adapted_model_as_it_was(tmp_path, case):
+    broken_adapter(tmp_path / "adapter", case)
+    model = lk.apply_lora(build("llama"), r=4, target_modules=["q_proj"], lora_alpha=3)
+    models.draw_adapter(model, seed=8)
+    before = models.Snapshot(model)
+    config = lk.models.applied(model).config
+    with pytest.raises(case[1], match=case[2]):
+        lk.load_adapter(model, tmp_path / "adapter")
+    before.assert_unchanged()
+    assert lk.models.applied(model).config is config
+
+
+@pytest.mark.parametrize(
+    ("present", "message"),
+    [
+        ({"r": 3}, re.escape("is [4, 48], the model's layer wants [3, 48]")),
+        ({"target_modules": ["q_proj", "k_proj"]}, r"has no .*k_proj\.lora_A\.weight"),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [0]},
+            r"no place for, or with other values: .*layers\.1",
+        ),
+        ({"bias": "all"}, "bias is 'none', the model was adapted with bias='all'"),
+        ({"modules_to_save": ["lm_head"]}, r"has no lm_head\.weight"),
+    ],
+)
+def test_an_adapter_of_another_shape_is_refused(tmp_path, present, message):
+    broken_adapter(tmp_path, (lambda folder: None,))
+    model = lk.apply_lora(build("llama"), **({"r": 4, "target_modules": ["q_proj"]} | present))
+    models.draw_adapter(model, seed=8)
+    before = models.Snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        lk.load_adapter(model, tmp_path)
+    before.assert_unchanged()
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    lk.save_adapter(lk.apply_lora(build("llama"), r=4), tmp_path)
+    for name in ("gpt2", "bert"):
+        model = build(name)
+        before = models.Snapshot(model)
+        with pytest.raises(ValueError, match="leaves no layer to adapt"):
+            lk.load_adapter(model, tmp_path)
+        before.assert_unchanged()
+    model = build("llama", hidden_size=64)
+    before = models.Snapshot(model)
+    with pytest.raises(ValueError, match=r"is \[4, 48\], the model's layer wants \[4, 64\]"):
+        lk.load_adapter(model, tmp_path)
+    before.assert_unchanged()
+
+
+def test_loading_into_a_model_of_peft_is_refused(tmp_path):
+    lk.save_adapter(lk.apply_lora(build("llama"), target_modules=["q_proj"]), tmp_path)
+    model = models.peft_model(build("llama"), target_modules=["q_proj"])
+    before = models.Snapshot(model)
+    with pytest.raises(ValueError, match="of PEFT already"):
+        lk.load_adapter(model, tmp_path)
+    before.assert_unchanged()
+
+
+def test_an_error_while_applying_leaves_the_model_as_it_was(tmp_path, monkeypatch):
+    lk.save_adapter(lk.apply_lora(build("gpt2")), tmp_path)
+    model = build("gpt2")
+    before = models.Snapshot(model)
+    original, calls = FusedLoRALinear.reset_lora_parameters, []
+
+    def failing(layer):
+        calls.append(layer)
+        if len(calls) == 5:
+            raise MemoryError("no memory")
+        original(layer)
+
+    monkeypatch.setattr(FusedLoRALinear, "reset_lora_parameters", failing)
+    with pytest.raises(MemoryError):
+        lk.load_adapter(model, tmp_path)
+    before.assert_unchanged()
+
+
+def test_saving_a_plain_model_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel .*apply_lora"):
+        lk.save_adapter(build("gpt2"), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
