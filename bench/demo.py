@@ -29,8 +29,11 @@ from .demo_text import UserError, finetuning_corpus, pretraining_text
 # Beside this file, wherever the demo is started from.
 OUT = Path(__file__).parent / "out" / "demo"
 
-# For the default package, where most of what it starts is a coroutine.
-PROMPT = "    async def "
+# How a sentence of the default package begins.
+PROMPT = "The "
+
+# A model that has learned for a minute takes more than one that has learned for months.
+LEARNING_RATE, LEARNING_RATE_OF_USERS_MODEL = 1e-2, 2e-4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         content = run(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Other libraries' messages go on over several lines; their first says what is wrong.
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -60,7 +64,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--generated-tokens must be below --context: the prompt needs room")
     corpus = finetuning_corpus(args.data)
     _make_directory(args.out)
-    own = {
+    if args.learning_rate is None:
+        args.learning_rate = LEARNING_RATE_OF_USERS_MODEL if args.model else LEARNING_RATE
+    own: dict[str, Any] = {
         "train_text": corpus.train,
         "held_out_text": corpus.held_out,
         "pretraining_text": "" if args.model else pretraining_text(without=corpus.files),
@@ -154,9 +160,9 @@ def _parser() -> argparse.ArgumentParser:
         ("rank", count, 8, "of the adapter"),
         ("alpha", number, 16.0, "of the adapter"),
         ("dropout", _probability, 0.0, "of the adapter's input; 0 makes the losses comparable"),
-        ("steps", count, 60, "of fine-tuning, at most"),
+        ("steps", count, 120, "of fine-tuning, at most"),
         ("finetune-seconds", number, 75.0, "for the fine-tuning of all libraries together"),
-        ("learning-rate", number, 4e-3, "of the fine-tuning"),
+        ("learning-rate", number, None, "of the fine-tuning; by the model"),
         ("batch", count, 8, "sequences per step"),
         ("context", count, 256, "tokens per sequence"),
         ("pretrain-seconds", number, 60.0, "for the pre-training"),

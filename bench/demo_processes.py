@@ -137,7 +137,8 @@ def run_together(calls: list[Call], environment: Mapping[str, str]) -> list[Any]
         The other processes are then stopped.
     """
     processes = []
-    waiting: dict[Connection, int] = {}
+    ready: Any
+    waiting: dict[Any, int] = {}
     results: list[Any] = [None] * len(calls)
     try:
         for index, call in enumerate(calls):
@@ -149,11 +150,10 @@ def run_together(calls: list[Call], environment: Mapping[str, str]) -> list[Any]
             processes.append(process)
             waiting[receiver] = index
         while waiting:
-            for receiver in connection.wait(list(waiting)):
-                assert isinstance(receiver, Connection)
-                index = waiting.pop(receiver)
+            for ready in connection.wait(list(waiting)):
+                index = waiting.pop(ready)
                 try:
-                    results[index], error = receiver.recv()
+                    results[index], error = ready.recv()
                 except EOFError:
                     processes[index].join()
                     code = processes[index].exitcode

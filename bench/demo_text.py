@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import sysconfig
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-# Distinctive (coroutines everywhere), and in every Python: torch itself imports it.
-DEFAULT_PACKAGE = "asyncio"
+# The language reference that help() prints: prose, where the rest is code. From 60 steps on its
+# sources a base gained 0.17 nats a byte, on asyncio, email, unittest, xml or tkinter 0.01 to 0.05.
+DEFAULT_PACKAGE = "pydoc_data"
 
 # Tests; what is not the standard library; tables of numbers; what describes one machine's build.
 _NOT_TEXT = frozenset(
@@ -45,8 +47,8 @@ class Corpus:
 
     def __str__(self) -> str:
         return (
-            f"{self.description}: {len(self.files)} files, {len(self.train):,} characters "
-            f"+ {len(self.held_out):,} held out (the end of each file)"
+            f"{self.description}, {len(self.files)} files: {len(self.train):,} characters, "
+            f"and {len(self.held_out):,} held out"
         )
 
 
@@ -96,7 +98,8 @@ def finetuning_corpus(data: str | None) -> Corpus:
     """
     if data is None:
         files = library_sources(package=DEFAULT_PACKAGE)
-        return _corpus(f"the standard library's {DEFAULT_PACKAGE}", files)
+        texts = ((path, prose(_decoded(path) or "")) for path in files)
+        return _corpus(f"the prose in the standard library's {DEFAULT_PACKAGE}", texts)
     path = Path(data).expanduser()
     if path.is_dir():
         files = [
@@ -113,7 +116,7 @@ def finetuning_corpus(data: str | None) -> Corpus:
             raise UserError(f"{path} is not text in UTF-8")
     else:
         raise UserError(f"there is no file or directory {path}")
-    return _corpus(str(path), files)
+    return _corpus(str(path), ((file, _decoded(file) or "") for file in files))
 
 
 def split(text: str) -> tuple[str, str]:
@@ -123,11 +126,19 @@ def split(text: str) -> tuple[str, str]:
     return text[: end or cut], text[end or cut :]
 
 
-def _corpus(description: str, files: list[Path]) -> Corpus:
+def prose(source: str) -> str:
+    """The texts of more than a line in a Python source, docstrings among them."""
+    constants = (
+        node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)
+    )
+    return "\n".join(text for text in constants if isinstance(text, str) and "\n" in text)
+
+
+def _corpus(description: str, documents: Iterable[tuple[Path, str]]) -> Corpus:
     texts: dict[str, Path] = {}
     left = MAX_BYTES
-    for path in files:
-        text = (_decoded(path) or "")[:left]
+    for path, text in documents:
+        text = text[:left]
         # A second copy of a file would put what one copy holds out into the other's training part.
         if text.strip() and text not in texts:
             texts[text] = path.resolve()

@@ -165,7 +165,8 @@ class TimeLimit(TrainerCallback):
         if state.global_step % 10 == 0:
             loss = self.losses[-1].item()
             self._bar.set_postfix_str(f" step {state.global_step}, loss {loss:.3f}", refresh=False)
-        control.should_training_stop = self.share() >= 1.0
+        if self.share() >= 1.0:
+            control.should_training_stop = True
         self._bar.update(min(self.share(), 1.0) * self.seconds - self._bar.n)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
@@ -180,7 +181,7 @@ class FineTuning(TrainerCallback):
         self.turns = turns
         self.step_seconds: list[float] = []
         self.answers: Counter[tuple[str, str, str]] = Counter()
-        self._bar = None
+        self._bar: tqdm | None = None
         self._steps = settings.steps
         self._recording = ExitStack()
 
