@@ -16,6 +16,9 @@ from .functional import lora_linear
 # (transformers' Conv1D).
 TRANSPOSED_LINEARS: list[Callable[[nn.Module], bool]] = []
 
+# Subclasses of nn.Linear whose own forward is nn.Linear's in other words, recognised likewise.
+PLAIN_LINEARS: list[Callable[[nn.Module], bool]] = []
+
 # What a replacement takes over from the module it replaces: the very dicts, so that handles still
 # remove their hooks.
 _HOOKS = (
@@ -40,7 +43,8 @@ def unsupported_reason(module: nn.Module) -> str | None:
     transposed = any(matches(module) for matches in TRANSPOSED_LINEARS)
     if not isinstance(module, nn.Linear) and not transposed:
         return f"is a {kind}, neither nn.Linear nor transformers' Conv1D"
-    if not transposed and type(module).forward is not nn.Linear.forward:
+    plain = type(module).forward is nn.Linear.forward or any(same(module) for same in PLAIN_LINEARS)
+    if not transposed and not plain:
         return f"is a {kind}, a linear layer with a forward of its own"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "its forward is never called: nn.MultiheadAttention reads its weight"

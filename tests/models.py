@@ -7,6 +7,7 @@ logits without the adapter are far away from logits with it: nothing here passes
 import contextlib
 import copy
 import os
+import re
 import socket
 from unittest import mock
 
@@ -19,6 +20,7 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import lora_kernels as lk
 from lora_kernels import FusedLoRALinear
 
 transformers.logging.set_verbosity_error()
@@ -149,6 +151,7 @@ ARCHITECTURES = {
     "opt": ("OPTForCausalLM", "OPTConfig", DECODER | {"ffn_dim": 64, "word_embed_proj_dim": 16}),
     "gpt neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", DECODER),
     "gptj": ("GPTJForCausalLM", "GPTJConfig", GPT | {"rotary_dim": 4}),
+    "falcon": ("FalconForCausalLM", "FalconConfig", DECODER),
     "bloom": ("BloomForCausalLM", "BloomConfig", DECODER | {"n_head": 4, "n_layer": 2}),
     "mistral": ("MistralForCausalLM", "MistralConfig", DECODER),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", DECODER | {"num_local_experts": 4}),
@@ -398,3 +401,31 @@ class Square(nn.Module):
 
     def forward(self, x):
         return self.proj(x)
+
+
+# A rank that is no power of two, and layers that differ in rank and scale.
+CONFIG = {
+    "r": 5,
+    "lora_alpha": 12,
+    "rank_pattern": {r".*\.0\..*": 3},
+    "alpha_pattern": {r".*\.1\..*": 20},
+}
+
+
+def adapt(name, seed=3, **config):
+    return draw_adapter(lk.apply_lora(build(name), **(CONFIG | config)), seed)
+
+
+def trainable(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def in_our_names(names):
+    """PEFT's names of parameters, as the same ones are called here."""
+    return {
+        re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1", name)
+        .removeprefix("base_model.model.")
+        .replace(".base_layer.", ".")
+        .replace(".modules_to_save.default.", ".")
+        for name in names
+    }

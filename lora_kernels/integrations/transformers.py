@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..nn import TRANSPOSED_LINEARS
+from ..nn import PLAIN_LINEARS, TRANSPOSED_LINEARS
 
 # Last name of a head where the model has no base model to tell it apart (T5, plain modules,
 # wrappers).
@@ -49,7 +49,14 @@ def is_conv1d(module: nn.Module) -> bool:
     )
 
 
+def is_falcon_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is Falcon's linear layer: ``x @ W.T``, then ``+ bias``."""
+    falcon = sys.modules.get("transformers.models.falcon.modeling_falcon")
+    return falcon is not None and type(module) is falcon.FalconLinear
+
+
 TRANSPOSED_LINEARS.append(is_conv1d)
+PLAIN_LINEARS.append(is_falcon_linear)
 
 
 def head_reason(model: nn.Module, name: str, module: nn.Module, outputs: set[object]) -> str | None:
