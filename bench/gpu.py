@@ -86,7 +86,7 @@ def stages(out: Path, bench_seconds: float, quick: bool) -> list[Stage]:
     shape_names = ",".join("x".join(map(str, shape)) for shape in shapes)
     bench = [*python, "pytest", "bench", "-q", "--bench-device", "cuda", "--report-dir", str(out)]
     bench += ["--time-limit", str(int(bench_seconds)), "--benchmark-columns", "median,iqr,rounds"]
-    on_gpu = "(cuda or gpu) and bfloat16"
+    on_gpu = "(cuda or gpu or kernels) and bfloat16"
     tune = [*python, "lora_kernels", "tune", "--shapes", shape_names, "--seconds", "0.7"]
     return [
         Stage("tests in bfloat16", [*python, "pytest", "tests", "-q", "-k", on_gpu], 0.2),

@@ -12,11 +12,14 @@ from torch import Tensor
 from .device import DeviceFacts
 
 # How S reaches the accumulator (module docstring of plan.py). The order is the order in which a
-# tuner tries them.
-PLANS = ("in_loop", "tail", "producer", "vendor", "reference")
+# tuner tries them. "skinny" is the one kernel of the operators that have no tail to place.
+PLANS = ("in_loop", "tail", "producer", "skinny", "vendor", "reference")
 
 # Plans whose work is done by Triton kernels with tiles; the others take no numbers.
-TILED_PLANS = ("in_loop", "tail", "producer")
+TILED_PLANS = ("in_loop", "tail", "producer", "skinny")
+SKINNY_OPS = ("lora_shrink", "lora_linear_dab")
+
+ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -35,45 +38,81 @@ class Problem(NamedTuple):
     adapter_dtype: str
     dropout: bool = False
     fan_in_fan_out: bool = False
+    out_scale: bool = False
+    # whether the big operands suit tensor descriptors: 16-byte bases and row strides, unit columns
+    aligned: bool = True
+
+    @property
+    def columns(self) -> int:
+        """The width of the result of a product with the base: N, and K for dX."""
+        return self.k if self.op == "lora_linear_dx" else self.n
+
+    @property
+    def inner(self) -> int:
+        """The axis that this product sums over: K, and N for dX."""
+        return self.n if self.op == "lora_linear_dx" else self.k
+
+    @property
+    def block_r(self) -> int:
+        """The rank as the kernels' tiles hold it: a power of two, at least a tensor core's 16."""
+        return max(16, 1 << (self.r - 1).bit_length())
 
     def bucketed(self) -> Problem:
         """The key of the tables: N and K exact, M rounded up to a power of two, r to a multiple of
         16."""
-        return Problem(
-            self.op,
-            1 << max(self.m - 1, 0).bit_length(),
-            self.n,
-            self.k,
-            -(-self.r // 16) * 16,
-            self.dtype,
-            self.adapter_dtype,
-            self.dropout,
-            self.fan_in_fan_out,
-        )
+        return self._replace(m=1 << max(self.m - 1, 0).bit_length(), r=-(-self.r // 16) * 16)
 
     def key(self) -> str:
         format_ = "KN" if self.fan_in_fan_out else "NK"
-        dropout = "dropout" if self.dropout else "plain"
+        flags = ["dropout"] * self.dropout + ["out_scale"] * self.out_scale
+        flags += ["unaligned"] * (not self.aligned)
         sizes = f"{self.m}/{self.n}/{self.k}/{self.r}"
-        return f"{self.op}/{sizes}/{self.dtype}/{self.adapter_dtype}/{format_}/{dropout}"
+        formats = f"{self.dtype}/{self.adapter_dtype}/{format_}"
+        return f"{self.op}/{sizes}/{formats}/{'+'.join(flags) or 'plain'}"
 
 
 # One builder per operator, with the operator's own arguments.
 
 
 def _linear(
-    op: str, rows: Tensor, n: int, k: int, adapter: Tensor | None, r: int, dropout: bool, kn: bool
+    op: str,
+    rows: Tensor,
+    n: int,
+    k: int,
+    adapter: Tensor | None,
+    r: int,
+    dropout: bool,
+    kn: bool = False,
+    out_scale: bool = False,
+    weight: Tensor | None = None,
 ) -> Problem:
     dtype = dtype_name(rows.dtype)
     adapter_dtype = dtype if adapter is None else dtype_name(adapter.dtype)
-    return Problem(op, rows.shape[0], n, k, r, dtype, adapter_dtype, dropout, kn)
+    aligned = _suit_descriptors(rows, weight)
+    return Problem(
+        op, rows.shape[0], n, k, r, dtype, adapter_dtype, dropout, kn, out_scale, aligned
+    )
+
+
+def _suit_descriptors(*tensors: Tensor | None) -> bool:
+    """Whether all have 16-byte bases and row strides and one unit stride; asked on GPUs only, where
+    it matters."""
+    for t in tensors:
+        if t is None or not t.is_cuda:
+            continue
+        row, col = t.stride()
+        if row == 1:
+            row, col = col, row
+        if col != 1 or row <= 0 or row * t.element_size() % 16 or t.data_ptr() % 16:
+            return False
+    return True
 
 
 def _lora_shrink(
     x: Tensor, lora_a: Tensor, scale: Tensor, rng: Tensor | None = None, dropout_p: float = 0.0
 ) -> Problem:
     r, k = lora_a.shape
-    return _linear("lora_shrink", x, r, k, lora_a, r, rng is not None, False)
+    return _linear("lora_shrink", x, r, k, lora_a, r, rng is not None)
 
 
 def _lora_linear_fwd(
@@ -89,9 +128,9 @@ def _lora_linear_fwd(
     out_scale: Tensor | None = None,
 ) -> Problem:
     n, r = lora_b.shape
-    return _linear(
-        "lora_linear_fwd", x, n, lora_a.shape[1], lora_a, r, rng is not None, fan_in_fan_out
-    )
+    dropout, k = rng is not None, lora_a.shape[1]
+    scaled = out_scale is not None
+    return _linear("lora_linear_fwd", x, n, k, lora_a, r, dropout, fan_in_fan_out, scaled, weight)
 
 
 def _lora_linear_dx(
@@ -106,7 +145,9 @@ def _lora_linear_dx(
     out_scale: Tensor | None = None,
 ) -> Problem:
     r, k = lora_a.shape
-    return _linear("lora_linear_dx", dy, dy.shape[1], k, lora_a, r, rng is not None, fan_in_fan_out)
+    dropout, n = rng is not None, dy.shape[1]
+    scaled = out_scale is not None
+    return _linear("lora_linear_dx", dy, n, k, lora_a, r, dropout, fan_in_fan_out, scaled, weight)
 
 
 def _lora_linear_dab(
@@ -123,7 +164,8 @@ def _lora_linear_dab(
 ) -> Problem:
     r = max((tail.shape[1] for tail in (s, d) if tail is not None), default=0)
     k = 0 if x is None else x.shape[1]
-    return _linear("lora_linear_dab", dy, dy.shape[1], k, None, r, rng is not None, False)
+    dropout, scaled = rng is not None, out_scale is not None
+    return _linear("lora_linear_dab", dy, dy.shape[1], k, None, r, dropout, out_scale=scaled)
 
 
 PROBLEM_OF: dict[str, Callable[..., Problem]] = {
@@ -137,7 +179,11 @@ PROBLEM_OF: dict[str, Callable[..., Problem]] = {
 @dataclass(frozen=True, slots=True)
 class Config:
     """A plan and, for the tiled plans, its compile-time numbers. Zero means: not used by this
-    plan."""
+    plan.
+
+    The skinny kernels call their block of columns ``block_n`` (dA/dB) or have none (the shrink),
+    and ``split_k`` counts the programs among which the reduced axis of one block is dealt out.
+    """
 
     plan: str
     block_m: int = 0
@@ -147,6 +193,20 @@ class Config:
     split_k: int = 0
     num_warps: int = 0
     num_stages: int = 0
+    # of a persistent launch; 0: one program per tile
+    programs: int = 0
+    descriptors: bool = False
+
+
+def shared_memory(config: Config, problem: Problem) -> int:
+    """Bytes that the software pipeline keeps of the operands of its main loop."""
+    size = ELEMENT_BYTES[problem.dtype]
+    if problem.op == "lora_linear_dab":
+        return config.num_stages * config.block_m * (config.block_n + problem.block_r) * size
+    adapter = ELEMENT_BYTES[problem.adapter_dtype]
+    rank = 0 if config.plan == "tail" else problem.block_r * config.block_k * adapter
+    wide = config.block_m + config.block_n
+    return config.num_stages * (wide * config.block_k * size + rank)
 
 
 def invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str | None:
@@ -155,7 +215,7 @@ def invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str 
     if config.plan not in PLANS:
         return f"no plan is called {config.plan!r}; there are {', '.join(PLANS)}"
     if config.plan in TILED_PLANS:
-        return "this version has no tiled kernel"
+        return _tiled_invalid_reason(config, problem, facts)
     if config.plan == "vendor":
         if problem.dtype == "float64":
             return "float64 is computed by the reference"
@@ -164,13 +224,138 @@ def invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str 
     return None
 
 
+def _tiled_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str | None:
+    skinny = problem.op in SKINNY_OPS
+    if facts.kind != "cuda":
+        return "Triton's kernels run on GPUs"
+    if not facts.triton:
+        return "Triton is not installed"
+    if _sm(facts.arch) < 80:
+        return f"the kernels are compiled for sm_80 and later, not for {facts.arch}"
+    if config.plan == "producer":
+        return "there is no kernel for it yet"
+    if problem.dtype == "float64" or problem.adapter_dtype == "float64":
+        return "float64 is computed by the reference"
+    if skinny != (config.plan == "skinny"):
+        return f"{problem.op} has {'no tail to place' if skinny else 'a tail to place'}"
+    if config.plan == "in_loop" and problem.dropout:
+        return "the mask would be drawn again for every tile of columns"
+    if problem.out_scale and problem.op != "lora_linear_fwd":
+        return "the kernels read dY once, and out_scale would have to multiply it first"
+    if problem.r > 256:
+        return "ranks over 256 do not fit one tile"
+    if config.plan == "in_loop" and problem.block_r > (32 if config.block_n > 128 else 64):
+        # Registers of both accumulators on sm_90 (ahead-of-time report, 2026-11): [128, 256] with
+        # rank 64 and [128, 128] with rank 128 spill.
+        return "the accumulators of both products do not fit the registers"
+    if config.block_m == 0:
+        # A plan by its name alone; the planner fills in the numbers.
+        return None
+    if config.descriptors and (not problem.aligned or not 90 <= _sm(facts.arch) < 1000):
+        return "tensor descriptors need sm_90 and 16-byte strides"
+    if facts.shared_memory and shared_memory(config, problem) > facts.shared_memory - 1024:
+        return f"its stages do not fit {facts.shared_memory} bytes of shared memory"
+    return None
+
+
+def _sm(arch: str) -> int:
+    """The number of an NVIDIA architecture; 1000 for others, whose limits are their own."""
+    digits = arch.removeprefix("sm_")
+    return int(digits) if arch.startswith("sm_") and digits.isdigit() else 1000
+
+
 def is_valid(config: Config, problem: Problem, facts: DeviceFacts) -> bool:
     return invalid_reason(config, problem, facts) is None
 
 
+# The shipped tiles by architecture: (block_m, block_n, block_k, warps, stages), largest first. They
+# compile without spills (ahead-of-time report); which is fastest where is for the tuner to measure.
+# The last two stream the weight for few rows.
+_HALF_TILES = {
+    "sm_80": ((128, 128, 32, 8, 4), (64, 128, 32, 4, 4), (16, 64, 128, 4, 4), (16, 128, 64, 4, 4)),
+    "sm_90": (
+        (128, 256, 64, 8, 3),
+        (128, 128, 64, 8, 4),
+        (64, 128, 64, 4, 4),
+        (16, 64, 128, 4, 4),
+        (16, 128, 128, 4, 3),
+    ),
+    "sm_100": (
+        (128, 256, 64, 8, 3),
+        (128, 128, 64, 8, 4),
+        (64, 128, 64, 4, 4),
+        (16, 64, 128, 4, 4),
+    ),
+    "gfx942": ((128, 128, 64, 8, 2), (64, 128, 64, 4, 2), (16, 64, 128, 4, 2)),
+}
+_FLOAT_TILES = ((64, 64, 32, 4, 3), (32, 64, 32, 4, 3), (16, 64, 64, 4, 2))
+
+# (block_m, block_k, warps, stages) of the shrink and (block_m, block_n, warps, stages) of dA/dB.
+# The last of each holds rank 256 in float32 within 64 KiB.
+_SHRINK_TILES = ((64, 64, 4, 3), (16, 128, 4, 3), (16, 32, 4, 1))
+_DAB_TILES = ((64, 64, 4, 3), (32, 128, 4, 3), (32, 32, 4, 1))
+
+# Above this many rows a column of tiles is no longer one tile, and splitting K is not for speed.
+SMALL_M = 64
+
+
+def family(arch: str) -> str:
+    """The architecture whose tiles serve ``arch``; anything unknown gets the smallest demands."""
+    if arch in _HALF_TILES:
+        return arch
+    if arch.startswith("gfx"):
+        return "gfx942"
+    # sm_103 is a sibling of sm_100; sm_120 has less shared memory than either.
+    return "sm_100" if 100 <= _sm(arch) < 120 else "sm_80"
+
+
+def tiled_configs(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:
+    """Every shipped tile as a configuration for ``problem``, valid or not."""
+    half = ELEMENT_BYTES[problem.dtype] == 2
+    processors = max(facts.processors, 1)
+    if problem.op == "lora_shrink":
+        for block_m, block_k, warps, stages in _SHRINK_TILES:
+            split = _split(-(-problem.m // block_m), problem.k // block_k, processors)
+            yield Config("skinny", block_m, 0, block_k, 0, split, warps, stages)
+        return
+    if problem.op == "lora_linear_dab":
+        for block_m, block_n, warps, stages in _DAB_TILES:
+            blocks = -(-problem.k // block_n) + -(-problem.n // block_n)
+            split = _split(blocks, problem.m // block_m, processors)
+            yield Config("skinny", block_m, block_n, 0, 0, split, warps, stages)
+        return
+    for block_m, block_n, block_k, warps, stages in (
+        _HALF_TILES[family(facts.arch)] if half else _FLOAT_TILES
+    ):
+        tiles = -(-problem.m // block_m) * -(-problem.columns // block_n)
+        split = 1
+        if problem.m <= SMALL_M:
+            split = _split(tiles, problem.inner // block_k, processors)
+        for plan in ("in_loop", "tail"):
+            for descriptors in (True, False):
+                yield Config(
+                    plan,
+                    block_m,
+                    block_n,
+                    block_k,
+                    8,
+                    split,
+                    warps,
+                    stages,
+                    processors,
+                    descriptors,
+                )
+
+
+def _split(blocks: int, steps: int, processors: int) -> int:
+    """Programs per block so that all of them fill the device about twice, each with four steps at
+    least (a guess: a program's start and its share of the finish cost about that)."""
+    wanted = -(-2 * processors // max(blocks, 1))
+    return max(1, min(wanted, steps // 4, 64))
+
+
 def candidates(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:
     """The configurations worth measuring for ``problem``; all of them valid."""
-    for plan in PLANS:
-        config = Config(plan)
+    for config in (*tiled_configs(problem, facts), Config("vendor"), Config("reference")):
         if is_valid(config, problem, facts):
             yield config

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import plan, reference, vendor
-from .config import PROBLEM_OF
-from .device import facts
+from .config import (
+    PROBLEM_OF,
+    SKINNY_OPS,
+    TILED_PLANS,
+    Config,
+    Problem,
+    tiled_configs,
+)
+from .device import DeviceFacts, facts
 
 
 def answer(op: str, *args: Any, **kwargs: Any) -> Any:
     """Run one operator on CUDA tensors, by the plan that ``plan.plan`` chooses for its problem."""
-    device = args[0].device
+    device = next(t.device for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
     problem = PROBLEM_OF[op](*args, **kwargs)
     config = plan.plan(problem, facts(device))
     # Launches go to the tensors' device, whichever is current.
@@ -22,4 +31,54 @@ def answer(op: str, *args: Any, **kwargs: Any) -> Any:
             plan.answered("reference", config, problem)
             return getattr(reference, op)(*args, **kwargs)
         plan.answered("cuda", config, problem)
-        return getattr(vendor, op)(*args, **kwargs, masked=reference.masked)
+        if config.plan == "vendor":
+            return getattr(vendor, op)(*args, **kwargs, masked=masked)
+        return run_kernel(op, config, problem, facts(device), *args, **kwargs)
+
+
+def masked(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
+    """``mask * x`` as ``reference.masked`` defines it, in one launch where there is Triton."""
+    if not facts(x.device).triton:
+        return reference.masked(x, rng, dropout_p)
+    from .kernels import common
+
+    return common.masked(x, rng, dropout_p)
+
+
+def run_kernel(
+    op: str, config: Config, problem: Problem, known: DeviceFacts, *args: Any, **kwargs: Any
+) -> Any:
+    """Launch the kernel of ``op`` with ``config``; a plan by its name alone gets the planner's
+    numbers."""
+    # Triton is imported by the first launch, not by importing the package.
+    from .kernels import linear_bwd, linear_fwd
+
+    config = with_numbers(config, problem, known)
+    if op in SKINNY_OPS:
+        kernel = linear_fwd.lora_shrink if op == "lora_shrink" else linear_bwd.lora_linear_dab
+        return kernel(*args, **kwargs, config=config)
+    rows = Problem(
+        "lora_shrink",
+        problem.m,
+        problem.r,
+        problem.inner,
+        problem.r,
+        problem.dtype,
+        problem.adapter_dtype,
+        problem.dropout and op == "lora_linear_fwd",
+    )
+    shrink = with_numbers(Config("skinny"), rows, known)
+    return getattr(linear_fwd, op)(*args, **kwargs, config=config, shrink=shrink)
+
+
+@functools.lru_cache(maxsize=4096)
+def with_numbers(config: Config, problem: Problem, known: DeviceFacts) -> Config:
+    if config.block_m or config.plan not in TILED_PLANS:
+        return config
+    valid = [
+        c for c in tiled_configs(problem, known)
+        if c.plan == config.plan and plan.is_valid(c, problem, known)
+    ]  # fmt: skip
+    if not valid:
+        raise ValueError(f"no tile of the plan {config.plan!r} can compute {problem} on {known.name}")
+    return min(valid, key=lambda c: plan.estimate_us(c, problem, known))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +18,8 @@ class DeviceFacts:
     CPU capability.
 
     ``processors`` are SMs, compute units or threads; ``shared_memory`` is the most one block may
-    ask for, in bytes. Zero stands for unknown.
+    ask for, in bytes; ``half_flops`` and ``bandwidth`` are the datasheet's kind of peak, per
+    second; ``triton`` is whether Triton can be imported. Zero stands for unknown.
     """
 
     kind: str
@@ -26,6 +29,13 @@ class DeviceFacts:
     shared_memory: int = 0
     l2_bytes: int = 0
     memory_bytes: int = 0
+    half_flops: float = 0.0
+    bandwidth: float = 0.0
+    triton: bool = True
+
+
+# Half-precision FLOP per clock and multiprocessor, dense, from the vendors' data sheets.
+_HALF_FLOPS_PER_CLOCK = {"sm_80": 2048, "sm_90": 4096, "sm_100": 8192, "gfx942": 2048}
 
 
 def facts(device: torch.device | str) -> DeviceFacts:
@@ -61,8 +71,21 @@ def _facts(kind: str, index: int | None) -> DeviceFacts:
             shared_memory=getattr(properties, "shared_memory_per_block_optin", 0),
             l2_bytes=getattr(properties, "L2_cache_size", 0),
             memory_bytes=properties.total_memory,
+            half_flops=_HALF_FLOPS_PER_CLOCK.get(arch, 1024)
+            * properties.multi_processor_count
+            * getattr(properties, "clock_rate", 1_500_000)
+            * 1e3,
+            bandwidth=_bandwidth(properties),
+            triton=importlib.util.find_spec("triton") is not None,
         )
     return DeviceFacts(kind=kind, name=kind, arch="unknown")
+
+
+def _bandwidth(properties: Any) -> float:
+    """Bytes per second at two transfers a clock; where torch does not say, a middling 2 TB/s."""
+    clock_khz = getattr(properties, "memory_clock_rate", 0)
+    width_bits = getattr(properties, "memory_bus_width", 0)
+    return 2.0 * clock_khz * 1e3 * width_bits / 8 or 2e12
 
 
 def _cpu_name() -> str:

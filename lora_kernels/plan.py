@@ -30,7 +30,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .config import PLANS, Config, Problem, invalid_reason, is_valid
+from .config import (
+    ELEMENT_BYTES,
+    PLANS,
+    SKINNY_OPS,
+    Config,
+    Problem,
+    invalid_reason,
+    is_valid,
+    tiled_configs,
+)
 from .device import DeviceFacts
 
 _SHIPPED = Path(__file__).parent / "plans"
@@ -87,9 +96,72 @@ def _plan(problem: Problem, facts: DeviceFacts) -> Config:
 
 
 def heuristic(problem: Problem, facts: DeviceFacts) -> Config:
-    """Valid everywhere: the library's GEMM where a backend of ours calls it, else the reference."""
+    """Valid everywhere: on a GPU the candidate with the shortest estimate, else the library's GEMM
+    where a backend of ours calls it, else the reference."""
     vendor = Config("vendor")
-    return vendor if is_valid(vendor, problem, facts) else Config("reference")
+    if not is_valid(vendor, problem, facts):
+        return Config("reference")
+    tiled = [c for c in tiled_configs(problem, facts) if is_valid(c, problem, facts)]
+    return min([vendor, *tiled], key=lambda config: estimate_us(config, problem, facts))
+
+
+# What the estimate takes for granted, none of it measured by us yet: a launch in a graph; the share
+# of peak that the library's GEMM reaches (FIELD's cuBLAS on an H200: 0.73 to 0.79 of the
+# datasheet's 989 TFLOP/s) and that a Triton tile of each size does (0.95 of cuBLAS for the largest,
+# at large K); the share of bandwidth that streaming kernels reach, and how much faster the L2 is.
+_LAUNCH_US = 2.0
+_LIBRARY_SHARE = 0.76
+_TILE_SHARE = {128 * 256: 0.72, 128 * 128: 0.66, 64 * 128: 0.55}
+_STREAM_SHARE = 0.85
+_CACHE_OVER_MEMORY = 2.5
+
+
+def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
+    """Microseconds that a GPU should need, from bytes, FLOP, multiprocessors and whole waves."""
+    flops, bandwidth = (facts.half_flops or 3e14) / 1e6, (facts.bandwidth or 2e12) / 1e6
+    size = ELEMENT_BYTES[problem.dtype]
+    if size == 4:
+        # float32 without TF32 runs on the ordinary units, an eighth of the tensor cores at best.
+        flops /= 8
+
+    def streamed(elements: float) -> float:
+        return elements * size / (bandwidth * _STREAM_SHARE)
+
+    m, n, k, r = problem.m, problem.columns, problem.inner, problem.r
+    if problem.op in SKINNY_OPS:
+        columns = k if problem.op == "lora_shrink" else problem.n + problem.k
+        once = streamed(m * columns + r * columns)
+        launches = 1 if config.plan == "skinny" else 2
+        masks = 0.0
+        if problem.dropout and config.plan == "vendor":
+            # A masked copy of x, written and read.
+            launches, masks = 3, streamed(3 * m * problem.k)
+        return once + masks + launches * _LAUNCH_US
+
+    base_bytes = streamed(m * k + n * k + m * n)
+    base_flops = 2.0 * m * n * k
+    shrink = streamed(m * k + r * k) + _LAUNCH_US
+    if config.plan == "vendor":
+        tail = streamed(2 * m * n) + _LAUNCH_US
+        # A masked copy of x, or for dX of the tail's product, written and read.
+        masks = _LAUNCH_US + streamed(3 * m * problem.k) if problem.dropout else 0.0
+        product = max(base_flops / (flops * _LIBRARY_SHARE), base_bytes)
+        return product + shrink + tail + masks + 2 * _LAUNCH_US
+    tiles_m, tiles_n = -(-m // config.block_m), -(-n // config.block_n)
+    waves = -(-tiles_m * tiles_n * config.split_k // max(facts.processors, 1))
+    share = _TILE_SHARE.get(config.block_m * config.block_n, 0.4)
+    depth = k / config.split_k * (1 + problem.block_r / config.block_n * (config.plan == "in_loop"))
+    tile_flops = 2.0 * config.block_m * config.block_n * (depth + problem.block_r)
+    per_processor = flops * share / max(facts.processors, 1)
+    # Every row of tiles reads the weight and every column x, from the cache at best.
+    cache_bytes = streamed(tiles_m * n * k + tiles_n * m * k) / _CACHE_OVER_MEMORY
+    product = max(waves * tile_flops / per_processor, base_bytes, cache_bytes)
+    if config.split_k > 1:
+        partial = tiles_m * tiles_n * config.block_m * (config.block_n + problem.block_r)
+        product += streamed(2 * config.split_k * partial * 4 / size) / _CACHE_OVER_MEMORY
+    # Pointers instead of descriptors cost addresses and registers.
+    product *= 1.0 if config.descriptors else 1.05
+    return product + _LAUNCH_US + (shrink if config.plan == "tail" else 0.0)
 
 
 def answered(backend: str, config: Config, problem: Problem) -> None:

@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers. Nothing here asks where it runs or decides anything."""

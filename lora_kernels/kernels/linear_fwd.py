@@ -1,0 +1,342 @@
+"""A GEMM with a low-rank tail: the forward and, with its roles swapped, dX. And the shrink that
+feeds it.
+
+    out[m, n] = sum_k x[m, k] w[k, n]  +  keep[m, n] * sum_r s[m, r] b[r, n]  (* out_scale[n] +
+    bias[n])
+
+            x         w              s                         b       keep
+    Y       x         W^T            c (mask*x) A^T            B^T     1
+    dX      dY        W              c dY B                    A       the dropout mask
+
+In-loop plan: s is accumulated beside the base product from the same x tiles, rounded once to the
+operand dtype, and its product with b is added before the only store. Tail plan: s is read, and its
+product with b (masked, for dX) is what the accumulator starts with, which costs no second tile of
+registers. With SPLIT_K > 1 (few rows: the weight is streamed once, at memory speed) every program
+leaves its partial sums of both products, and the last of a tile to arrive adds them in a fixed
+order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..config import Config
+from ..reference import dropout_threshold
+from .common import counters, dropout_keep, last_to_arrive, next_power_of_2, partials, tile_order
+
+
+@triton.jit
+def _load_tile(
+    t,
+    row,
+    col,
+    rows,
+    cols,
+    stride_row,
+    stride_col,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """t[row : row + ROWS, col : col + COLS], zero outside [rows, cols]; t is a pointer or a
+    descriptor."""
+    if DESCRIPTOR:
+        tile = t.load([row, col])
+    else:
+        offs_row = row + tl.arange(0, ROWS)
+        offs_col = col + tl.arange(0, COLS)
+        offsets = offs_row.to(tl.int64)[:, None] * stride_row
+        offsets += offs_col.to(tl.int64)[None, :] * stride_col
+        inside = (offs_row < rows)[:, None] & (offs_col < cols)[None, :]
+        tile = tl.load(t + offsets, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def _lora_linear_kernel(
+    x, w, a, b, s_ptr, bias_ptr, out_scale_ptr, scale_ptr, rng_ptr,
+    y_ptr, partial_ptr, counter_ptr,
+    M, N, K, R,
+    stride_xm, stride_xk,
+    stride_w0, stride_w1,
+    stride_ar, stride_ak,
+    stride_bn, stride_br,
+    stride_sm,
+    stride_ym,
+    inverse_keep, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr,
+    IN_LOOP: tl.constexpr, MASK_TAIL: tl.constexpr, WEIGHT_NK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_OUT_SCALE: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    dtype = y_ptr.dtype.element_ty
+    num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    num_k = tl.cdiv(K, BLOCK_K)
+    scale = (tl.load(scale_ptr) * inverse_keep).to(tl.float32)
+    for work in tl.range(tl.program_id(0), num_m * num_n * SPLIT_K, tl.num_programs(0)):
+        tile = work // SPLIT_K
+        split = work % SPLIT_K
+        pid_m, pid_n = tile_order(tile, num_m, num_n, GROUP_M)
+        row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
+        offs_m = row + tl.arange(0, BLOCK_M)
+        offs_n = col + tl.arange(0, BLOCK_N)
+        offs_r = tl.arange(0, BLOCK_R)
+
+        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        s_acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+        if not IN_LOOP:
+            # Of several splits one brings the tail.
+            for r in tl.range(0, tl.where(split == 0, R, 0), BLOCK_R):
+                s = _load_tile(s_ptr, row, r, M, R, stride_sm, 1, BLOCK_M, BLOCK_R, False)
+                b_t = _load_tile(b, r, col, R, N, stride_br, stride_bn, BLOCK_R, BLOCK_N, False)
+                acc = tl.dot(s, b_t.to(dtype), acc, input_precision="ieee")
+            if MASK_TAIL:
+                acc = tl.where(
+                    dropout_keep(rng_ptr, row, col, threshold, BLOCK_M, BLOCK_N), acc, 0.0
+                )
+
+        for step in tl.range(split, num_k, SPLIT_K):
+            k = step * BLOCK_K
+            x_tile = _load_tile(x, row, k, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, DESCRIPTOR)
+            if WEIGHT_NK:
+                w_tile = _load_tile(
+                    w, col, k, N, K, stride_w0, stride_w1, BLOCK_N, BLOCK_K, DESCRIPTOR
+                ).T
+            else:
+                w_tile = _load_tile(
+                    w, k, col, K, N, stride_w0, stride_w1, BLOCK_K, BLOCK_N, DESCRIPTOR
+                )
+            acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
+            if IN_LOOP:
+                a_tile = _load_tile(a, 0, k, R, K, stride_ar, stride_ak, BLOCK_R, BLOCK_K, False)
+                s_acc = tl.dot(x_tile, a_tile.to(dtype).T, s_acc, input_precision="ieee")
+
+        finish = True
+        if SPLIT_K > 1:
+            # [tile, split] -> the two partial tiles, one after the other
+            SIZE: tl.constexpr = BLOCK_M * (BLOCK_N + BLOCK_R)
+            tile_ptr = partial_ptr + tile.to(tl.int64) * (SPLIT_K * SIZE)
+            in_acc = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+            in_s = BLOCK_M * BLOCK_N + tl.arange(0, BLOCK_M)[:, None] * BLOCK_R + offs_r[None, :]
+            tl.store(tile_ptr + split * SIZE + in_acc, acc)
+            if IN_LOOP:
+                tl.store(tile_ptr + split * SIZE + in_s, s_acc)
+            finish = last_to_arrive(counter_ptr + tile, SPLIT_K)
+            if finish:
+                acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+                s_acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+                for other in tl.range(SPLIT_K):
+                    # Not from this program's cache: another one wrote it.
+                    acc += tl.load(tile_ptr + other * SIZE + in_acc, cache_modifier=".cg")
+                    if IN_LOOP:
+                        s_acc += tl.load(tile_ptr + other * SIZE + in_s, cache_modifier=".cg")
+
+        if finish:
+            if IN_LOOP:
+                s = (s_acc * scale).to(dtype)
+                b_t = _load_tile(b, 0, col, R, N, stride_br, stride_bn, BLOCK_R, BLOCK_N, False)
+                acc = tl.dot(s, b_t.to(dtype), acc, input_precision="ieee")
+                if pid_n == 0:
+                    s_out = s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :]
+                    tl.store(s_out, s, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
+            if HAS_OUT_SCALE:
+                acc *= tl.load(out_scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[
+                    None, :
+                ]
+            if HAS_BIAS:
+                acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[
+                    None, :
+                ]
+            y_out = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
+            tl.store(y_out, acc.to(dtype), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+
+
+@triton.jit
+def _lora_shrink_kernel(
+    x_ptr, a_ptr, scale_ptr, rng_ptr,
+    s_ptr, partial_ptr, counter_ptr,
+    M, K, R,
+    stride_xm, stride_xk,
+    stride_ar, stride_ak,
+    stride_sm,
+    inverse_keep, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    SPLIT_K: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    dtype = s_ptr.dtype.element_ty
+    block, split = tl.program_id(0), tl.program_id(1)
+    row = block * BLOCK_M
+    offs_m = row + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    for step in tl.range(split, tl.cdiv(K, BLOCK_K), SPLIT_K):
+        k = step * BLOCK_K
+        x = _load_tile(x_ptr, row, k, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, False)
+        if HAS_MASK:
+            x = tl.where(dropout_keep(rng_ptr, row, k, threshold, BLOCK_M, BLOCK_K), x, 0.0)
+        a = _load_tile(a_ptr, 0, k, R, K, stride_ar, stride_ak, BLOCK_R, BLOCK_K, False)
+        acc = tl.dot(x.to(dtype), a.to(dtype).T, acc, input_precision="ieee")
+    finish = True
+    if SPLIT_K > 1:
+        SIZE: tl.constexpr = BLOCK_M * BLOCK_R
+        in_acc = tl.arange(0, BLOCK_M)[:, None] * BLOCK_R + offs_r[None, :]
+        block_ptr = partial_ptr + block.to(tl.int64) * (SPLIT_K * SIZE)
+        tl.store(block_ptr + split * SIZE + in_acc, acc)
+        finish = last_to_arrive(counter_ptr + block, SPLIT_K)
+        if finish:
+            acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+            for other in tl.range(SPLIT_K):
+                acc += tl.load(block_ptr + other * SIZE + in_acc, cache_modifier=".cg")
+    if finish:
+        s = (acc * (tl.load(scale_ptr) * inverse_keep).to(tl.float32)).to(dtype)
+        s_out = s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :]
+        tl.store(s_out, s, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
+
+
+def lora_shrink(
+    x: Tensor,
+    lora_a: Tensor,
+    scale: Tensor,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *,
+    config: Config,
+) -> Tensor:
+    m, k = x.shape
+    r = lora_a.shape[0]
+    s = torch.empty(m, r, dtype=x.dtype, device=x.device)
+    if m == 0:
+        return s
+    block_r = max(16, next_power_of_2(r))
+    blocks, split_k = -(-m // config.block_m), config.split_k
+    _lora_shrink_kernel[(blocks, split_k)](
+        x, lora_a, scale, scale if rng is None else rng,
+        s, partials(blocks * split_k * config.block_m * block_r, split_k, x.device),
+        counters(x.device, blocks if split_k > 1 else 0),
+        m, k, r,
+        *x.stride(),
+        *lora_a.stride(),
+        s.stride(0),
+        1.0 / (1.0 - dropout_p), dropout_threshold(dropout_p),
+        BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=block_r,
+        SPLIT_K=split_k, HAS_MASK=rng is not None,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return s
+
+
+def lora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    fan_in_fan_out: bool = False,
+    out_scale: Tensor | None = None,
+    *,
+    config: Config,
+    shrink: Config,
+) -> tuple[Tensor, Tensor]:
+    w = weight.t() if fan_in_fan_out else weight
+    s = None
+    if config.plan == "tail":
+        s = lora_shrink(x, lora_a, scale, rng, dropout_p, config=shrink)
+    return _gemm_with_tail(x, w, lora_a, lora_b, s, scale, bias, out_scale, None, dropout_p, config)
+
+
+def lora_linear_dx(
+    dy: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    fan_in_fan_out: bool = False,
+    out_scale: Tensor | None = None,
+    *,
+    config: Config,
+    shrink: Config,
+) -> tuple[Tensor, Tensor]:
+    assert out_scale is None, "config.invalid_reason leaves out_scale's dX to the other plans"
+    w = weight if fan_in_fan_out else weight.t()
+    a, b = lora_b.t(), lora_a.t()
+    d = None
+    if config.plan == "tail":
+        d = lora_shrink(dy, a, scale, None, dropout_p, config=shrink)
+    return _gemm_with_tail(dy, w, a, b, d, scale, None, None, rng, dropout_p, config)
+
+
+def _gemm_with_tail(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    s: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    out_scale: Tensor | None,
+    tail_rng: Tensor | None,
+    dropout_p: float,
+    config: Config,
+) -> tuple[Tensor, Tensor]:
+    """x [M, K], w [N, K], a [R, K], b [N, R], s [M, R] or None (then made in the loop)."""
+    (m, k), n, r = x.shape, w.shape[0], a.shape[0]
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    in_loop = s is None
+    if s is None:
+        s = torch.empty(m, r, dtype=x.dtype, device=x.device)
+    if m == 0:
+        return y, s
+    # The tile of w is read along the axis that lies in memory.
+    weight_nk = w.stride(1) == 1 or w.stride(0) != 1
+    stored = w if weight_nk else w.t()
+    block_m, block_n, block_k, split_k = (
+        config.block_m,
+        config.block_n,
+        config.block_k,
+        config.split_k,
+    )
+    block_r = max(16, next_power_of_2(r))
+    if not in_loop:
+        # Longer tails are walked in steps (a guess: 64 columns fill a wgmma without many
+        # registers).
+        block_r = min(block_r, 64)
+    tiles = -(-m // block_m) * -(-n // block_n)
+    programs = tiles * split_k
+    if config.programs and split_k == 1:
+        programs = min(programs, config.programs)
+    x_arg, w_arg = x, stored
+    if config.descriptors:
+        x_arg = TensorDescriptor.from_tensor(x, [block_m, block_k])
+        w_arg = TensorDescriptor.from_tensor(
+            stored, [block_n, block_k] if weight_nk else [block_k, block_n]
+        )
+    _lora_linear_kernel[(programs,)](
+        x_arg, w_arg, a, b, s, x if bias is None else bias, x if out_scale is None else out_scale,
+        scale, scale if tail_rng is None else tail_rng,
+        y, partials(tiles * split_k * block_m * (block_n + block_r), split_k, x.device),
+        counters(x.device, tiles if split_k > 1 else 0),
+        m, n, k, r,
+        *x.stride(),
+        *stored.stride(),
+        *a.stride(),
+        *b.stride(),
+        s.stride(0),
+        y.stride(0),
+        1.0 / (1.0 - dropout_p), dropout_threshold(dropout_p),
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r,
+        GROUP_M=config.group_m, SPLIT_K=split_k,
+        IN_LOOP=in_loop, MASK_TAIL=tail_rng is not None, WEIGHT_NK=weight_nk,
+        HAS_BIAS=bias is not None, HAS_OUT_SCALE=out_scale is not None,
+        DESCRIPTOR=config.descriptors,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return y, s
