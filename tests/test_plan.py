@@ -1,5 +1,6 @@
 """Plans, tables, tuning, device facts and the command line, on any machine."""
 
+import itertools
 import json
 import threading
 
@@ -14,7 +15,21 @@ from lora_kernels.device import DeviceFacts
 from lora_kernels.testing import Case
 
 CPU = DeviceFacts("cpu", "some cpu", "avx2", processors=8)
-HOPPER = DeviceFacts("cuda", "NVIDIA H200", "sm_90", processors=132, shared_memory=232448)
+HOPPER = DeviceFacts(
+    "cuda",
+    "NVIDIA H200",
+    "sm_90",
+    processors=132,
+    shared_memory=232448,
+    half_flops=989e12,
+    bandwidth=4.8e12,
+)
+AMPERE = DeviceFacts("cuda", "NVIDIA A100", "sm_80", processors=108, shared_memory=166912)
+INSTINCT = DeviceFacts("cuda", "AMD MI300X", "gfx942", processors=304, shared_memory=65536)
+TOMORROW = DeviceFacts("cuda", "a GPU of tomorrow", "sm_130")
+VOLTA = DeviceFacts("cuda", "NVIDIA V100", "sm_70", processors=80, shared_memory=98304)
+NO_TRITON = DeviceFacts("cuda", "NVIDIA H200", "sm_90", triton=False)
+GPUS = [HOPPER, AMPERE, INSTINCT, TOMORROW, VOLTA, NO_TRITON]
 UNKNOWN = DeviceFacts("xpu", "an accelerator of tomorrow", "unknown")
 
 
@@ -27,18 +42,19 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def problem(**changes):
-    sizes = {"m": 300, "n": 4096, "k": 1024, "r": 16, "dtype": "bfloat16"}
-    return Problem("lora_linear_fwd", **(sizes | {"adapter_dtype": "float32"} | changes))
+    usual = {"op": "lora_linear_fwd", "m": 300, "n": 4096, "k": 1024, "r": 16}
+    usual |= {"dtype": "bfloat16", "adapter_dtype": "float32"}
+    return Problem(**(usual | changes))
 
 
-@pytest.mark.parametrize("facts", [CPU, HOPPER, UNKNOWN])
+@pytest.mark.parametrize("facts", [CPU, *GPUS, UNKNOWN], ids=lambda facts: facts.name)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("op", ops.OPERATORS)
 @pytest.mark.parametrize("sizes", [(0, 1, 1, 1), (1, 4096, 4096, 16), (8191, 57344, 8192, 256)])
 def test_the_heuristic_is_always_valid(facts, dtype, op, sizes):
     m, n, k, r = sizes
-    for dropout in (False, True):
-        asked = Problem(op, m, n, k, r, dtype, dtype, dropout)
+    for dropout, out_scale, aligned in itertools.product([False, True], repeat=3):
+        asked = Problem(op, m, n, k, r, dtype, dtype, dropout, False, out_scale, aligned)
         chosen = plan.plan(asked, facts)
         assert invalid_reason(chosen, asked, facts) is None
         assert chosen in set(candidates(asked, facts))
@@ -49,10 +65,75 @@ def test_an_unknown_device_gets_the_reference():
     assert device.facts("meta").kind == "meta"
 
 
-@pytest.mark.parametrize("name", config.TILED_PLANS)
-def test_a_plan_without_a_kernel_is_not_valid(name):
-    assert "no tiled kernel" in invalid_reason(Config(name), problem(), HOPPER)
-    assert not is_valid(Config("typo"), problem(), HOPPER)
+INVALID = [
+    (Config("in_loop"), {}, CPU, "run on GPUs"),
+    (Config("in_loop"), {}, VOLTA, "sm_80 and later, not for sm_70"),
+    (Config("in_loop"), {}, NO_TRITON, "Triton is not installed"),
+    (Config("producer"), {}, HOPPER, "no kernel for it yet"),
+    (Config("vnedor"), {}, HOPPER, "no plan is called 'vnedor'"),
+    (Config("vendor"), {"dtype": "float64"}, HOPPER, "float64 is computed by the reference"),
+    (Config("tail"), {"dtype": "float64"}, HOPPER, "float64 is computed by the reference"),
+    (Config("in_loop"), {"dropout": True}, HOPPER, "drawn again for every tile"),
+    (Config("tail"), {"op": "lora_linear_dx", "out_scale": True}, HOPPER, "out_scale"),
+    (Config("tail"), {"r": 257}, HOPPER, "ranks over 256"),
+    (Config("in_loop", 128, 256, 64), {"r": 33}, HOPPER, "registers"),
+    (Config("skinny"), {}, HOPPER, "a tail to place"),
+    (Config("tail"), {"op": "lora_shrink"}, HOPPER, "no tail to place"),
+    (Config("tail", 128, 128, 64, num_stages=8), {}, HOPPER, "bytes of shared memory"),
+    (Config("tail", 128, 128, 64, descriptors=True), {}, AMPERE, "tensor descriptors need sm_90"),
+    (Config("tail", 128, 128, 64, descriptors=True), {}, INSTINCT, "tensor descriptors need"),
+    (Config("tail", 128, 128, 64, descriptors=True), {"aligned": False}, HOPPER, "16-byte strides"),
+]
+
+
+@pytest.mark.parametrize(("chosen", "changes", "facts", "reason"), INVALID)
+def test_what_is_not_valid_says_why(chosen, changes, facts, reason):
+    assert reason in invalid_reason(chosen, problem(**changes), facts)
+    assert not is_valid(chosen, problem(**changes), facts)
+
+
+@pytest.mark.parametrize("facts", [HOPPER, AMPERE, INSTINCT, TOMORROW], ids=lambda f: f.name)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("r", [1, 16, 100, 256])
+def test_every_gpu_has_kernels_for_every_operator(facts, dtype, r):
+    for op in ops.OPERATORS:
+        for m in (1, 17, 4096):
+            asked = problem(op=op, m=m, r=r, dtype=dtype, adapter_dtype=dtype)
+            plans = {c.plan for c in candidates(asked, facts)}
+            assert plans >= {"vendor", "reference"}
+            assert plans & set(config.TILED_PLANS), (op, m)
+
+
+def test_the_heuristic_on_a_hopper():
+    def chosen(**changes):
+        return plan.heuristic(problem(**({"n": 4096, "k": 4096} | changes)), HOPPER)
+
+    for m in (1, 16, 32, 64):
+        few = chosen(m=m)
+        assert few.plan == "in_loop", "few rows: one launch, the weight streamed once"
+        assert few.split_k > 1
+        assert few.block_m * 4 >= m, "and by few rows of tiles"
+    assert chosen(m=16, dropout=True).plan == "tail"
+    big = chosen(m=8192, dropout=True)
+    assert (big.plan, big.block_m, big.block_n) == ("tail", 128, 256)
+    assert not chosen(m=8192, dropout=True, aligned=False).descriptors
+    assert chosen(m=8192, dropout=True, aligned=True).descriptors
+
+
+def test_estimates_grow_with_the_work():
+    for name in ("vendor", "tail"):
+        times = []
+        for m in (256, 1024, 8192):
+            asked = problem(m=m)
+            times.append(
+                min(
+                    plan.estimate_us(c, asked, HOPPER)
+                    for c in candidates(asked, HOPPER)
+                    if c.plan == name
+                )
+            )
+        assert times == sorted(times)
+        assert times[-1] > 4 * times[0]
 
 
 def test_keys_round_m_and_r_and_keep_the_rest():
@@ -60,7 +141,15 @@ def test_keys_round_m_and_r_and_keep_the_rest():
     assert (bucketed.m, bucketed.r, bucketed.n, bucketed.k) == (512, 32, 4096, 1024)
     assert [problem(m=m).bucketed().m for m in (0, 1, 2, 3, 64, 65)] == [1, 1, 2, 4, 64, 128]
     different = {"dtype": "float16", "adapter_dtype": "float16", "dropout": True}
-    different |= {"fan_in_fan_out": True, "n": 4097, "k": 1025, "m": 600, "r": 33}
+    different |= {
+        "out_scale": True,
+        "aligned": False,
+        "fan_in_fan_out": True,
+        "n": 4097,
+        "k": 1025,
+        "m": 600,
+        "r": 33,
+    }
     keys = {problem(**{name: value}).bucketed().key() for name, value in different.items()}
     assert len(keys | {problem().bucketed().key()}) == len(different) + 1
 
@@ -134,7 +223,7 @@ def test_forced_plans():
             assert lk.last_plan().plan == "vendor"
         lk.lora_linear(*arguments)
         assert lk.last_plan().plan == "reference"
-    with lk.force_plan("in_loop"), pytest.raises(ValueError, match="no tiled kernel"):
+    with lk.force_plan("in_loop"), pytest.raises(ValueError, match="run on GPUs"):
         lk.lora_linear(*arguments)
     with pytest.raises(ValueError, match="'venodr'"), lk.force_plan("venodr"):
         pass

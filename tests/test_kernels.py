@@ -1,0 +1,323 @@
+"""The Triton kernels against float64: compiled on a GPU, in Triton's interpreter elsewhere.
+
+An interpreted function cannot be compiled, so the interpreter has a process of its own
+(``TRITON_INTERPRET=1 pytest tests/test_kernels.py``, the second command of ``make test``). There
+the tiles are small, since it runs one tile at a time; every size is two tiles and a remainder.
+"""
+
+import functools
+import importlib.util
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+# Below the skip: nothing of Triton's is imported where it is missing.
+from lora_kernels import cuda  # noqa: E402
+from lora_kernels.config import PROBLEM_OF, Config, is_valid  # noqa: E402
+from lora_kernels.device import DeviceFacts, facts  # noqa: E402
+from lora_kernels.kernels import common, linear_bwd, linear_fwd  # noqa: E402
+from lora_kernels.testing import LAYOUTS, MUTATIONS, Case, check, mutation_case  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="no GPU, and TRITON_INTERPRET=1 is not set"
+)
+
+# The interpreter multiplies bfloat16 by its raw bits.
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+
+
+def tile(plan, split_k=1, descriptors=False, programs=3):
+    return Config(plan, 16, 32, 16, 2, split_k, 4, 2, programs, descriptors)
+
+
+def skinny(split_k=1):
+    return Config("skinny", 16, 16, 32, 0, split_k, 4, 2)
+
+
+GEMMS = {
+    "in loop": tile("in_loop"),
+    "in loop, split": tile("in_loop", split_k=3),
+    "tail": tile("tail"),
+    "tail, split": tile("tail", split_k=2),
+}
+
+# Two tiles of 16 x 32 x 16 and a remainder, and two 16-blocks of the rank and a remainder.
+SIZE = Case(37, 69, 43, 41, device=DEVICE)
+
+
+def launch(op, config, module=None, split_shrink=2):
+    fwd, bwd = (linear_fwd, linear_bwd) if module is None else (module, module)
+    if op == "lora_shrink":
+        return functools.partial(fwd.lora_shrink, config=config)
+    if op == "lora_linear_dab":
+        return functools.partial(bwd.lora_linear_dab, config=config)
+    return functools.partial(getattr(fwd, op), config=config, shrink=skinny(split_shrink))
+
+
+VARIANTS = {
+    "plain": {},
+    "no base": {"zero_weight": True, "bias": False},
+    "transposed base": {"fan_in_fan_out": True},
+    "strided": {"layout": "strided"},
+    "transposed": {"layout": "transposed"},
+    "sliced": {"layout": "sliced", "fan_in_fan_out": True},
+    "expanded": {"layout": "expanded"},
+    "float32 adapter": {"adapter_dtype": torch.float32},
+    "rank 1": {"r": 1},
+    "one row": {"m": 1},
+    "no rows": {"m": 0},
+    "tiny": {"m": 3, "n": 5, "k": 7, "r": 2},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("gemm", GEMMS)
+@pytest.mark.parametrize("op", ["lora_linear_fwd", "lora_linear_dx"])
+def test_gemm_with_a_tail(op, gemm, variant, dtype):
+    check(op, launch(op, GEMMS[gemm]), replace(SIZE, dtype=dtype, **VARIANTS[variant]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", ["plain", "no base", "strided", "transposed base", "one row"])
+@pytest.mark.parametrize("gemm", ["tail", "tail, split"])
+@pytest.mark.parametrize("op", ["lora_linear_fwd", "lora_linear_dx"])
+def test_gemm_with_a_dropped_tail(op, gemm, variant, dtype):
+    case = replace(SIZE, dtype=dtype, dropout_p=0.3, **VARIANTS[variant])
+    check(op, launch(op, GEMMS[gemm]), case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gemm", ["in loop", "tail"])
+def test_out_scale(gemm, dtype):
+    case = replace(SIZE, dtype=dtype, out_scale=True)
+    check("lora_linear_fwd", launch("lora_linear_fwd", GEMMS[gemm]), case)
+
+
+@pytest.mark.parametrize("r", [8, 24, 64, 100, 256])
+def test_ranks_of_the_tail(r):
+    case = replace(SIZE, m=17, n=33, r=r)
+    check("lora_linear_fwd", launch("lora_linear_fwd", GEMMS["tail"]), case)
+    check("lora_linear_dx", launch("lora_linear_dx", GEMMS["tail"]), replace(case, dropout_p=0.3))
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("gemm", ["in_loop", "tail"])
+@pytest.mark.parametrize("op", ["lora_linear_fwd", "lora_linear_dx"])
+def test_tensor_descriptors(op, gemm, fan_in_fan_out):
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors need sm_90")
+    # Rows of whole 16 bytes, and still a remainder in every axis.
+    case = replace(SIZE, n=72, k=40, dtype=torch.float16, fan_in_fan_out=fan_in_fan_out)
+    check(op, launch(op, tile(gemm, descriptors=True)), case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("split_k", [1, 3])
+@pytest.mark.parametrize("op", ["lora_shrink", "lora_linear_dab"])
+def test_skinny_kernels(op, split_k, layout, dropout_p, dtype):
+    case = replace(SIZE, dtype=dtype, dropout_p=dropout_p, layout=layout)
+    check(op, launch(op, skinny(split_k)), case)
+
+
+@pytest.mark.parametrize("r", [1, 24, 100, 256])
+@pytest.mark.parametrize("op", ["lora_shrink", "lora_linear_dab"])
+def test_ranks_of_the_skinny_kernels(op, r):
+    check(op, launch(op, skinny(2)), replace(SIZE, m=33, n=17, r=r, adapter_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("kept", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1), (0, 0, 0)])
+@pytest.mark.parametrize("split_k", [1, 2])
+def test_dab_computes_only_what_is_asked(kept, split_k):
+    arguments = SIZE.draw().arguments("lora_linear_dab")
+    run = launch("lora_linear_dab", skinny(split_k))
+    whole = run(**arguments)
+    names = ("da_dtype", "db_dtype", "dbias_dtype")
+    part = arguments | {
+        n: arguments[n] if keep else None for n, keep in zip(names, kept, strict=True)
+    }
+    if not kept[0]:
+        part |= {"x": None, "d": None}
+    if not kept[1]:
+        part["s"] = None
+    for keep, result, expected in zip(kept, run(**part), whole, strict=True):
+        assert torch.equal(result, expected if keep else expected.new_empty(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_masks_are_the_references_bit_for_bit(dtype):
+    case = replace(SIZE, dtype=dtype, dropout_p=0.4)
+    inputs = case.draw()
+    mask, k = inputs.mask(), case.k
+    one = torch.ones((), device=DEVICE)
+    eye = torch.eye(k, dtype=dtype, device=DEVICE)
+    rows = torch.ones(case.m, k, dtype=dtype, device=DEVICE)
+    dropout = {"rng": inputs.rng, "dropout_p": case.dropout_p}
+    s = launch("lora_shrink", skinny(2))(rows, eye, one, **dropout)
+    zeros = torch.zeros(k, k, dtype=dtype, device=DEVICE)
+    dx, _ = launch("lora_linear_dx", tile("tail"))(rows, zeros, eye, eye, one, **dropout)
+    identity = torch.eye(case.m, dtype=dtype, device=DEVICE)
+    da, *_ = launch("lora_linear_dab", skinny(2))(
+        rows, rows, None, identity, da_dtype=dtype, **dropout
+    )
+    for dropped in (s, dx, da):
+        assert torch.equal(dropped != 0, mask)
+    poisoned = rows.masked_fill(~mask, float("nan"))
+    assert torch.equal(common.masked(poisoned, **dropout), rows * mask)
+    assert torch.equal(common.masked(rows.t().contiguous().t(), **dropout), rows * mask)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("plan", ["in_loop", "tail", "skinny"])
+@pytest.mark.parametrize("m", [5, 150])
+def test_the_backend_launches_what_it_ships(arch, plan, m, dtype=torch.float16):
+    """``cuda.run_kernel`` with a device's facts: the numbers the planner fills in do launch."""
+    shared = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}[arch]
+    known = DeviceFacts("cuda", arch, arch, processors=4, shared_memory=shared)
+    if DEVICE == "cuda":
+        known = facts("cuda")
+    for op in PROBLEM_OF:
+        case = Case(m, 72, 136, 20, dtype, dropout_p=0.2 * (plan == "tail"), device=DEVICE)
+        problem = PROBLEM_OF[op](**case.draw().arguments(op))
+        if is_valid(Config(plan), problem, known):
+            check(op, functools.partial(cuda.run_kernel, op, Config(plan), problem, known), case)
+
+
+@pytest.mark.parametrize("gemm", GEMMS)
+def test_bitwise_repeatable_whatever_the_grid(gemm):
+    arguments = SIZE.draw().arguments("lora_linear_fwd")
+    results = [
+        launch("lora_linear_fwd", replace(GEMMS[gemm], programs=programs))(**arguments)
+        for programs in (1, 3, 0, 3)
+    ]
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_counters_are_left_as_zeros(monkeypatch):
+    made = []
+    sound = common.counters
+
+    def counters(device, needed):
+        made.append(sound(device, needed))
+        return made[-1]
+
+    monkeypatch.setattr(linear_fwd, "counters", counters)
+    monkeypatch.setattr(linear_bwd, "counters", counters)
+    inputs = SIZE.draw()
+    for op, config in (
+        ("lora_linear_fwd", GEMMS["in loop, split"]),
+        ("lora_shrink", skinny(3)),
+        ("lora_linear_dab", skinny(3)),
+    ):
+        launch(op, config)(**inputs.arguments(op))
+    assert sum(c.numel() > 0 for c in made) == 3
+    assert not any(c.any() for c in made)
+
+
+@pytest.mark.parametrize(
+    ("op", "mutation"), [(op, name) for op in MUTATIONS for name in MUTATIONS[op]]
+)
+def test_a_broken_call_turns_the_check_red(op, mutation):
+    case = mutation_case(torch.float16, DEVICE)
+    run = launch(op, skinny(2) if op in ("lora_shrink", "lora_linear_dab") else tile("tail"))
+    with pytest.raises(AssertionError, match="over the budget"):
+        check(op, lambda **arguments: MUTATIONS[op][mutation](run, arguments), case)
+
+
+# Mistakes in the source: (operator, configuration, dropout, what it says, what it would say).
+FWD, DX, DAB = "lora_linear_fwd", "lora_linear_dx", "lora_linear_dab"
+MISTAKES = {
+    "no tail": (
+        FWD,
+        "tail",
+        0,
+        "acc = tl.dot(s, b_t.to(dtype), acc",
+        "acc = tl.dot(s, b_t * 0, acc",
+    ),
+    "no scale": (FWD, "in loop", 0, "(s_acc * scale)", "s_acc"),
+    "strides of b swapped": (
+        FWD,
+        "in loop",
+        0,
+        "stride_br, stride_bn, BL",
+        "stride_bn, stride_br, BL",
+    ),
+    "a split forgotten": (FWD, "in loop, split", 0, "range(SPLIT_K):", "range(SPLIT_K - 1):"),
+    "the last step of K": (FWD, "in loop", 0, "range(split, num_k, ", "range(split, num_k - 1, "),
+    "a tail per split": (FWD, "tail, split", 0, "tl.where(split == 0, R, 0)", "R"),
+    "a tail of one block": (FWD, "tail", 0, "tl.where(split == 0, R, 0)", "1"),
+    "the last row": (
+        FWD,
+        "tail",
+        0,
+        "acc.to(dtype), mask=(offs_m < M)",
+        "acc.to(dtype), mask=(offs_m < M - 1)",
+    ),
+    "no bias": (FWD, "tail", 0, "acc += tl.load(bias_ptr", "acc += 0 * tl.load(bias_ptr"),
+    "no mask": (FWD, "tail", 0.3, "if HAS_MASK:", "if False:"),
+    "the first columns' mask": (FWD, "tail", 0.3, "rng_ptr, row, k, thr", "rng_ptr, row, 0, thr"),
+    "no mask in dX": (DX, "tail", 0.3, "if MASK_TAIL:", "if False:"),
+    "the first columns' mask in dX": (
+        DX,
+        "tail",
+        0.3,
+        "rng_ptr, row, col, thr",
+        "rng_ptr, row, 0, thr",
+    ),
+    "the forward's mask in dX": (
+        DX,
+        "tail",
+        0.3,
+        "lora_shrink(dy, a, scale, None",
+        "lora_shrink(dy, a, scale, rng",
+    ),
+    "no 1/(1-p)": (DX, "tail", 0.3, "1.0 / (1.0 - dropout_p)", "1.0"),
+    "no product": (
+        "lora_shrink",
+        "split",
+        0,
+        "acc = tl.dot(x.to(dtype), a",
+        "acc = tl.dot(x.to(dtype), 0 * a",
+    ),
+    "no mask in dA": (DAB, "split", 0.3, "if HAS_MASK:", "if False:"),
+    "the last row of dA": (
+        DAB,
+        "split",
+        0,
+        "tl.range(first, M, STEP)",
+        "tl.range(first, M - 5, STEP)",
+    ),
+    "a split of dA": (DAB, "split", 0, "range(SPLIT_M):", "range(SPLIT_M - 1):"),
+    "strides of dA": (DAB, "split", 0, "[None, :] * K + offs_c", "[None, :] * (K - 1) + offs_c"),
+    "one step of dbias": (DAB, "one", 0, "total += tl.sum(z", "total = tl.sum(z"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_broken_kernel_turns_the_check_red(mistake, tmp_path):
+    op, name, dropout_p, sound, broken = MISTAKES[mistake]
+    config = (GEMMS | {"split": skinny(3), "one": skinny(1)})[name]
+    # A rank of one step of the tail and a remainder, and N as large, so that no mistake in the
+    # strides leaves the tensors.
+    case = replace(SIZE, n=72, r=72, dtype=torch.float16, dropout_p=dropout_p)
+    file = "linear_bwd" if op == DAB else "linear_fwd"
+    source = Path(linear_fwd.__file__).with_name(f"{file}.py").read_text()
+    assert sound in source, "the kernel has changed: say the mistake anew"
+    path = tmp_path / f"broken_{file}.py"
+    path.write_text(source.replace(sound, broken))
+    spec = importlib.util.spec_from_file_location("lora_kernels.kernels.broken", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(AssertionError, match="over the budget"):
+        check(op, launch(op, config, module), case)
