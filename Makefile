@@ -45,6 +45,8 @@ demo: $(READY)
 
 test: $(READY)
 	$(PY) -m pytest tests --doctest-modules lora_kernels
+	@# What is interpreted cannot be compiled, so Triton's interpreter has a process of its own.
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_kernels.py
 
 bench: $(READY)
 	$(PY) -m pytest bench

@@ -6,7 +6,9 @@
 2. ``python -m lora_kernels tune`` for the shapes of the report, its tables in DIR/plans, with and
    without dropout;
 3. ``pytest bench`` with those tables: results.json, report.md, report.png;
-4. all tests, for as long as time is left.
+4. ``compute-sanitizer`` (memcheck, then racecheck) over the smallest kernel tests, where it is
+   installed;
+5. all tests, for as long as time is left.
 
 A stage that fails or runs late does not keep the next from running: every row of the benchmarks
 is checked by itself. ``summary.json`` and the exit status say what happened.
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,7 +96,20 @@ def stages(out: Path, bench_seconds: float, quick: bool) -> list[Stage]:
         Stage("tune with dropout", [*tune, "--dropout", "0.1"], 0.12, tuned=True),
         Stage("tune", tune, 0.12, tuned=True),
         Stage("bench", bench + ["--quick"] * quick, _BENCH_SHARE, tuned=True),
+        *_sanitizer_stages(python),
         Stage("all tests", [*python, "pytest", "tests", "-q"], 1.0),
+    ]
+
+
+def _sanitizer_stages(python: list[str]) -> list[Stage]:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return []
+    small = "(one and row or tiny or skinny_kernels) and bfloat16"
+    tests = [*python, "pytest", "tests/test_kernels.py", "-q", "-x", "-k", small]
+    return [
+        Stage(check, [tool, "--tool", check, "--error-exitcode", "9", *tests], 0.1)
+        for check in ("memcheck", "racecheck")
     ]
 
 

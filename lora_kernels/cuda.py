@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from . import plan, reference, vendor
-from .config import (
-    PROBLEM_OF,
-    SKINNY_OPS,
-    TILED_PLANS,
-    Config,
-    Problem,
-    tiled_configs,
-)
+from .config import PROBLEM_OF, SKINNY_OPS, TILED_PLANS, Config, Problem, tiled_configs
 from .device import DeviceFacts, facts
 
 
@@ -76,9 +69,10 @@ def with_numbers(config: Config, problem: Problem, known: DeviceFacts) -> Config
     if config.block_m or config.plan not in TILED_PLANS:
         return config
     valid = [
-        c for c in tiled_configs(problem, known)
+        c
+        for c in tiled_configs(problem, known)
         if c.plan == config.plan and plan.is_valid(c, problem, known)
-    ]  # fmt: skip
+    ]
     if not valid:
-        raise ValueError(f"no tile of the plan {config.plan!r} can compute {problem} on {known.name}")
+        raise ValueError(f"no tile of plan {config.plan!r} can compute {problem} on {known.name}")
     return min(valid, key=lambda c: plan.estimate_us(c, problem, known))
