@@ -3,7 +3,15 @@ forward and backward."""
 
 from .functional import lora_linear
 from .integrations.peft import load_adapter, save_adapter
-from .models import LoRAConfig, LoRAReport, apply_lora, lora_report, merge_adapter, unmerge_adapter
+from .models import (
+    LoRAConfig,
+    LoRAReport,
+    apply_lora,
+    lora_report,
+    merge_adapter,
+    unmerge_adapter,
+    warmup,
+)
 from .nn import FusedLoRALinear
 from .plan import Answer, force_plan, last_plan, record_plans
 
@@ -23,4 +31,5 @@ __all__ = [
     "record_plans",
     "save_adapter",
     "unmerge_adapter",
+    "warmup",
 ]

@@ -470,3 +470,28 @@ def test_functional_call_and_grads():
     expected = F.linear(x, changed["weight"], changed["bias"])
     expected = expected + layer.scaling * (x @ changed["lora_A"].t() @ changed["lora_B"].t())
     torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("training", [None, False, True])
+def test_warmup_runs_every_layer_and_leaves_no_trace(training, merged):
+    model = nn.Sequential(adapted(lora_dropout=0.5), nn.ReLU(), base_layer("linear"), nn.Tanh())
+    if merged:
+        model.eval()
+        lk.merge_adapter(model)
+    generator = torch.random.get_rng_state()
+    with lk.record_plans() as answers:
+        lk.warmup(model, [1, 33], training=training)
+    backward = model.training if training is None else training
+    ops = ["lora_linear_fwd"] + ["lora_linear_dx", "lora_linear_dab"] * backward
+    assert [a.op for a in answers] == ([] if merged else ops * 2)
+    assert [a.problem.m for a in answers[:1]] == ([] if merged else [1])
+    assert torch.equal(torch.random.get_rng_state(), generator)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_warmup_of_nothing_or_of_nonsense():
+    with pytest.raises(ValueError, match="no LoRA layers"):
+        lk.warmup(nn.Linear(3, 4), [1])
+    with pytest.raises(ValueError, match="rows must be"):
+        lk.warmup(adapted(), [-1])
