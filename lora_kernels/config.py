@@ -52,11 +52,6 @@ class Problem(NamedTuple):
         """The axis that this product sums over: K, and N for dX."""
         return self.n if self.op == "lora_linear_dx" else self.k
 
-    @property
-    def block_r(self) -> int:
-        """The rank as the kernels' tiles hold it: a power of two, at least a tensor core's 16."""
-        return max(16, 1 << (self.r - 1).bit_length())
-
     def bucketed(self) -> Problem:
         """The key of the tables: N and K exact, M rounded up to a power of two, r to a multiple of
         16."""
@@ -182,7 +177,8 @@ class Config:
     plan.
 
     The skinny kernels call their block of columns ``block_n`` (dA/dB) or have none (the shrink),
-    and ``split_k`` counts the programs among which the reduced axis of one block is dealt out.
+    ``split_k`` counts the programs among which the reduced axis of one block is dealt out, and
+    ``block_r`` is as much of the rank as one of them takes.
     """
 
     plan: str
@@ -196,17 +192,37 @@ class Config:
     # of a persistent launch; 0: one program per tile
     programs: int = 0
     descriptors: bool = False
+    block_r: int = 0
+
+
+def block_r(config: Config, r: int) -> int:
+    """The rank as a kernel's tiles hold it: a power of two, at least a tensor core's 16.
+
+    Tails are walked in steps of 32: steps of 64 spill in the widest tiles. The skinny kernels deal
+    out what is longer than ``config.block_r`` to other programs. In tiles of 16 rows all
+    warps repeat the base product where the rank's has 16 columns, and share it where it has 32
+    (ahead-of-time report, 2026-11).
+    """
+    whole = max(16, 1 << max(r - 1, 0).bit_length())
+    if config.plan == "tail":
+        return min(whole, 32)
+    if config.plan == "skinny":
+        return min(whole, config.block_r or whole)
+    return max(whole, 32) if config.plan == "in_loop" and config.block_m == 16 else whole
 
 
 def shared_memory(config: Config, problem: Problem) -> int:
     """Bytes that the software pipeline keeps of the operands of its main loop."""
     size = ELEMENT_BYTES[problem.dtype]
+    rank = block_r(config, problem.r)
     if problem.op == "lora_linear_dab":
-        return config.num_stages * config.block_m * (config.block_n + problem.block_r) * size
+        # In float32 the transposed tile has a place of its own.
+        stages = config.num_stages + (size == 4)
+        return stages * config.block_m * (config.block_n + rank) * size
     adapter = ELEMENT_BYTES[problem.adapter_dtype]
-    rank = 0 if config.plan == "tail" else problem.block_r * config.block_k * adapter
+    in_loop = 0 if config.plan == "tail" else rank * config.block_k * adapter
     wide = config.block_m + config.block_n
-    return config.num_stages * (wide * config.block_k * size + rank)
+    return config.num_stages * (wide * config.block_k * size + in_loop)
 
 
 def invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str | None:
@@ -242,19 +258,41 @@ def _tiled_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) 
         return "the mask would be drawn again for every tile of columns"
     if problem.out_scale and problem.op != "lora_linear_fwd":
         return "the kernels read dY once, and out_scale would have to multiply it first"
-    if problem.r > 256:
-        return "ranks over 256 do not fit one tile"
-    if config.plan == "in_loop" and problem.block_r > (32 if config.block_n > 128 else 64):
-        # Registers of both accumulators on sm_90 (ahead-of-time report, 2026-11): [128, 256] with
-        # rank 64 and [128, 128] with rank 128 spill.
-        return "the accumulators of both products do not fit the registers"
     if config.block_m == 0:
         # A plan by its name alone; the planner fills in the numbers.
-        return None
+        return None if config.plan != "in_loop" or problem.r <= 64 else _REGISTERS
     if config.descriptors and (not problem.aligned or not 90 <= _sm(facts.arch) < 1000):
         return "tensor descriptors need sm_90 and 16-byte strides"
     if facts.shared_memory and shared_memory(config, problem) > facts.shared_memory - 1024:
         return f"its stages do not fit {facts.shared_memory} bytes of shared memory"
+    return _register_reason(config, problem, facts)
+
+
+_REGISTERS = "its accumulators and addresses do not fit the registers"
+
+
+def _register_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str | None:
+    """What spills, by the ahead-of-time report (sm_80, sm_90, sm_100; 2026-11)."""
+    rank, nvidia = block_r(config, problem.r), _sm(facts.arch) < 1000
+    if config.plan == "skinny":
+        shrink = problem.op == "lora_shrink"
+        columns = config.block_k if shrink else config.block_n
+        # The tile of x or dY, and the one of A or of S and D.
+        loaded = max(config.block_m * columns, (columns if shrink else config.block_m) * rank)
+    else:
+        if config.plan == "in_loop":
+            both = (config.block_m, config.block_n, config.block_k) == (128, 128, 64)
+            if rank > (64 if both else 32):
+                return _REGISTERS
+        masked = problem.dropout and problem.op == "lora_linear_dx"
+        if config.block_n > 128 and (masked or problem.out_scale or not config.descriptors):
+            return _REGISTERS
+        if masked and config.block_m > 16 and config.num_warps < 8 and problem.dtype != "float32":
+            return _REGISTERS
+        loaded = config.block_n * config.block_k
+    # Without 16-byte rows every element loaded has an address of its own.
+    if nvidia and not problem.aligned and loaded > 2048:
+        return _REGISTERS
     return None
 
 
@@ -278,7 +316,6 @@ _HALF_TILES = {
         (128, 128, 64, 8, 4),
         (64, 128, 64, 4, 4),
         (16, 64, 128, 4, 4),
-        (16, 128, 128, 4, 3),
     ),
     "sm_100": (
         (128, 256, 64, 8, 3),
@@ -288,12 +325,14 @@ _HALF_TILES = {
     ),
     "gfx942": ((128, 128, 64, 8, 2), (64, 128, 64, 4, 2), (16, 64, 128, 4, 2)),
 }
-_FLOAT_TILES = ((64, 64, 32, 4, 3), (32, 64, 32, 4, 3), (16, 64, 64, 4, 2))
+# Rows that are no multiple of 16 bytes, and float32, which has no tensor cores without TF32.
+_UNALIGNED_TILES = ((64, 64, 32, 8, 3), (16, 64, 32, 4, 3))
+_FLOAT_TILES = ((32, 32, 16, 4, 1),)
 
-# (block_m, block_k, warps, stages) of the shrink and (block_m, block_n, warps, stages) of dA/dB.
-# The last of each holds rank 256 in float32 within 64 KiB.
-_SHRINK_TILES = ((64, 64, 4, 3), (16, 128, 4, 3), (16, 32, 4, 1))
-_DAB_TILES = ((64, 64, 4, 3), (32, 128, 4, 3), (32, 32, 4, 1))
+# (block_m, block_k, block_r, warps, stages) of the shrink and (block_m, block_n, block_r, warps,
+# stages) of dA/dB: for half types, then for rows that are not aligned, then for float32.
+_SHRINK_TILES = ((64, 64, 128, 4, 3), (16, 128, 64, 4, 3), (64, 32, 64, 8, 1), (32, 32, 32, 4, 1))
+_DAB_TILES = ((64, 64, 128, 4, 3), (32, 128, 64, 4, 3), (32, 64, 64, 8, 1), (32, 32, 32, 4, 1))
 
 # Above this many rows a column of tiles is no longer one tile, and splitting K is not for speed.
 SMALL_M = 64
@@ -314,19 +353,19 @@ def tiled_configs(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:
     half = ELEMENT_BYTES[problem.dtype] == 2
     processors = max(facts.processors, 1)
     if problem.op == "lora_shrink":
-        for block_m, block_k, warps, stages in _SHRINK_TILES:
-            split = _split(-(-problem.m // block_m), problem.k // block_k, processors)
-            yield Config("skinny", block_m, 0, block_k, 0, split, warps, stages)
+        for block_m, block_k, rank, warps, stages in _SHRINK_TILES if half else _SHRINK_TILES[-1:]:
+            blocks = -(-problem.m // block_m) * -(-problem.r // rank)
+            split = _split(blocks, problem.k // block_k, processors)
+            yield Config("skinny", block_m, 0, block_k, 0, split, warps, stages, block_r=rank)
         return
     if problem.op == "lora_linear_dab":
-        for block_m, block_n, warps, stages in _DAB_TILES:
-            blocks = -(-problem.k // block_n) + -(-problem.n // block_n)
+        for block_m, block_n, rank, warps, stages in _DAB_TILES if half else _DAB_TILES[-1:]:
+            blocks = (-(-problem.k // block_n) + -(-problem.n // block_n)) * -(-problem.r // rank)
             split = _split(blocks, problem.m // block_m, processors)
-            yield Config("skinny", block_m, block_n, 0, 0, split, warps, stages)
+            yield Config("skinny", block_m, block_n, 0, 0, split, warps, stages, block_r=rank)
         return
-    for block_m, block_n, block_k, warps, stages in (
-        _HALF_TILES[family(facts.arch)] if half else _FLOAT_TILES
-    ):
+    shipped = (*_HALF_TILES[family(facts.arch)], *_UNALIGNED_TILES) if half else _FLOAT_TILES
+    for block_m, block_n, block_k, warps, stages in shipped:
         tiles = -(-problem.m // block_m) * -(-problem.columns // block_n)
         split = 1
         if problem.m <= SMALL_M:

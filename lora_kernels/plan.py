@@ -36,6 +36,7 @@ from .config import (
     SKINNY_OPS,
     Config,
     Problem,
+    block_r,
     invalid_reason,
     is_valid,
     tiled_configs,
@@ -147,17 +148,18 @@ def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
         masks = _LAUNCH_US + streamed(3 * m * problem.k) if problem.dropout else 0.0
         product = max(base_flops / (flops * _LIBRARY_SHARE), base_bytes)
         return product + shrink + tail + masks + 2 * _LAUNCH_US
+    rank = block_r(config, problem.r)
     tiles_m, tiles_n = -(-m // config.block_m), -(-n // config.block_n)
     waves = -(-tiles_m * tiles_n * config.split_k // max(facts.processors, 1))
     share = _TILE_SHARE.get(config.block_m * config.block_n, 0.4)
-    depth = k / config.split_k * (1 + problem.block_r / config.block_n * (config.plan == "in_loop"))
-    tile_flops = 2.0 * config.block_m * config.block_n * (depth + problem.block_r)
+    depth = k / config.split_k * (1 + rank / config.block_n * (config.plan == "in_loop"))
+    tile_flops = 2.0 * config.block_m * config.block_n * (depth + rank)
     per_processor = flops * share / max(facts.processors, 1)
     # Every row of tiles reads the weight and every column x, from the cache at best.
     cache_bytes = streamed(tiles_m * n * k + tiles_n * m * k) / _CACHE_OVER_MEMORY
     product = max(waves * tile_flops / per_processor, base_bytes, cache_bytes)
     if config.split_k > 1:
-        partial = tiles_m * tiles_n * config.block_m * (config.block_n + problem.block_r)
+        partial = tiles_m * tiles_n * config.block_m * (config.block_n + rank)
         product += streamed(2 * config.split_k * partial * 4 / size) / _CACHE_OVER_MEMORY
     # Pointers instead of descriptors cost addresses and registers.
     product *= 1.0 if config.descriptors else 1.05

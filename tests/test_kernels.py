@@ -39,7 +39,7 @@ def tile(plan, split_k=1, descriptors=False, programs=3):
 
 
 def skinny(split_k=1):
-    return Config("skinny", 16, 16, 32, 0, split_k, 4, 2)
+    return Config("skinny", 16, 16, 32, 0, split_k, 4, 2, block_r=32)
 
 
 GEMMS = {

@@ -88,10 +88,6 @@ def last_to_arrive(counter_ptr, SPLIT: tl.constexpr):
     return last
 
 
-def next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def partials(elements: int, split: int, device: torch.device) -> Tensor:
     """float32 room for the partial sums of a split reduction; of nothing where nothing is split."""
     return torch.empty(elements if split > 1 else 0, dtype=torch.float32, device=device)

@@ -4,7 +4,7 @@
 
 Both products are z^T t with a tall z and a skinny t. The first programs own blocks of x's columns,
 the others of dY's; the rows are dealt out to SPLIT_M programs per block, and the last of a block to
-arrive adds their partial sums in a fixed order.
+arrive adds their partial sums in a fixed order. Long ranks are dealt out as well, by BLOCK_R.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..config import Config
+from ..config import Config, block_r
 from ..reference import dropout_threshold
-from .common import counters, dropout_keep, last_to_arrive, next_power_of_2, partials
+from .common import counters, dropout_keep, last_to_arrive, partials
 
 
 @triton.jit
 def _column_block(
-    z_ptr, t_ptr, rng_ptr, col, first, M, C, R,
+    z_ptr, t_ptr, rng_ptr, col, first, first_r, M, C, R,
     stride_zm, stride_zc, stride_tm, threshold,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, STEP: tl.constexpr,
     HAS_MASK: tl.constexpr, SUM_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One block's share of z^T t [BLOCK_C, BLOCK_R] and of z's column sums [BLOCK_C]."""
     offs_c = col + tl.arange(0, BLOCK_C)
-    offs_r = tl.arange(0, BLOCK_R)
+    offs_r = first_r + tl.arange(0, BLOCK_R)
     acc = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.float32)
     total = tl.zeros([BLOCK_C], dtype=tl.float32)
     for row in tl.range(first, M, STEP):
@@ -65,24 +65,26 @@ def _lora_linear_dab_kernel(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_M: tl.constexpr,
     NEED_A: tl.constexpr, NEED_B: tl.constexpr, NEED_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    block, split = tl.program_id(0), tl.program_id(1)
+    block, split, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks_of_x = tl.cdiv(K, BLOCK_C) if NEED_A else 0
     of_x = block < blocks_of_x
     col = tl.where(of_x, block, block - blocks_of_x) * BLOCK_C
-    first = split * BLOCK_M
+    first, first_r = split * BLOCK_M, part * BLOCK_R
     acc = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.float32)
     total = tl.zeros([BLOCK_C], dtype=tl.float32)
     if of_x:
         if NEED_A:
             acc, total = _column_block(
-                x_ptr, d_ptr, rng_ptr, col, first, M, K, R, stride_xm, stride_xk, stride_dm,
-                threshold, BLOCK_M, BLOCK_C, BLOCK_R, SPLIT_M * BLOCK_M, HAS_MASK, False,
+                x_ptr, d_ptr, rng_ptr, col, first, first_r, M, K, R,
+                stride_xm, stride_xk, stride_dm, threshold,
+                BLOCK_M, BLOCK_C, BLOCK_R, SPLIT_M * BLOCK_M, HAS_MASK, False,
             )  # fmt: skip
     else:
         if NEED_B:
             acc, total = _column_block(
-                dy_ptr, s_ptr, rng_ptr, col, first, M, N, R, stride_ym, stride_yn, stride_sm,
-                threshold, BLOCK_M, BLOCK_C, BLOCK_R, SPLIT_M * BLOCK_M, False, NEED_BIAS,
+                dy_ptr, s_ptr, rng_ptr, col, first, first_r, M, N, R,
+                stride_ym, stride_yn, stride_sm, threshold,
+                BLOCK_M, BLOCK_C, BLOCK_R, SPLIT_M * BLOCK_M, False, NEED_BIAS,
             )  # fmt: skip
         elif NEED_BIAS:
             for row in tl.range(first, M, SPLIT_M * BLOCK_M):
@@ -96,16 +98,17 @@ def _lora_linear_dab_kernel(
                 total += tl.sum(dy.to(tl.float32), axis=0)
 
     offs_c = col + tl.arange(0, BLOCK_C)
-    offs_r = tl.arange(0, BLOCK_R)
+    offs_r = first_r + tl.arange(0, BLOCK_R)
     finish = True
     if SPLIT_M > 1:
         SIZE: tl.constexpr = BLOCK_C * (BLOCK_R + 1)
-        in_acc = tl.arange(0, BLOCK_C)[:, None] * BLOCK_R + offs_r[None, :]
+        in_acc = tl.arange(0, BLOCK_C)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
         in_total = BLOCK_C * BLOCK_R + tl.arange(0, BLOCK_C)
-        block_ptr = partial_ptr + block.to(tl.int64) * (SPLIT_M * SIZE)
+        tile = block * tl.num_programs(2) + part
+        block_ptr = partial_ptr + tile.to(tl.int64) * (SPLIT_M * SIZE)
         tl.store(block_ptr + split * SIZE + in_acc, acc)
         tl.store(block_ptr + split * SIZE + in_total, total)
-        finish = last_to_arrive(counter_ptr + block, SPLIT_M)
+        finish = last_to_arrive(counter_ptr + tile, SPLIT_M)
         if finish:
             acc = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.float32)
             total = tl.zeros([BLOCK_C], dtype=tl.float32)
@@ -125,7 +128,9 @@ def _lora_linear_dab_kernel(
                 inside = (offs_c < N)[:, None] & (offs_r < R)[None, :]
                 tl.store(out, acc.to(db_ptr.dtype.element_ty), mask=inside)
             if NEED_BIAS:
-                tl.store(dbias_ptr + offs_c, total.to(dbias_ptr.dtype.element_ty), mask=offs_c < N)
+                # Of the parts of the rank one brings it.
+                mask_n = offs_c < tl.where(part == 0, N, 0)
+                tl.store(dbias_ptr + offs_c, total.to(dbias_ptr.dtype.element_ty), mask=mask_n)
 
 
 def lora_linear_dab(
@@ -152,22 +157,24 @@ def lora_linear_dab(
     dbias = dy.new_empty(0) if dbias_dtype is None else dy.new_empty(n, dtype=dbias_dtype)
     need_dy = db_dtype is not None or dbias_dtype is not None
     block_c, split_m = config.block_n, config.split_k
-    block_r = max(16, next_power_of_2(max(r, 1)))
+    rank = block_r(config, r)
     blocks = -(-k // block_c) + (-(-n // block_c) if need_dy else 0)
     if blocks == 0:
         return da, db, dbias
+    parts = max(1, -(-r // rank))
+    room = partials(blocks * parts * split_m * block_c * (rank + 1), split_m, dy.device)
     x_rows, d_rows, s_rows = (dy if t is None else t for t in (x, d, s))
-    _lora_linear_dab_kernel[(blocks, split_m)](
+    _lora_linear_dab_kernel[(blocks, split_m, parts)](
         x_rows, d_rows, dy, s_rows, dy if rng is None else rng,
-        da, db, dbias, partials(blocks * split_m * block_c * (block_r + 1), split_m, dy.device),
-        counters(dy.device, blocks if split_m > 1 else 0),
+        da, db, dbias, room,
+        counters(dy.device, blocks * parts if split_m > 1 else 0),
         m, n, k, r,
         *x_rows.stride(),
         d_rows.stride(0),
         *dy.stride(),
         s_rows.stride(0),
         dropout_threshold(dropout_p),
-        BLOCK_M=config.block_m, BLOCK_C=block_c, BLOCK_R=block_r, SPLIT_M=split_m,
+        BLOCK_M=config.block_m, BLOCK_C=block_c, BLOCK_R=rank, SPLIT_M=split_m,
         NEED_A=da_dtype is not None, NEED_B=db_dtype is not None,
         NEED_BIAS=dbias_dtype is not None, HAS_MASK=rng is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,

@@ -24,9 +24,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..config import Config
+from ..config import Config, block_r
 from ..reference import dropout_threshold
-from .common import counters, dropout_keep, last_to_arrive, next_power_of_2, partials, tile_order
+from .common import counters, dropout_keep, last_to_arrive, partials, tile_order
 
 
 @triton.jit
@@ -168,25 +168,26 @@ def _lora_shrink_kernel(
     SPLIT_K: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     dtype = s_ptr.dtype.element_ty
-    block, split = tl.program_id(0), tl.program_id(1)
-    row = block * BLOCK_M
+    block, split, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, first_r = block * BLOCK_M, part * BLOCK_R
     offs_m = row + tl.arange(0, BLOCK_M)
-    offs_r = tl.arange(0, BLOCK_R)
+    offs_r = first_r + tl.arange(0, BLOCK_R)
     acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
     for step in tl.range(split, tl.cdiv(K, BLOCK_K), SPLIT_K):
         k = step * BLOCK_K
         x = _load_tile(x_ptr, row, k, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, False)
         if HAS_MASK:
             x = tl.where(dropout_keep(rng_ptr, row, k, threshold, BLOCK_M, BLOCK_K), x, 0.0)
-        a = _load_tile(a_ptr, 0, k, R, K, stride_ar, stride_ak, BLOCK_R, BLOCK_K, False)
+        a = _load_tile(a_ptr, first_r, k, R, K, stride_ar, stride_ak, BLOCK_R, BLOCK_K, False)
         acc = tl.dot(x.to(dtype), a.to(dtype).T, acc, input_precision="ieee")
     finish = True
     if SPLIT_K > 1:
         SIZE: tl.constexpr = BLOCK_M * BLOCK_R
-        in_acc = tl.arange(0, BLOCK_M)[:, None] * BLOCK_R + offs_r[None, :]
-        block_ptr = partial_ptr + block.to(tl.int64) * (SPLIT_K * SIZE)
+        in_acc = tl.arange(0, BLOCK_M)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+        tile = block * tl.num_programs(2) + part
+        block_ptr = partial_ptr + tile.to(tl.int64) * (SPLIT_K * SIZE)
         tl.store(block_ptr + split * SIZE + in_acc, acc)
-        finish = last_to_arrive(counter_ptr + block, SPLIT_K)
+        finish = last_to_arrive(counter_ptr + tile, SPLIT_K)
         if finish:
             acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
             for other in tl.range(SPLIT_K):
@@ -211,18 +212,18 @@ def lora_shrink(
     s = torch.empty(m, r, dtype=x.dtype, device=x.device)
     if m == 0:
         return s
-    block_r = max(16, next_power_of_2(r))
-    blocks, split_k = -(-m // config.block_m), config.split_k
-    _lora_shrink_kernel[(blocks, split_k)](
+    rank = block_r(config, r)
+    blocks, split_k, parts = -(-m // config.block_m), config.split_k, -(-r // rank)
+    _lora_shrink_kernel[(blocks, split_k, parts)](
         x, lora_a, scale, scale if rng is None else rng,
-        s, partials(blocks * split_k * config.block_m * block_r, split_k, x.device),
-        counters(x.device, blocks if split_k > 1 else 0),
+        s, partials(blocks * parts * split_k * config.block_m * rank, split_k, x.device),
+        counters(x.device, blocks * parts if split_k > 1 else 0),
         m, k, r,
         *x.stride(),
         *lora_a.stride(),
         s.stride(0),
         1.0 / (1.0 - dropout_p), dropout_threshold(dropout_p),
-        BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=block_r,
+        BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=rank,
         SPLIT_K=split_k, HAS_MASK=rng is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -304,11 +305,7 @@ def _gemm_with_tail(
         config.block_k,
         config.split_k,
     )
-    block_r = max(16, next_power_of_2(r))
-    if not in_loop:
-        # Longer tails are walked in steps (a guess: 64 columns fill a wgmma without many
-        # registers).
-        block_r = min(block_r, 64)
+    rank = block_r(config, r)
     tiles = -(-m // block_m) * -(-n // block_n)
     programs = tiles * split_k
     if config.programs and split_k == 1:
@@ -322,7 +319,7 @@ def _gemm_with_tail(
     _lora_linear_kernel[(programs,)](
         x_arg, w_arg, a, b, s, x if bias is None else bias, x if out_scale is None else out_scale,
         scale, scale if tail_rng is None else tail_rng,
-        y, partials(tiles * split_k * block_m * (block_n + block_r), split_k, x.device),
+        y, partials(tiles * split_k * block_m * (block_n + rank), split_k, x.device),
         counters(x.device, tiles if split_k > 1 else 0),
         m, n, k, r,
         *x.stride(),
@@ -332,7 +329,7 @@ def _gemm_with_tail(
         s.stride(0),
         y.stride(0),
         1.0 / (1.0 - dropout_p), dropout_threshold(dropout_p),
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=rank,
         GROUP_M=config.group_m, SPLIT_K=split_k,
         IN_LOOP=in_loop, MASK_TAIL=tail_rng is not None, WEIGHT_NK=weight_nk,
         HAS_BIAS=bias is not None, HAS_OUT_SCALE=out_scale is not None,
