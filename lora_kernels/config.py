@@ -281,13 +281,22 @@ def _register_reason(config: Config, problem: Problem, facts: DeviceFacts) -> st
         loaded = max(config.block_m * columns, (columns if shrink else config.block_m) * rank)
     else:
         if config.plan == "in_loop":
-            both = (config.block_m, config.block_n, config.block_k) == (128, 128, 64)
-            if rank > (64 if both else 32):
+            tile = (config.block_m, config.block_n, config.block_k)
+            narrow = tile[1:] == (128, 32)
+            most = 64 if tile == (128, 128, 64) else 16 if narrow else 32
+            if rank > most or (narrow and config.num_warps < 8):
                 return _REGISTERS
+            if (tile == (64, 64, 32) and _sm(facts.arch) < 90) or (tile[0] == 16 and not nvidia):
+                return "its warps would repeat part of the base product"
+        half = problem.dtype != "float32"
         masked = problem.dropout and problem.op == "lora_linear_dx"
         if config.block_n > 128 and (masked or problem.out_scale or not config.descriptors):
             return _REGISTERS
-        if masked and config.block_m > 16 and config.num_warps < 8 and problem.dtype != "float32":
+        if half and masked and config.block_m > 16 and config.num_warps < 8:
+            return _REGISTERS
+        if family(facts.arch) == "sm_100" and half and problem.aligned and not config.descriptors:
+            return _REGISTERS
+        if family(facts.arch) == "sm_100" and (config.block_m, config.block_k) == (64, 32):
             return _REGISTERS
         loaded = config.block_n * config.block_k
     # Without 16-byte rows every element loaded has an address of its own.
@@ -317,21 +326,17 @@ _HALF_TILES = {
         (64, 128, 64, 4, 4),
         (16, 64, 128, 4, 4),
     ),
-    "sm_100": (
-        (128, 256, 64, 8, 3),
-        (128, 128, 64, 8, 4),
-        (64, 128, 64, 4, 4),
-        (16, 64, 128, 4, 4),
-    ),
+    "sm_100": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (16, 64, 128, 4, 4)),
     "gfx942": ((128, 128, 64, 8, 2), (64, 128, 64, 4, 2), (16, 64, 128, 4, 2)),
 }
-# Rows that are no multiple of 16 bytes, and float32, which has no tensor cores without TF32.
+# On NVIDIA, rows that are no multiple of 16 bytes; and float32, which has no tensor cores without
+# TF32.
 _UNALIGNED_TILES = ((64, 64, 32, 8, 3), (16, 64, 32, 4, 3))
 _FLOAT_TILES = ((32, 32, 16, 4, 1),)
 
 # (block_m, block_k, block_r, warps, stages) of the shrink and (block_m, block_n, block_r, warps,
 # stages) of dA/dB: for half types, then for rows that are not aligned, then for float32.
-_SHRINK_TILES = ((64, 64, 128, 4, 3), (16, 128, 64, 4, 3), (64, 32, 64, 8, 1), (32, 32, 32, 4, 1))
+_SHRINK_TILES = ((64, 64, 64, 4, 3), (16, 128, 64, 4, 3), (64, 32, 64, 8, 1), (32, 32, 32, 4, 1))
 _DAB_TILES = ((64, 64, 128, 4, 3), (32, 128, 64, 4, 3), (32, 64, 64, 8, 1), (32, 32, 32, 4, 1))
 
 # Above this many rows a column of tiles is no longer one tile, and splitting K is not for speed.
@@ -364,7 +369,11 @@ def tiled_configs(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:
             split = _split(blocks, problem.m // block_m, processors)
             yield Config("skinny", block_m, block_n, 0, 0, split, warps, stages, block_r=rank)
         return
-    shipped = (*_HALF_TILES[family(facts.arch)], *_UNALIGNED_TILES) if half else _FLOAT_TILES
+    shipped: tuple[tuple[int, ...], ...] = _FLOAT_TILES
+    if half:
+        shipped = _HALF_TILES[family(facts.arch)]
+        if not facts.arch.startswith("gfx"):
+            shipped += _UNALIGNED_TILES
     for block_m, block_n, block_k, warps, stages in shipped:
         tiles = -(-problem.m // block_m) * -(-problem.columns // block_n)
         split = 1

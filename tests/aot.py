@@ -15,8 +15,8 @@ covering set of it, each member there for what it costs in registers or in addre
   operands, with descriptors as well where they are valid; each smaller rank bucket once, as the
   aligned forward. Adapters are fp32 in half of these and bf16 in the others. Tiles of 16 rows are
   split along K, and so is the tile of 64 rows once.
-- once per architecture and plan, the first tile: columns with strides (no unit stride at all), a
-  weight that is a Conv1D's, out_scale, and fp16 with a rank of 8.
+- once per architecture, plan and way to load, the first tile: columns with strides (no unit
+  stride at all), a weight that is a Conv1D's, out_scale, and fp16 with a rank of 8.
 - fp32: each tile in each plan, aligned and odd.
 - the shrink and dA/dB: each tile at the largest rank it admits masked and not, split and not,
   aligned, odd and strided, fp32 once; ranks 16 and 64 once, masked and aligned.
@@ -117,10 +117,10 @@ def _linear(arch: str) -> Iterator[Call]:
         # Tiles of few rows are there for few rows.
         rows = 8 if config.block_m == 16 else 4096
         fwd = base._replace(m=rows)
-        admitted = [r for r in RANKS if _admitted(arch, config, fwd._replace(r=r), "aligned")]
+        admitted = _ranks(arch, config, fwd)
         if not admitted:
             continue
-        # A longer tail is walked in steps of 64.
+        # A longer tail is walked in steps of 32.
         largest = max(admitted) if config.plan == "in_loop" else min(64, max(admitted))
         for r in admitted:
             if r < largest and (config.descriptors or arch not in ("sm_90", "sm_100")):
@@ -133,8 +133,9 @@ def _linear(arch: str) -> Iterator[Call]:
             yield from _call(arch, config, dx._replace(adapter_dtype=adapters), layout)
         if config.block_m == 64:
             yield from _call(arch, config, fwd._replace(m=64, r=largest), "aligned")
-        if config.plan not in first and not config.descriptors:
-            first.add(config.plan)
+        kind = (config.plan, config.descriptors)
+        if kind not in first:
+            first.add(kind)
             special = fwd._replace(r=16)
             yield from _call(arch, config, special, "strided")
             yield from _call(arch, config, special._replace(fan_in_fan_out=True), "aligned")
@@ -144,7 +145,7 @@ def _linear(arch: str) -> Iterator[Call]:
     single = base._replace(dtype="float32", adapter_dtype="float32")
     for config in _tiles(arch, single, RANKS):
         rows = 8 if config.block_m == 16 else 4096
-        admitted = [r for r in RANKS if _admitted(arch, config, single._replace(r=r), "aligned")]
+        admitted = _ranks(arch, config, single)
         if not admitted:
             continue
         r = max(admitted) if config.plan == "in_loop" else min(64, max(admitted))
@@ -185,6 +186,18 @@ def _tiles(arch: str, problem: Problem, ranks: Iterable[int]) -> Iterator[Config
     found = (tiled_configs(problem._replace(r=r), FACTS[arch]) for r in ranks)
     # How far K is split depends on the problem, and comes back in _call.
     return iter(dict.fromkeys(dataclasses.replace(c, split_k=0) for c in itertools.chain(*found)))
+
+
+def _ranks(arch: str, config: Config, problem: Problem) -> list[int]:
+    """The ranks that a tile admits for aligned operands, or for others."""
+    return [
+        r
+        for r in RANKS
+        if any(
+            _admitted(arch, config, problem._replace(r=r, aligned=layout == "aligned"), layout)
+            for layout in ("aligned", "odd")
+        )
+    ]
 
 
 def _admitted(arch: str, config: Config, problem: Problem, layout: str) -> bool:
