@@ -11,9 +11,10 @@ import models
 import peft
 import pytest
 import torch
-from models import FAMILIES, build
+from models import FAMILIES, build, in_our_names
 from safetensors.torch import load_file, save_file
-from test_models import SELECTIONS, Shared, in_our_names
+from test_model_selection import SELECTIONS
+from test_model_state import Shared
 
 import lora_kernels as lk
 from lora_kernels import FusedLoRALinear

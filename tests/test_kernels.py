@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 triton = pytest.importorskip("triton")
 
 # Below the skip: nothing of Triton's is imported where it is missing.
-from lora_kernels import cuda  # noqa: E402
-from lora_kernels.config import PROBLEM_OF, Config, is_valid  # noqa: E402
+import lora_kernels as lk  # noqa: E402
+from lora_kernels import cuda, vendor  # noqa: E402
+from lora_kernels.config import PROBLEM_OF, SKINNY_OPS, Config, is_valid  # noqa: E402
 from lora_kernels.device import DeviceFacts, facts  # noqa: E402
 from lora_kernels.kernels import common, linear_bwd, linear_fwd  # noqa: E402
 from lora_kernels.testing import LAYOUTS, MUTATIONS, Case, check, mutation_case  # noqa: E402
@@ -321,3 +323,36 @@ def test_a_broken_kernel_turns_the_check_red(mistake, tmp_path):
     spec.loader.exec_module(module)
     with pytest.raises(AssertionError, match="over the budget"):
         check(op, launch(op, config, module), case)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU test_gpu.py shows it with the real backend")
+@pytest.mark.parametrize("gemm", ["in_loop", "tail"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_layer_trains_through_the_kernels(gemm, checkpointed, monkeypatch):
+    """Nothing above the backend knows the kernels: with the library's functions replaced by their
+    launches, layer, autograd and checkpointing compute the same step."""
+    known = DeviceFacts("cuda", "sm_90", "sm_90", processors=4, shared_memory=232448)
+    dropout_p = 0.3 * (gemm == "tail")
+    layer = lk.FusedLoRALinear(40, 72, r=6, lora_dropout=dropout_p, init_lora_weights=False)
+    x = torch.randn(3, 11, 40, requires_grad=True)
+
+    def step():
+        torch.manual_seed(1)
+        y = checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
+        return [y.detach(), *torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), y.detach())]
+
+    expected = step()
+    launched = []
+
+    def through_the_kernel(op, *args, masked, **kwargs):
+        launched.append(op)
+        problem = PROBLEM_OF[op](*args, **kwargs)
+        plan = "skinny" if op in SKINNY_OPS else gemm
+        return cuda.run_kernel(op, Config(plan), problem, known, *args, **kwargs)
+
+    for op in PROBLEM_OF:
+        monkeypatch.setattr(vendor, op, functools.partial(through_the_kernel, op))
+    for ours, theirs in zip(step(), expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    forward = ["lora_linear_fwd"] * (1 + checkpointed)
+    assert launched == [*forward, "lora_linear_dx", "lora_linear_dab"]

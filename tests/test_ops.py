@@ -47,7 +47,7 @@ def cases():
 
 
 @pytest.mark.parametrize("op", ops.OPERATORS)
-@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_operator_keeps_the_budget(op, case, device):
     check(op, operator(op), replace(case, device=device), backend=device)
 
