@@ -83,24 +83,23 @@ def _linear(
 ) -> Problem:
     dtype = dtype_name(rows.dtype)
     adapter_dtype = dtype if adapter is None else dtype_name(adapter.dtype)
-    aligned = _suit_descriptors(rows, weight)
+    # Asked on GPUs only, where it matters.
+    aligned = not rows.is_cuda or (
+        suits_descriptor(rows, transposed=False)
+        and (weight is None or suits_descriptor(weight, transposed=True))
+    )
     return Problem(
         op, rows.shape[0], n, k, r, dtype, adapter_dtype, dropout, kn, out_scale, aligned
     )
 
 
-def _suit_descriptors(*tensors: Tensor | None) -> bool:
-    """Whether all have 16-byte bases and row strides and one unit stride; asked on GPUs only, where
-    it matters."""
-    for t in tensors:
-        if t is None or not t.is_cuda:
-            continue
-        row, col = t.stride()
-        if row == 1:
-            row, col = col, row
-        if col != 1 or row <= 0 or row * t.element_size() % 16 or t.data_ptr() % 16:
-            return False
-    return True
+def suits_descriptor(t: Tensor, transposed: bool) -> bool:
+    """Whether a tensor descriptor can read ``t`` [rows, cols] (or its transpose, where that is as
+    good): a 16-byte base, 16-byte steps from row to row, and neighbours within a row."""
+    row, col = t.stride()
+    if transposed and row == 1:
+        row, col = col, row
+    return col == 1 and row > 0 and row * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
 
 
 def _lora_shrink(

@@ -303,3 +303,18 @@ def test_a_typo_on_the_command_line(arguments, message, capsys):
 def test_tuning_a_device_without_a_backend(capsys):
     assert cli.main(["tune", "--shapes", "4x16x8", "--device", "meta"]) == 1
     assert "nothing to tune on meta" in capsys.readouterr().err
+
+
+def test_what_a_tensor_descriptor_can_read():
+    t = torch.empty(24, 40, dtype=torch.bfloat16)
+    suits = config.suits_descriptor
+    assert suits(t, transposed=False)
+    assert suits(t[:, :37], transposed=False)
+    assert suits(t[::3], transposed=False)
+    assert suits(t.t(), transposed=True)
+    assert not suits(t.t(), transposed=False), "x is read by rows"
+    assert not suits(t[:, 1:], transposed=True), "a base between two 16-byte units"
+    assert not suits(t[:, ::2], transposed=True)
+    assert not suits(t[:1].expand(24, 40), transposed=True), "rows that do not step"
+    assert not suits(torch.empty(24, 37, dtype=torch.bfloat16), transposed=False)
+    assert suits(torch.empty(24, 36, dtype=torch.float32), transposed=False)
