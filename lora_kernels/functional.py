@@ -45,7 +45,8 @@ def lora_linear(
         training: whether dropout is active.
         fan_in_fan_out: the orientation of ``weight``.
         rng: int64 [4] = (seed, offset, row0, col0) on x's device, to reproduce a mask or a shard's
-            part of one; by default it is drawn from torch's generator of that device.
+            part of one (on a GPU col0 must be a multiple of 8, which is not checked: that would
+            wait for the device); by default it is drawn from torch's generator of that device.
 
     Returns:
         [..., N] in the compute dtype: x's dtype, or autocast's where autocast is on.

@@ -11,7 +11,8 @@ everywhere else ``reference.py`` does.
     lora_b     [N, r]          likewise
     scale      []              float32 (float64 for float64 rows) on the rows' device
     bias       [N]             any floating dtype
-    rng        int64 [4]       (seed, offset, row0, col0) on the rows' device; None: no mask
+    rng        int64 [4]       (seed, offset, row0, col0) on the rows' device; None: no mask. The
+                               GPU's kernels draw eight columns at once: col0 a multiple of 8
     out_scale  [N]             multiplies x W^T + S B^T before the bias (DoRA)
 """
 
