@@ -316,7 +316,7 @@ def is_valid(config: Config, problem: Problem, facts: DeviceFacts) -> bool:
 
 # The shipped tiles by architecture: (block_m, block_n, block_k, warps, stages), largest first. They
 # compile without spills (ahead-of-time report); which is fastest where is for the tuner to measure.
-# The last two stream the weight for few rows.
+# Those of 16 rows stream the weight for few rows.
 _HALF_TILES = {
     "sm_80": ((128, 128, 32, 8, 4), (64, 128, 32, 4, 4), (16, 64, 128, 4, 4), (16, 128, 64, 4, 4)),
     "sm_90": (
