@@ -236,7 +236,7 @@ def _check_rng(rng: Tensor, device: torch.device) -> Tensor:
             f"rng must be int64 [4] = (seed, offset, row0, col0) on {device}, "
             f"not {rng.dtype} {tuple(rng.shape)} on {rng.device}"
         )
-    return rng
+    return rng.contiguous()
 
 
 def _check(

@@ -337,6 +337,21 @@ def test_a_broken_kernel_turns_the_check_red(mistake, tmp_path):
         check(op, launch(op, config, module), case)
 
 
+def test_vectors_and_tails_of_any_strides():
+    inputs = replace(SIZE, r=24).draw()
+    arguments = inputs.arguments("lora_linear_dab")
+    run = launch("lora_linear_dab", skinny(2))
+    strided = {name: LAYOUTS["strided"](arguments[name]) for name in ("s", "d")}
+    for ours, expected in zip(run(**(arguments | strided)), run(**arguments), strict=True):
+        assert torch.equal(ours, expected)
+    arguments = inputs.arguments("lora_linear_fwd")
+    run = launch("lora_linear_fwd", tile("tail"))
+    every_other = torch.full((2 * SIZE.n,), float("nan"), device=DEVICE)[::2].copy_(inputs.bias)
+    y, _ = run(**(arguments | {"bias": every_other, "out_scale": every_other}))
+    expected, _ = run(**(arguments | {"out_scale": inputs.bias}))
+    assert torch.equal(y, expected)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU test_gpu.py shows it with the real backend")
 @pytest.mark.parametrize("gemm", ["in_loop", "tail"])
 @pytest.mark.parametrize("checkpointed", [False, True])

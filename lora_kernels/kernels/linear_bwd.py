@@ -163,7 +163,9 @@ def lora_linear_dab(
         return da, db, dbias
     parts = max(1, -(-r // rank))
     room = partials(blocks * parts * split_m * block_c * (rank + 1), split_m, dy.device)
-    x_rows, d_rows, s_rows = (dy if t is None else t for t in (x, d, s))
+    x_rows = dy if x is None else x
+    # The tails are ours and lie as they should; somebody else's may not.
+    d_rows, s_rows = (dy if t is None else t.contiguous() for t in (d, s))
     _lora_linear_dab_kernel[(blocks, split_m, parts)](
         x_rows, d_rows, dy, s_rows, dy if rng is None else rng,
         da, db, dbias, room,

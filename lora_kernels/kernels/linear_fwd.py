@@ -310,6 +310,8 @@ def _gemm_with_tail(
     programs = tiles * split_k
     if config.programs and split_k == 1:
         programs = min(programs, config.programs)
+    # The kernel steps through vectors by one element.
+    bias_arg, out_scale_arg = (x if v is None else v.contiguous() for v in (bias, out_scale))
     x_arg, w_arg = x, stored
     if config.descriptors:
         x_arg = TensorDescriptor.from_tensor(x, [block_m, block_k])
@@ -317,7 +319,7 @@ def _gemm_with_tail(
             stored, [block_n, block_k] if weight_nk else [block_k, block_n]
         )
     _lora_linear_kernel[(programs,)](
-        x_arg, w_arg, a, b, s, x if bias is None else bias, x if out_scale is None else out_scale,
+        x_arg, w_arg, a, b, s, bias_arg, out_scale_arg,
         scale, scale if tail_rng is None else tail_rng,
         y, partials(tiles * split_k * block_m * (block_n + rank), split_k, x.device),
         counters(x.device, tiles if split_k > 1 else 0),
