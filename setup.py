@@ -37,7 +37,7 @@ ISA_FLAGS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS.update(avx2=AVX2, avx512=AVX512)
 
-COMMON_FLAGS = ["-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden"]
+COMMON_FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-Wall", "-Wextra", "-fvisibility=hidden"]
 # at::parallel_for is inlined from a header and silently serial without this flag. Apple's clang
 # does not know it, and a second OpenMP runtime beside torch's would be worse than one thread.
 OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []

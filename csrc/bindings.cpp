@@ -1,11 +1,18 @@
 // The boundary: tensors are checked here and leave as raw pointers, sizes and strides.
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <string>
+#include <tuple>
 
 #include "dropout.h"
+#include "linear.h"
+#include "panel.h"
+#include "product.h"
 
 #define LORA_KERNELS_STRING_(name) #name
 #define LORA_KERNELS_STRING(name) LORA_KERNELS_STRING_(name)
@@ -14,9 +21,31 @@ namespace lora_kernels {
 
 namespace {
 
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
 std::string isa() { return LORA_KERNELS_STRING(LORA_KERNELS_ISA); }
 
-DropoutMask dropout_mask(const at::Tensor& rng, double dropout_p) {
+std::string bfloat16_product_name() {
+  switch (bfloat16_product()) {
+    case Bfloat16Product::kFloat:
+      return "float";
+    case Bfloat16Product::kDot:
+      return "dot";
+    default:
+      return "brgemm";
+  }
+}
+
+bool set_bfloat16_product_name(const std::string& name) {
+  TORCH_CHECK_VALUE(name == "float" || name == "dot" || name == "brgemm",
+                    "a product of bfloat16 is one of float, dot and brgemm, got ", name);
+  return set_bfloat16_product(name == "float" ? Bfloat16Product::kFloat
+                              : name == "dot" ? Bfloat16Product::kDot
+                                              : Bfloat16Product::kBrgemm);
+}
+
+DropoutMask dropout_mask(const Tensor& rng, double dropout_p) {
   TORCH_CHECK_TYPE(rng.scalar_type() == at::kLong, "rng must be int64, got ", rng.scalar_type());
   TORCH_CHECK_VALUE(rng.dim() == 1 && rng.size(0) == 4 && rng.is_contiguous(),
                     "rng must be (seed, offset, row0, col0), contiguous [4], got sizes ",
@@ -29,13 +58,22 @@ DropoutMask dropout_mask(const at::Tensor& rng, double dropout_p) {
           dropout_threshold(dropout_p)};
 }
 
+std::optional<DropoutMask> dropout_mask(const OptionalTensor& rng, double dropout_p) {
+  if (!rng) return std::nullopt;
+  return dropout_mask(*rng, dropout_p);
+}
+
+const DropoutMask* pointer(const std::optional<DropoutMask>& mask) {
+  return mask ? &*mask : nullptr;
+}
+
 template <typename Bits>
-void masked_into(const at::Tensor& x, const at::Tensor& out, const DropoutMask& mask) {
+void masked_into(const Tensor& x, const Tensor& out, const DropoutMask& mask) {
   masked(static_cast<const Bits*>(x.const_data_ptr()), static_cast<Bits*>(out.mutable_data_ptr()),
          x.size(0), x.size(1), x.stride(0), x.stride(1), mask);
 }
 
-at::Tensor masked_cpu(const at::Tensor& x, const at::Tensor& rng, double dropout_p) {
+Tensor masked_cpu(const Tensor& x, const Tensor& rng, double dropout_p) {
   const auto dtype = x.scalar_type();
   TORCH_CHECK_TYPE(
       dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
@@ -43,7 +81,7 @@ at::Tensor masked_cpu(const at::Tensor& x, const at::Tensor& rng, double dropout
   TORCH_CHECK_VALUE(x.dim() == 2, "x must be [M, K], got ", x.sizes());
   const DropoutMask mask = dropout_mask(rng, dropout_p);
 
-  at::Tensor out = at::empty(x.sizes(), x.options());
+  Tensor out = at::empty(x.sizes(), x.options());
   switch (x.element_size()) {
     case 2:
       masked_into<uint16_t>(x, out, mask);
@@ -59,19 +97,305 @@ at::Tensor masked_cpu(const at::Tensor& x, const at::Tensor& rng, double dropout
 
 // The dispatcher comes here with every tensor that is not a plain CPU one. Without this it would
 // raise NotImplementedError, which a caller cannot tell from a missing kernel.
-at::Tensor masked_elsewhere(const at::Tensor& x, const at::Tensor& rng, double /*dropout_p*/) {
+Tensor masked_elsewhere(const Tensor& x, const Tensor& rng, double /*dropout_p*/) {
   TORCH_CHECK_VALUE(false, "x and rng must be plain CPU tensors, got x on ", x.device(), " (",
                     x.layout(), ") and rng on ", rng.device(), " (", rng.layout(), ")");
+}
+
+std::optional<Kind> kind_or_none(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return Kind::kFloat;
+    case at::kBFloat16:
+      return Kind::kBFloat16;
+    case at::kHalf:
+      return Kind::kHalf;
+    default:
+      return std::nullopt;
+  }
+}
+
+Matrix matrix(const Tensor& t, const char* name) {
+  const auto kind = kind_or_none(t.scalar_type());
+  TORCH_CHECK_TYPE(kind, name, " must be float32, bfloat16 or float16, got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.dim() == 2, name, " must have two dimensions, got ", t.sizes());
+  TORCH_CHECK_VALUE(t.is_cpu() && t.layout() == at::kStrided, name, " must be a plain CPU tensor");
+  return {
+      const_cast<void*>(t.const_data_ptr()), *kind, t.size(0), t.size(1), t.stride(0), t.stride(1)};
+}
+
+void check_shape(const Tensor& t, const char* name, int64_t rows, int64_t cols) {
+  TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, " must be [",
+                    rows, ", ", cols, "], got ", t.sizes());
+}
+
+// An adapter's matrix in a type that packing reads: the rows' own, or float32 for bfloat16 rows.
+Tensor adapter(const Tensor& t, at::ScalarType rows) {
+  const bool read =
+      t.scalar_type() == rows || (rows == at::kBFloat16 && t.scalar_type() == at::kFloat);
+  return read ? t : t.to(rows);
+}
+
+// A vector [n] in contiguous float32, or nothing.
+OptionalTensor vector(const OptionalTensor& t, const char* name, int64_t n) {
+  if (!t) return std::nullopt;
+  TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == n, name, " must be [", n, "], got ", t->sizes());
+  return t->to(at::kFloat).contiguous();
+}
+
+const float* pointer(const OptionalTensor& t) { return t ? t->const_data_ptr<float>() : nullptr; }
+
+float factor(const Tensor& scale, double dropout_p) {
+  TORCH_CHECK_TYPE(scale.scalar_type() == at::kFloat, "scale must be float32, got ",
+                   scale.scalar_type());
+  TORCH_CHECK_VALUE(scale.numel() == 1, "scale must hold one number, got ", scale.sizes());
+  return static_cast<float>(*scale.const_data_ptr<float>() / (1.0 - dropout_p));
+}
+
+// Rows as the products read them: the tensor itself where its layout allows, else a copy in `copy`.
+template <typename C>
+Rows<C> as_rows(const Tensor& x, const char* name, Tensor& copy) {
+  const Matrix m = matrix(x, name);
+  const int64_t ld = padded<C>(m.cols);
+  if (m.kind == kind_of<C> && (m.stride_col == 1 || m.cols == 1) && ld == m.cols) {
+    return {static_cast<const C*>(m.data), m.rows, m.cols, m.stride_row};
+  }
+  copy = at::empty({m.rows, ld}, x.options().dtype(c10::CppTypeToScalarType<C>::value));
+  C* data = copy.mutable_data_ptr<C>();
+  copy_all_rows(m, data, ld);
+  return {data, m.rows, m.cols, ld};
+}
+
+// S or D [M, r] in the rows' dtype, and the same as rows of a product: one tensor where it serves.
+template <typename C>
+struct Shrunk {
+  Tensor s, s_rows;
+
+  Shrunk(const Rows<C>& x, const Matrix& a, float scale, const DropoutMask* mask,
+         const at::TensorOptions& options) {
+    const int64_t r = a.rows, ld = padded<C>(r);
+    const auto compute = c10::CppTypeToScalarType<C>::value;
+    s = at::empty({x.M, r}, options);
+    const bool serves = ld == r && s.scalar_type() == compute;
+    s_rows = serves ? s : at::empty({x.M, ld}, options.dtype(compute));
+    if (x.M == 0) return;
+    shrink(x, a, scale, mask, matrix(s, "s"), serves ? nullptr : s_rows.mutable_data_ptr<C>());
+  }
+
+  Rows<C> rows() const {
+    return {s_rows.const_data_ptr<C>(), s.size(0), s.size(1), s_rows.size(1)};
+  }
+};
+
+// Calls f with a null pointer of what rows of this dtype are multiplied in.
+template <typename F>
+auto with_compute_type(const Tensor& rows, F f) {
+  return rows.scalar_type() == at::kBFloat16 ? f(static_cast<BFloat16*>(nullptr))
+                                             : f(static_cast<float*>(nullptr));
+}
+
+Tensor lora_shrink(const Tensor& x, const Tensor& lora_a, const Tensor& scale,
+                   const OptionalTensor& rng, double dropout_p) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  TORCH_CHECK_VALUE(x.dim() == 2 && lora_a.dim() == 2 && x.size(1) == lora_a.size(1),
+                    "x [M, K] and lora_a [r, K] do not fit: ", x.sizes(), ", ", lora_a.sizes());
+  const Tensor a = adapter(lora_a, x.scalar_type());
+  const auto mask = dropout_mask(rng, dropout_p);
+  return with_compute_type(x, [&](auto* type) {
+    using C = std::remove_pointer_t<decltype(type)>;
+    Tensor copy;
+    const Rows<C> rows = as_rows<C>(x, "x", copy);
+    return Shrunk<C>(rows, matrix(a, "lora_a"), factor(scale, dropout_p), pointer(mask),
+                     x.options())
+        .s;
+  });
+}
+
+// y = out_scale (rows w + mask * (s b)) + bias with s = scale (rows_mask * rows) a^T: the forward
+// and, with the roles of A and B swapped, dX.
+std::tuple<Tensor, Tensor> shrink_and_product(
+    const Tensor& x, const Tensor& w, const Tensor& a, const Tensor& b, float scale,
+    const DropoutMask* rows_mask, const DropoutMask* tail_mask, const OptionalTensor& out_scale,
+    const OptionalTensor& bias, const OptionalTensor& packed) {
+  TORCH_CHECK_TYPE(x.scalar_type() == w.scalar_type(), "the rows are ", x.scalar_type(),
+                   " and weight is ", w.scalar_type());
+  const Tensor a_read = adapter(a, x.scalar_type()), b_read = adapter(b, x.scalar_type());
+  const int64_t M = x.size(0), N = w.size(1);
+  Tensor y = at::empty({M, N}, x.options());
+  return with_compute_type(x, [&](auto* type) {
+    using C = std::remove_pointer_t<decltype(type)>;
+    const C* panels = nullptr;
+    if (packed) {
+      TORCH_CHECK_VALUE(packed->scalar_type() == c10::CppTypeToScalarType<C>::value &&
+                            packed->is_contiguous() &&
+                            packed->numel() == packed_size<C>(w.size(0), N),
+                        "packed is not of a weight with these sizes and dtype");
+      panels = packed->const_data_ptr<C>();
+    }
+    Tensor copy;
+    const Rows<C> rows = as_rows<C>(x, "the rows", copy);
+    const Shrunk<C> s(rows, matrix(a_read, "an adapter"), scale, rows_mask, x.options());
+    if (M > 0 && N > 0) {
+      tail_product<C>({rows, matrix(w, "weight"), panels, s.rows(), matrix(b_read, "an adapter"),
+                       tail_mask, pointer(out_scale), pointer(bias), matrix(y, "y")});
+    }
+    return std::make_tuple(y, s.s);
+  });
+}
+
+std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const Tensor& weight,
+                                           const Tensor& lora_a, const Tensor& lora_b,
+                                           const Tensor& scale, const OptionalTensor& bias,
+                                           const OptionalTensor& rng, double dropout_p,
+                                           bool fan_in_fan_out, const OptionalTensor& out_scale,
+                                           const OptionalTensor& packed) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  TORCH_CHECK_VALUE(x.dim() == 2 && lora_a.dim() == 2 && lora_b.dim() == 2,
+                    "x, lora_a and lora_b must have two dimensions");
+  const int64_t K = x.size(1), r = lora_a.size(0), N = lora_b.size(0);
+  check_shape(lora_a, "lora_a", r, K);
+  check_shape(lora_b, "lora_b", N, r);
+  check_shape(weight, "weight", fan_in_fan_out ? K : N, fan_in_fan_out ? N : K);
+  const auto mask = dropout_mask(rng, dropout_p);
+  return shrink_and_product(x, fan_in_fan_out ? weight : weight.t(), lora_a, lora_b.t(),
+                            factor(scale, dropout_p), pointer(mask), nullptr,
+                            vector(out_scale, "out_scale", N), vector(bias, "bias", N), packed);
+}
+
+std::tuple<Tensor, Tensor> lora_linear_dx(const Tensor& dy, const Tensor& weight,
+                                          const Tensor& lora_a, const Tensor& lora_b,
+                                          const Tensor& scale, const OptionalTensor& rng,
+                                          double dropout_p, bool fan_in_fan_out,
+                                          const OptionalTensor& out_scale,
+                                          const OptionalTensor& packed) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  TORCH_CHECK_VALUE(dy.dim() == 2 && lora_a.dim() == 2 && lora_b.dim() == 2,
+                    "dy, lora_a and lora_b must have two dimensions");
+  const int64_t N = dy.size(1), r = lora_a.size(0), K = lora_a.size(1);
+  check_shape(lora_b, "lora_b", N, r);
+  check_shape(weight, "weight", fan_in_fan_out ? K : N, fan_in_fan_out ? N : K);
+  const auto mask = dropout_mask(rng, dropout_p);
+  const Tensor rows = out_scale ? at::mul(dy, *out_scale).to(dy.scalar_type()) : dy;
+  return shrink_and_product(rows, fan_in_fan_out ? weight.t() : weight, lora_b.t(), lora_a,
+                            factor(scale, dropout_p), nullptr, pointer(mask), std::nullopt,
+                            std::nullopt, packed);
+}
+
+// A gradient in a dtype that is stored directly; others are cast from float32 at the end.
+Tensor gradient(at::IntArrayRef sizes, const Tensor& like, at::ScalarType dtype) {
+  return at::empty(sizes, like.options().dtype(kind_or_none(dtype) ? dtype : at::kFloat));
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_dab(const Tensor& dy, const OptionalTensor& x,
+                                                   const OptionalTensor& s, const OptionalTensor& d,
+                                                   const OptionalTensor& rng, double dropout_p,
+                                                   std::optional<at::ScalarType> da_dtype,
+                                                   std::optional<at::ScalarType> db_dtype,
+                                                   std::optional<at::ScalarType> dbias_dtype,
+                                                   const OptionalTensor& out_scale) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Matrix rows = matrix(dy, "dy");
+  const auto mask = dropout_mask(rng, dropout_p);
+  Tensor da = at::empty({0}, dy.options()), db = da, dbias = da, scaled = dy;
+  TORCH_CHECK_VALUE(!da_dtype || (x && d), "dA needs x and d");
+  TORCH_CHECK_VALUE(!db_dtype || s, "dB needs s");
+  if (db_dtype && out_scale) scaled = at::mul(dy, *out_scale).to(dy.scalar_type());
+
+  with_compute_type(dy, [&](auto* type) {
+    using C = std::remove_pointer_t<decltype(type)>;
+    Reduction<C> reductions[3];
+    int count = 0;
+    if (da_dtype) {
+      const Matrix x_rows = matrix(*x, "x"), tail = matrix(*d, "d");
+      TORCH_CHECK_VALUE(x_rows.rows == rows.rows && tail.rows == rows.rows,
+                        "dy, x and d differ in rows: ", dy.sizes(), ", ", x->sizes(), ", ",
+                        d->sizes());
+      da = gradient({tail.cols, x_rows.cols}, dy, *da_dtype);
+      reductions[count++] = {tail, x_rows, pointer(mask), matrix(da, "da"), {}};
+    }
+    if (db_dtype) {
+      const Matrix tail = matrix(*s, "s");
+      TORCH_CHECK_VALUE(tail.rows == rows.rows, "dy and s differ in rows: ", dy.sizes(), ", ",
+                        s->sizes());
+      db = gradient({rows.cols, tail.cols}, dy, *db_dtype);
+      reductions[count++] = {
+          tail, matrix(scaled, "dy"), nullptr, matrix(db, "db").transposed(), {}};
+    }
+    if (dbias_dtype) {
+      dbias = gradient({rows.cols}, dy, *dbias_dtype);
+      const Matrix sums = matrix(dbias.unsqueeze(0), "dbias");
+      if (db_dtype && !out_scale) {
+        reductions[count - 1].sums = sums;
+      } else {
+        reductions[count++] = {{}, rows, nullptr, {}, sums};
+      }
+    }
+    reduce(reductions, count);
+  });
+  if (da_dtype) da = da.to(*da_dtype);
+  if (db_dtype) db = db.to(*db_dtype);
+  if (dbias_dtype) dbias = dbias.to(*dbias_dtype);
+  return {da, db, dbias};
+}
+
+Tensor pack_cpu(const Tensor& b) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Matrix m = matrix(b, "b");
+  return with_compute_type(b, [&](auto* type) {
+    using C = std::remove_pointer_t<decltype(type)>;
+    const auto options = b.options().dtype(c10::CppTypeToScalarType<C>::value);
+    Tensor packed = at::empty({packed_size<C>(m.rows, m.cols)}, options);
+    pack(m, packed.mutable_data_ptr<C>());
+    return packed;
+  });
+}
+
+bool is_packed_cpu(const Tensor& b, const Tensor& packed) {
+  const Matrix m = matrix(b, "b");
+  return with_compute_type(b, [&](auto* type) {
+    using C = std::remove_pointer_t<decltype(type)>;
+    return packed.scalar_type() == c10::CppTypeToScalarType<C>::value &&
+           packed.numel() == packed_size<C>(m.rows, m.cols) && m.rows > 0 && m.cols > 0 &&
+           is_packed(m, packed.const_data_ptr<C>());
+  });
 }
 
 }  // namespace
 
 TORCH_LIBRARY(lora_kernels_cpu, m) {
   m.def("isa() -> str", &isa);
+  m.def("bfloat16_product() -> str", &bfloat16_product_name);
+  m.def("set_bfloat16_product(str name) -> bool", &set_bfloat16_product_name);
   m.def("masked(Tensor x, Tensor rng, float dropout_p) -> Tensor");
+  // b is [K, N] with the inner axis first: weight.t() for the forward, weight for dX.
+  m.def("pack(Tensor b) -> Tensor");
+  m.def("is_packed(Tensor b, Tensor packed) -> bool");
+  m.def(
+      "lora_shrink(Tensor x, Tensor lora_a, Tensor scale, Tensor? rng=None, "
+      "float dropout_p=0.0) -> Tensor");
+  m.def(
+      "lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scale, "
+      "Tensor? bias=None, Tensor? rng=None, float dropout_p=0.0, bool fan_in_fan_out=False, "
+      "Tensor? out_scale=None, Tensor? packed=None) -> (Tensor, Tensor)");
+  m.def(
+      "lora_linear_dx(Tensor dy, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scale, "
+      "Tensor? rng=None, float dropout_p=0.0, bool fan_in_fan_out=False, "
+      "Tensor? out_scale=None, Tensor? packed=None) -> (Tensor, Tensor)");
+  m.def(
+      "lora_linear_dab(Tensor dy, Tensor? x, Tensor? s, Tensor? d, Tensor? rng=None, "
+      "float dropout_p=0.0, ScalarType? da_dtype=None, ScalarType? db_dtype=None, "
+      "ScalarType? dbias_dtype=None, Tensor? out_scale=None) -> (Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(lora_kernels_cpu, CPU, m) { m.impl("masked", &masked_cpu); }
+TORCH_LIBRARY_IMPL(lora_kernels_cpu, CPU, m) {
+  m.impl("masked", &masked_cpu);
+  m.impl("pack", &pack_cpu);
+  m.impl("is_packed", &is_packed_cpu);
+  m.impl("lora_shrink", &lora_shrink);
+  m.impl("lora_linear_fwd", &lora_linear_fwd);
+  m.impl("lora_linear_dx", &lora_linear_dx);
+  m.impl("lora_linear_dab", &lora_linear_dab);
+}
 
 TORCH_LIBRARY_IMPL(lora_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("masked", &masked_elsewhere);

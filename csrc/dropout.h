@@ -28,4 +28,10 @@ void masked(const Bits* x,                         // [M, K]
             int64_t stride_xm, int64_t stride_xk,  //
             const DropoutMask& mask);
 
+// The same in place on a block of such a matrix, whose first element is (row, col) of the whole.
+template <typename Bits>
+void drop(Bits* block,                                                 // [M, K], rows ld apart
+          int64_t M, int64_t K, int64_t ld, int64_t row, int64_t col,  //
+          const DropoutMask& mask);
+
 }  // namespace lora_kernels

@@ -12,8 +12,9 @@ from torch import Tensor
 from .device import DeviceFacts
 
 # How S reaches the accumulator (module docstring of plan.py). The order is the order in which a
-# tuner tries them. "skinny" is the one kernel of the operators that have no tail to place.
-PLANS = ("in_loop", "tail", "producer", "skinny", "vendor", "reference")
+# tuner tries them. "skinny" is the one kernel of the operators that have no tail to place; "native"
+# are the C++ kernels of csrc/.
+PLANS = ("in_loop", "tail", "producer", "skinny", "native", "vendor", "reference")
 
 # Plans whose work is done by Triton kernels with tiles; the others take no numbers.
 TILED_PLANS = ("in_loop", "tail", "producer", "skinny")
@@ -120,6 +121,7 @@ def _lora_linear_fwd(
     dropout_p: float = 0.0,
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> Problem:
     n, r = lora_b.shape
     dropout, k = rng is not None, lora_a.shape[1]
@@ -137,6 +139,7 @@ def _lora_linear_dx(
     dropout_p: float = 0.0,
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> Problem:
     r, k = lora_a.shape
     dropout, n = rng is not None, dy.shape[1]
@@ -231,7 +234,9 @@ def invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str 
         return f"no plan is called {config.plan!r}; there are {', '.join(PLANS)}"
     if config.plan in TILED_PLANS:
         return _tiled_invalid_reason(config, problem, facts)
-    if config.plan == "vendor":
+    if config.plan == "native" and not facts.native:
+        return "no CPU extension is loaded" if facts.kind == "cpu" else "it runs on CPUs"
+    if config.plan in ("native", "vendor"):
         if problem.dtype == "float64":
             return "float64 is computed by the reference"
         if facts.kind not in ("cpu", "cuda"):
@@ -403,6 +408,6 @@ def _split(blocks: int, steps: int, processors: int) -> int:
 
 def candidates(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:
     """The configurations worth measuring for ``problem``; all of them valid."""
-    for config in (*tiled_configs(problem, facts), Config("vendor"), Config("reference")):
+    for config in (*tiled_configs(problem, facts), *map(Config, ("native", "vendor", "reference"))):
         if is_valid(config, problem, facts):
             yield config

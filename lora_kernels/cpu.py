@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ def masked(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
     return torch.ops.lora_kernels_cpu.masked(x, rng, dropout_p)
 
 
+def native(op: str) -> Callable[..., Any]:
+    """The C++ kernel of an operator: the operator's own arguments and results."""
+    return getattr(torch.ops.lora_kernels_cpu, op)
+
+
 def answer(op: str, *args: Any, **kwargs: Any) -> Any:
     """Run one operator on CPU tensors, by the plan that ``plan.plan`` chooses for its problem."""
     problem = PROBLEM_OF[op](*args, **kwargs)
@@ -27,4 +33,6 @@ def answer(op: str, *args: Any, **kwargs: Any) -> Any:
         plan.answered("reference", config, problem)
         return getattr(reference, op)(*args, **kwargs)
     plan.answered("cpu", config, problem)
+    if config.plan == "native":
+        return native(op)(*args, **kwargs)
     return getattr(vendor, op)(*args, **kwargs, masked=masked)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from . import _native
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
@@ -19,7 +21,8 @@ class DeviceFacts:
 
     ``processors`` are SMs, compute units or threads; ``shared_memory`` is the most one block may
     ask for, in bytes; ``half_flops`` and ``bandwidth`` are the datasheet's kind of peak, per
-    second; ``triton`` is whether Triton can be imported. Zero stands for unknown.
+    second; ``triton`` is whether Triton can be imported; ``native`` is the instruction set of the
+    CPU extension that is loaded, or empty. Zero stands for unknown.
     """
 
     kind: str
@@ -32,6 +35,7 @@ class DeviceFacts:
     half_flops: float = 0.0
     bandwidth: float = 0.0
     triton: bool = True
+    native: str = ""
 
 
 # Half-precision FLOP per clock and multiprocessor, dense, from the vendors' data sheets.
@@ -56,6 +60,7 @@ def _facts(kind: str, index: int | None) -> DeviceFacts:
             name=_cpu_name(),
             arch=torch.backends.cpu.get_cpu_capability().lower(),
             processors=torch.get_num_threads(),
+            native=_native.load() or "",
         )
     if kind == "cuda":
         properties = torch.cuda.get_device_properties(index)

@@ -100,7 +100,7 @@ class FusedLoRALinear(nn.Linear):
     >>> layer.scaling, tuple(layer.lora_A.shape), tuple(layer.lora_B.shape)
     (2.0, (2, 8), (4, 2))
     >>> x = torch.ones(3, 8)
-    >>> torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+    >>> torch.allclose(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
     True
     """
 

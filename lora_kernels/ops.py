@@ -14,6 +14,8 @@ everywhere else ``reference.py`` does.
     rng        int64 [4]       (seed, offset, row0, col0) on the rows' device; None: no mask. The
                                GPU's kernels draw eight columns at once: col0 a multiple of 8
     out_scale  [N]             multiplies x W^T + S B^T before the bias (DoRA)
+    packed                     the weight in the layout of the CPU's kernels, which read it in the
+                               weight's place; for everybody else weight is the operand
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from .config import PROBLEM_OF, Config
 
 _DROPOUT = "Tensor? rng=None, float dropout_p=0.0"
 _ADAPTED = "Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scale"
-_BASE = "bool fan_in_fan_out=False, Tensor? out_scale=None"
+_BASE = "bool fan_in_fan_out=False, Tensor? out_scale=None, Tensor? packed=None"
 _GRADIENTS = "ScalarType? da_dtype=None, ScalarType? db_dtype=None, ScalarType? dbias_dtype=None"
 
 _SCHEMAS = {
@@ -108,6 +110,7 @@ def _(
     dropout_p: float = 0.0,
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], lora_b.shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
 
@@ -123,6 +126,7 @@ def _(
     dropout_p: float = 0.0,
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return dy.new_empty(dy.shape[0], lora_a.shape[1]), dy.new_empty(dy.shape[0], lora_a.shape[0])
 

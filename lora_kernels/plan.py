@@ -6,6 +6,7 @@ The plans, one contract (how S reaches the accumulator of the base product):
   store (p = 0);
 - ``tail``      a skinny shrink writes S, the GEMM starts with dot(S, B);
 - ``producer``  one persistent launch, tiles that own S for a row block publish it to the others;
+- ``native``    the CPU's C++ kernels: tail, then GEMM, in one pass over tiles;
 - ``vendor``    the library's GEMM, then the tail added in place: the floor under every shape;
 - ``reference`` plain torch in float32 or float64: where no backend exists.
 
@@ -75,6 +76,8 @@ def plan(problem: Problem, facts: DeviceFacts) -> Config:
     >>> problem = Problem("lora_linear_fwd", 512, 4096, 4096, 16, "bfloat16", "float32")
     >>> plan(problem, DeviceFacts("cpu", "some cpu", "avx2")).plan
     'vendor'
+    >>> plan(problem, DeviceFacts("cpu", "some cpu", "avx2", native="avx2")).plan
+    'native'
     >>> plan(problem, DeviceFacts("xpu", "some accelerator", "unknown")).plan
     'reference'
     """
@@ -97,9 +100,12 @@ def _plan(problem: Problem, facts: DeviceFacts) -> Config:
 
 
 def heuristic(problem: Problem, facts: DeviceFacts) -> Config:
-    """Valid everywhere: on a GPU the candidate with the shortest estimate, else the library's GEMM
-    where a backend of ours calls it, else the reference."""
-    vendor = Config("vendor")
+    """Valid everywhere: on a GPU the candidate with the shortest estimate, on a CPU its native
+    kernels, else the library's GEMM where a backend of ours calls it, else the reference."""
+    native, vendor = Config("native"), Config("vendor")
+    # The baseline is for machines of which the library knows more than 128-bit vectors (a guess).
+    if is_valid(native, problem, facts) and facts.native != "baseline":
+        return native
     if not is_valid(vendor, problem, facts):
         return Config("reference")
     tiled = [c for c in tiled_configs(problem, facts) if is_valid(c, problem, facts)]
@@ -180,8 +186,8 @@ def last_plan() -> Answer | None:
     >>> import torch, lora_kernels as lk
     >>> x, w, a, b = (torch.ones(s) for s in ((2, 3), (4, 3), (1, 3), (4, 1)))
     >>> _ = lk.lora_linear(x, w, a, b)
-    >>> lk.last_plan().op, lk.last_plan().backend, lk.last_plan().plan
-    ('lora_linear_fwd', 'cpu', 'vendor')
+    >>> lk.last_plan().op, lk.last_plan().backend, lk.last_plan().plan in ("native", "vendor")
+    ('lora_linear_fwd', 'cpu', True)
     """
     return _last
 

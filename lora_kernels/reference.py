@@ -117,6 +117,7 @@ def lora_linear_fwd(
     dropout_p: float = 0.0,
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``Y = out_scale * (x W^T + S B^T) + bias`` and S.
 
@@ -144,6 +145,7 @@ def lora_linear_dx(
     dropout_p: float = 0.0,
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``D = c dY B`` and ``dX = dY W + mask*(D A)``: dy [M,N] -> dX [M,K], D [M,r], both in dy's
     dtype.

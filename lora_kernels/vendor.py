@@ -43,6 +43,7 @@ def lora_linear_fwd(
     dropout_p: float = 0.0,
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
+    packed: Tensor | None = None,
     *,
     masked: Masked,
 ) -> tuple[Tensor, Tensor]:
@@ -69,6 +70,7 @@ def lora_linear_dx(
     dropout_p: float = 0.0,
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
+    packed: Tensor | None = None,
     *,
     masked: Masked,
 ) -> tuple[Tensor, Tensor]:

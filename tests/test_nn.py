@@ -67,7 +67,7 @@ def test_is_a_linear_and_starts_as_its_base():
     layer = lk.FusedLoRALinear(24, 40, r=4)
     x = torch.randn(5, 24)
     assert isinstance(layer, nn.Linear)
-    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
     trained = {name for name, p in layer.named_parameters() if p.requires_grad}
     assert trained == {"lora_A", "lora_B"}
     assert layer.lora_A.shape == (4, 24)
@@ -384,7 +384,7 @@ def test_to_empty_and_reset_after_meta():
     layer.reset_parameters()
     assert layer._scale.item() == 1.5
     x = torch.randn(3, 24)
-    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
 def test_unmoved_layer_keeps_its_scale_in_place():

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels import ops, reference, vendor
+from lora_kernels import cpu, ops, reference, vendor
+from lora_kernels.device import facts
 from lora_kernels.testing import LAYOUTS, MUTATIONS, RESULTS, Case, check, mutation_case, naive
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -95,13 +96,15 @@ def test_any_strides(op, layout, fan_in_fan_out, dtype, device):
 @pytest.mark.parametrize(
     ("op", "mutation"), [(op, name) for op in MUTATIONS for name in MUTATIONS[op]]
 )
-@pytest.mark.parametrize("plan", ["vendor", "reference"])
+@pytest.mark.parametrize("plan", ["native", "vendor", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_broken_backend_turns_the_check_red(op, mutation, plan, dtype, device, monkeypatch):
+    if plan == "native" and not facts(device).native:
+        pytest.skip("no native kernels")
     case = mutation_case(dtype, device)
-    backend = device if plan == "vendor" else "reference"
-    module = {"vendor": vendor, "reference": reference}[plan]
-    sound = getattr(module, op)
+    backend = "reference" if plan == "reference" else device
+    module = {"vendor": vendor, "reference": reference}.get(plan)
+    sound = cpu.native(op) if plan == "native" else getattr(module, op)
     with lk.force_plan(plan):
         check(op, operator(op), case, backend=backend)
         arguments = case.draw().arguments(op)
@@ -114,7 +117,10 @@ def test_a_broken_backend_turns_the_check_red(op, mutation, plan, dtype, device,
                 lambda **changed: sound(**changed, **extra), dict.fromkeys(arguments) | given
             )
 
-        monkeypatch.setattr(module, op, broken)
+        if plan == "native":
+            monkeypatch.setattr(cpu, "native", lambda _: broken)
+        else:
+            monkeypatch.setattr(module, op, broken)
         with pytest.raises(AssertionError, match="over the budget"):
             check(op, operator(op), case, backend=backend)
 

@@ -1,0 +1,373 @@
+#include "linear.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "panel.h"
+#include "product.h"
+#include "vec.h"
+
+namespace lora_kernels {
+
+namespace {
+
+struct FreeAligned {
+  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+};
+
+// Uninitialised memory for n elements, on a cache line of its own.
+template <typename T>
+std::unique_ptr<T, FreeAligned> allocate(int64_t n) {
+  void* memory = ::operator new(sizeof(T) * std::max<int64_t>(n, 1), std::align_val_t{64});
+  return std::unique_ptr<T, FreeAligned>(static_cast<T*>(memory));
+}
+
+// Memory that a thread keeps from call to call: fresh pages would cost more than what is done in
+// them.
+class Scratch {
+ public:
+  template <typename T>
+  T* of(int64_t n) {
+    const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
+    if (bytes > size_) {
+      memory_ = allocate<char>(bytes);
+      size_ = bytes;
+    }
+    return reinterpret_cast<T*>(memory_.get());
+  }
+
+ private:
+  std::unique_ptr<char, FreeAligned> memory_;
+  int64_t size_ = 0;
+};
+
+thread_local Scratch tile_scratch, rows_scratch, panel_scratch, tail_scratch;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The unsigned integer as wide as C, for dropout, which copies bits.
+template <typename C>
+using BitsOf = std::conditional_t<sizeof(C) == 2, uint16_t, uint32_t>;
+
+template <typename C>
+C* drop_rows(C* rows, int64_t M, int64_t K, int64_t ld, int64_t row, int64_t col,
+             const DropoutMask& mask) {
+  drop(reinterpret_cast<BitsOf<C>*>(rows), M, K, ld, row, col, mask);
+  return rows;
+}
+
+// c[M, kPanel] (+)= x[:, k0:k1] b over parts of the inner axis; `panel_at(k0, k1)` gives the
+// panel's rows k0 to k1.
+template <typename C, typename PanelAt>
+void product_by_parts(int64_t M, int64_t K, int64_t width, const C* a, int64_t lda,
+                      PanelAt panel_at, float* c, bool add) {
+  if (K == 0 && !add) std::fill(c, c + M * kPanel, 0.0f);
+  for (int64_t k = 0; k < K; k += kPart) {
+    const int64_t end = std::min(K, k + kPart);
+    product(M, width, padded<C>(end - k), a + k, lda, panel_at(k, end), c, add || k > 0);
+  }
+}
+
+// Row i of out from column j on, where columns are neighbours.
+void store_row(const float* from, int64_t n, const Matrix& out, int64_t i, int64_t j) {
+  const int64_t index = i * out.stride_row + j;
+  if (out.kind == Kind::kFloat) {
+    std::memcpy(static_cast<float*>(out.data) + index, from, n * sizeof(float));
+  } else if (out.kind == Kind::kBFloat16) {
+    auto* to = static_cast<BFloat16*>(out.data) + index;
+    int64_t k = 0;
+    for (; k + kLanes <= n; k += kLanes) store_bfloat16(to + k, load<Vec>(from + k));
+    for (; k < n; ++k) to[k] = BFloat16(from[k]);
+  } else {
+    auto* to = static_cast<Half*>(out.data) + index;
+    for (int64_t k = 0; k < n; ++k) to[k] = Half(from[k]);
+  }
+}
+
+float rounded(float value, Kind kind) {
+  return with_type(kind, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return static_cast<float>(T(value));
+  });
+}
+
+}  // namespace
+
+template <typename C>
+void copy_all_rows(const Matrix& x, C* out, int64_t ld) {
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, x.cols));
+  at::parallel_for(0, x.rows, grain, [&](int64_t begin, int64_t end) {
+    copy_rows(x, begin, end, 0, x.cols, out + begin * ld, ld);
+  });
+}
+
+template <typename C>
+void pack(const Matrix& b, C* packed) {
+  const int64_t K = b.rows, parts = ceil_div(K, kPart);
+  at::parallel_for(0, panels(b.cols) * parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t n = t / parts * kPanel, k = t % parts * kPart;
+      C* panel = packed + n * padded<C>(K) + k * panel_width(b.cols - n);
+      pack_panel(b, k, std::min(K, k + kPart), n, panel);
+    }
+  });
+}
+
+template <typename C>
+bool is_packed(const Matrix& b, const C* packed) {
+  constexpr int64_t kSamples = 64;
+  // Steps that are coprime to powers of two and far from small multiples of usual sizes.
+  for (int64_t i = 0; i < kSamples; ++i) {
+    const int64_t k = i * 7919 % b.rows, n = i * 104729 % b.cols;
+    const int64_t n0 = n / kPanel * kPanel, width = panel_width(b.cols - n0);
+    const int64_t row = n0 * padded<C>(b.rows) + k / kStep<C> * kStep<C> * width;
+    const C held = packed[row + (n - n0) * kStep<C> + k % kStep<C>];
+    C value;
+    with_type(b.kind, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      value =
+          C(static_cast<float>(static_cast<const T*>(b.data)[k * b.stride_row + n * b.stride_col]));
+    });
+    if (std::memcmp(&held, &value, sizeof(C)) != 0) return false;
+  }
+  return true;
+}
+
+namespace {
+
+// Rows of S from their float32 sums, a tile a panel of the rank.
+template <typename C>
+void finish_shrink(float* tiles, int64_t tile_size, int64_t first, int64_t M, float scale,
+                   const Matrix& s, C* s_rows) {
+  const int64_t r = s.cols, ld = padded<C>(r);
+  for (int64_t i = 0; i < M; ++i) {
+    for (int64_t n = 0; n < r; n += kPanel) {
+      float* sums = tiles + n / kPanel * tile_size + i * kPanel;
+      const int64_t cols = std::min<int64_t>(kPanel, r - n);
+      for (int64_t j = 0; j < cols; ++j) sums[j] *= scale;
+      store_row(sums, cols, s, first + i, n);
+      if (s_rows) {
+        for (int64_t j = 0; j < cols; ++j) {
+          s_rows[(first + i) * ld + n + j] = C(rounded(sums[j], s.kind));
+        }
+      }
+    }
+    if (s_rows && ld > r) s_rows[(first + i) * ld + r] = C(0.0f);
+  }
+}
+
+// Few rows: the threads share the inner axis, and the parts are added in their order as ever.
+template <typename C>
+void shrink_few(const Rows<C>& x, const Matrix& b, float scale, const DropoutMask* mask,
+                const Matrix& s, C* s_rows) {
+  const int64_t P = panels(b.cols), parts = ceil_div(x.K, kPart), size = x.M * kPanel;
+  auto sums = allocate<float>(P * parts * size);
+  at::parallel_for(0, P * parts, 1, [&](int64_t begin, int64_t end) {
+    C* panel = panel_scratch.of<C>(kPart * kPanel);
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t p = t % P, k = t / P * kPart, k_end = std::min(x.K, k + kPart);
+      const int64_t width = panel_width(b.cols - p * kPanel), depth = padded<C>(k_end - k);
+      pack_panel(b, k, k_end, p * kPanel, panel);
+      const C* rows = x.data + k;
+      int64_t ld = x.ld;
+      if (mask) {
+        C* copy = rows_scratch.of<C>(x.M * kPart);
+        for (int64_t i = 0; i < x.M; ++i) {
+          std::memcpy(copy + i * kPart, rows + i * ld, depth * sizeof(C));
+        }
+        rows = drop_rows(copy, x.M, depth, kPart, 0, k, *mask);
+        ld = kPart;
+      }
+      product(x.M, width, depth, rows, ld, panel, sums.get() + (p * parts + k / kPart) * size,
+              false);
+    }
+    release_products();
+  });
+  for (int64_t p = 0; p < P; ++p) {
+    float* first = sums.get() + p * parts * size;
+    for (int64_t part = 1; part < parts; ++part) {
+      for (int64_t i = 0; i < size; ++i) first[i] += first[part * size + i];
+    }
+  }
+  finish_shrink(sums.get(), parts * size, 0, x.M, scale, s, s_rows);
+}
+
+}  // namespace
+
+template <typename C>
+void shrink(const Rows<C>& x, const Matrix& a, float scale, const DropoutMask* mask,
+            const Matrix& s, C* s_rows) {
+  constexpr int64_t kFewRows = 32, kRowBlock = 48;
+  const Matrix b = a.transposed();
+  if (x.M <= kFewRows) return shrink_few(x, b, scale, mask, s, s_rows);
+
+  const int64_t P = panels(b.cols);
+  auto packed = allocate<C>(packed_size<C>(x.K, b.cols));
+  pack(b, packed.get());
+  const int64_t threads = at::get_num_threads();
+  const int64_t blocks = threads * ceil_div(x.M, threads * kRowBlock);
+  const int64_t block = ceil_div(x.M, blocks);
+  at::parallel_for(0, ceil_div(x.M, block), 1, [&](int64_t begin, int64_t end) {
+    float* tiles = tile_scratch.of<float>(P * block * kPanel);
+    C* copy = mask ? rows_scratch.of<C>(block * kPart) : nullptr;
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t first = t * block, M = std::min(block, x.M - first);
+      for (int64_t k = 0; k < x.K; k += kPart) {
+        const int64_t depth = padded<C>(std::min(kPart, x.K - k));
+        const C* rows = x.data + first * x.ld + k;
+        int64_t ld = x.ld;
+        if (mask) {
+          for (int64_t i = 0; i < M; ++i) {
+            std::memcpy(copy + i * kPart, rows + i * ld, depth * sizeof(C));
+          }
+          rows = drop_rows(copy, M, depth, kPart, first, k, *mask);
+          ld = kPart;
+        }
+        for (int64_t p = 0; p < P; ++p) {
+          const int64_t n = p * kPanel, width = panel_width(b.cols - n);
+          const C* panel = packed.get() + n * padded<C>(x.K) + k * width;
+          product(M, width, depth, rows, ld, panel, tiles + p * block * kPanel, k > 0);
+        }
+      }
+      finish_shrink(tiles, block * kPanel, first, M, scale, s, s_rows);
+    }
+    release_products();
+  });
+}
+
+template <typename C>
+void tail_product(const TailProduct<C>& p) {
+  // Rows of a tile: its accumulators and a part's rows stay in the second-level cache.
+  constexpr int64_t kRowBlock = 192, kLeastRows = 24;
+  const int64_t M = p.x.M, K = p.x.K, N = p.w.cols, r = p.s.K;
+  const int64_t P = panels(N), threads = at::get_num_threads();
+  const int64_t blocks =
+      std::max(ceil_div(M, kRowBlock), std::min(ceil_div(M, kLeastRows), ceil_div(4 * threads, P)));
+  const int64_t block = ceil_div(M, blocks);
+
+  // All row blocks of a panel come one after the other, so that it is packed once.
+  at::parallel_for(0, P * blocks, 1, [&](int64_t begin, int64_t end) {
+    float* tile = tile_scratch.of<float>(block * kPanel);
+    C* tail = tail_scratch.of<C>(padded<C>(r) * kPanel);
+    C* own = p.packed ? nullptr : panel_scratch.of<C>(padded<C>(K) * kPanel);
+    int64_t current = -1;
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t n = t / blocks * kPanel, cols = std::min<int64_t>(kPanel, N - n);
+      const int64_t first = t % blocks * block, rows = std::min(block, M - first);
+      if (rows <= 0) continue;
+      const int64_t width = panel_width(N - n);
+      const bool fresh = current != n;
+      current = n;
+
+      if (r > 0) {
+        if (fresh) pack_panel(p.b, 0, r, n, tail);
+        product_by_parts(
+            rows, r, width, p.s.data + first * p.s.ld, p.s.ld,
+            [&](int64_t k, int64_t) { return tail + k * width; }, tile, false);
+        if (p.mask) drop_rows(tile, rows, cols, kPanel, first, n, *p.mask);
+      }
+      const C* panel = p.packed ? p.packed + n * padded<C>(K) : own;
+      product_by_parts(
+          rows, K, width, p.x.data + first * p.x.ld, p.x.ld,
+          [&](int64_t k, int64_t k_end) {
+            if (own && fresh) pack_panel(p.w, k, k_end, n, own + k * width);
+            return panel + k * width;
+          },
+          tile, r > 0);
+
+      for (int64_t i = 0; i < rows; ++i) {
+        float* sums = tile + i * kPanel;
+        if (p.out_scale) {
+          for (int64_t j = 0; j < cols; ++j) sums[j] *= p.out_scale[n + j];
+        }
+        if (p.bias) {
+          for (int64_t j = 0; j < cols; ++j) sums[j] += p.bias[n + j];
+        }
+        store_row(sums, cols, p.y, first + i, n);
+      }
+    }
+    release_products();
+  });
+}
+
+template <typename C>
+void reduce(const Reduction<C>* reductions, int count) {
+  // The transposed tails, rows along the reduced axis; with a last row of ones for the plain sums.
+  struct Plan {
+    std::unique_ptr<C, FreeAligned> tails;
+    int64_t rows, ld, first_task;
+  };
+  std::unique_ptr<Plan[]> plans(new Plan[count]);
+  int64_t tasks = 0;
+  for (int i = 0; i < count; ++i) {
+    const auto& reduction = reductions[i];
+    const int64_t M = reduction.x.rows, r = reduction.out.data ? reduction.tail.cols : 0;
+    Plan& plan = plans[i];
+    plan = {nullptr, r + (reduction.sums.data != nullptr), padded<C>(M), tasks};
+    plan.tails = allocate<C>(plan.rows * plan.ld);
+    if (r > 0) copy_all_rows(reduction.tail.transposed(), plan.tails.get(), plan.ld);
+    if (plan.rows > r) {
+      C* ones = plan.tails.get() + r * plan.ld;
+      std::fill(ones, ones + M, C(1.0f));
+      std::fill(ones + M, ones + plan.ld, C(0.0f));
+    }
+    tasks += panels(reduction.x.cols);
+  }
+
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    C* panel = panel_scratch.of<C>(kPart * kPanel);
+    for (int64_t t = begin; t < end; ++t) {
+      int i = count - 1;
+      while (plans[i].first_task > t) --i;
+      const auto& [tail, x, mask, out, sums] = reductions[i];
+      const Plan& plan = plans[i];
+      const int64_t n = (t - plan.first_task) * kPanel,
+                    cols = std::min<int64_t>(kPanel, x.cols - n);
+      float* tile = tile_scratch.of<float>(plan.rows * kPanel);
+      product_by_parts(
+          plan.rows, x.rows, panel_width(x.cols - n), plan.tails.get(), plan.ld,
+          [&, &x = x, &mask = mask](int64_t m, int64_t m_end) {
+            if (mask) {
+              C* copy = rows_scratch.of<C>(kPart * kPanel);
+              copy_rows(x, m, m_end, n, n + cols, copy, kPanel);
+              drop_rows(copy, m_end - m, cols, kPanel, m, n, *mask);
+              pack_panel(Matrix{copy, kind_of<C>, m_end - m, cols, kPanel, 1}, 0, m_end - m, 0,
+                         panel);
+            } else {
+              pack_panel(x, m, m_end, n, panel);
+            }
+            return panel;
+          },
+          tile, false);
+      const int64_t r = out.data ? tail.cols : 0;
+      if (r > 0 && out.stride_col == 1) {
+        for (int64_t j = 0; j < r; ++j) store_row(tile + j * kPanel, cols, out, j, n);
+      } else if (r > 0) {
+        // dB: its rows are the tile's columns.
+        const Matrix columns = {tile, Kind::kFloat, cols, r, 1, kPanel};
+        float* rows = tail_scratch.of<float>(cols * r);
+        copy_rows(columns, 0, cols, 0, r, rows, r);
+        for (int64_t c = 0; c < cols; ++c) store_row(rows + c * r, r, out.transposed(), n + c, 0);
+      }
+      if (sums.data) store_row(tile + r * kPanel, cols, sums, 0, n);
+    }
+    release_products();
+  });
+}
+
+#define LORA_KERNELS_INSTANTIATE(C)                                                                \
+  template void copy_all_rows<C>(const Matrix&, C*, int64_t);                                      \
+  template void pack<C>(const Matrix&, C*);                                                        \
+  template bool is_packed<C>(const Matrix&, const C*);                                             \
+  template void shrink<C>(const Rows<C>&, const Matrix&, float, const DropoutMask*, const Matrix&, \
+                          C*);                                                                     \
+  template void tail_product<C>(const TailProduct<C>&);                                            \
+  template void reduce<C>(const Reduction<C>*, int);
+
+LORA_KERNELS_INSTANTIATE(float)
+LORA_KERNELS_INSTANTIATE(BFloat16)
+
+}  // namespace lora_kernels

@@ -1,0 +1,71 @@
+// The LoRA linear layer on the CPU: products with a low-rank tail, and the skinny reductions.
+#pragma once
+
+#include <cstdint>
+
+#include "dropout.h"
+#include "matrix.h"
+
+namespace lora_kernels {
+
+// C is what is multiplied: float, or BFloat16 where the rows are bfloat16.
+
+// Rows with unit stride, whose inner axis is even for bfloat16 (zeros at its end if need be).
+template <typename C>
+struct Rows {
+  const C* data;
+  int64_t M, K;
+  int64_t ld;
+};
+
+// out = x as Rows, contiguous [M, ld], by all threads.
+template <typename C>
+void copy_all_rows(const Matrix& x, C* out, int64_t ld);
+
+// All panels of b [K, N] side by side, by all threads.
+template <typename C>
+void pack(const Matrix& b, C* packed);
+
+// Whether packed holds b's values at some 64 places: a weight that was written behind its owner's
+// back (Tensor.data leaves no trace) differs nearly everywhere.
+template <typename C>
+bool is_packed(const Matrix& b, const C* packed);
+
+// s = scale (mask * x) a^T, rounded to the dtype of s: x [M, K], a [r, K], s [M, r]. The same
+// values go to s_rows [M, padded(r)] for the tail, unless it is null.
+template <typename C>
+void shrink(const Rows<C>& x, const Matrix& a, float scale, const DropoutMask* mask,
+            const Matrix& s, C* s_rows);
+
+// y = out_scale (x w + mask * (s b)) + bias in one pass over tiles, with one rounding.
+template <typename C>
+struct TailProduct {
+  Rows<C> x;        // [M, K]
+  Matrix w;         // [K, N]
+  const C* packed;  // w in panels, or null: then they are packed on the way, each once a thread
+  Rows<C> s;        // [M, r]; r = 0: no tail
+  Matrix b;         // [r, N]
+  const DropoutMask* mask;  // of [M, N], or null
+  const float* out_scale;   // [N], or null
+  const float* bias;        // [N], or null
+  Matrix y;                 // [M, N], contiguous
+};
+
+template <typename C>
+void tail_product(const TailProduct<C>& p);
+
+// out = t (mask * x) for the transposed tails t [R, M] and x [M, K], a reduction over M; R is
+// small. Row `ones` of t, if there is one, is all ones, so that its product is the sum over rows.
+template <typename C>
+struct Reduction {
+  Matrix tail;              // [M, r]: D for dA, S for dB
+  Matrix x;                 // [M, K]: x for dA, dY for dB
+  const DropoutMask* mask;  // of x, or null
+  Matrix out;               // [r, K] of any strides, or data is null
+  Matrix sums;              // [1, K]: the sums over the rows of x, or data is null
+};
+
+template <typename C>
+void reduce(const Reduction<C>* reductions, int count);
+
+}  // namespace lora_kernels

@@ -1,0 +1,201 @@
+#include "panel.h"
+
+#include "vec.h"
+
+namespace lora_kernels {
+
+namespace {
+
+template <typename C, typename T>
+inline C converted(T value) {
+  return C(static_cast<float>(value));
+}
+
+template <>
+inline BFloat16 converted<BFloat16, float>(float value) {
+  // c10's rounding as integer arithmetic without a branch, which a compiler turns into vectors.
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return BFloat16(static_cast<uint16_t>(value != value ? 0x7FC0u : rounded), BFloat16::from_bits());
+}
+
+// out[i] = from[i * stride] for i < count, zero for the rest of kCount.
+template <int kCount, typename C, typename T>
+inline void gather(const T* from, int64_t stride, int64_t count, C (&out)[kCount]) {
+  if (stride == 1 && count >= kCount) {
+    if constexpr (std::is_same_v<C, T>) {
+      std::memcpy(out, from, sizeof(out));
+    } else {
+#pragma GCC unroll 1
+      for (int i = 0; i < kCount; ++i) out[i] = converted<C>(from[i]);
+    }
+    return;
+  }
+  std::memset(static_cast<void*>(out), 0, sizeof(out));
+  const int64_t n = std::min<int64_t>(count, kCount);
+  if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) out[i] = converted<C>(from[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = converted<C>(from[i * stride]);
+  }
+}
+
+// Words that hold kLanes steps along k of one column: a float each, or a pair of bfloat16.
+template <typename C, typename T>
+inline Words steps_of_column(const T* from, int64_t stride_k, int64_t count) {
+  C steps[kLanes * kStep<C>];
+  gather<kLanes * kStep<C>>(from, stride_k, count, steps);
+  return load<Words>(steps);
+}
+
+// One step along k of kLanes * kStep columns, as the words of a panel's row.
+template <typename C, typename T>
+inline void step_of_columns(const T* from, int64_t stride_k, int64_t stride_n, int64_t count_k,
+                            int64_t count_n, Words (&words)[kStep<C>]) {
+  constexpr int kColumns = kLanes * kStep<C>;
+  C steps[kStep<C>][kColumns];
+  gather<kColumns>(from, stride_n, count_n, steps[0]);
+  if constexpr (kStep<C> == 2) {
+    if (count_k > 1) {
+      gather<kColumns>(from + stride_k, stride_n, count_n, steps[1]);
+    } else {
+      std::memset(static_cast<void*>(steps[1]), 0, sizeof(steps[1]));
+    }
+    interleave(load<HalfWords>(steps[0]), load<HalfWords>(steps[1]), words);
+  } else {
+    words[0] = load<Words>(steps[0]);
+  }
+}
+
+// Asks for the lines of one row into the second-level cache: columns of a panel are too few for the
+// machine to see a stream in them. Without it packing weight [2048, 2048] for dX takes 0.68 ms in
+// bfloat16 on one core, with it 0.38 ms (Zen 5, 2026-11).
+template <typename T>
+inline void prefetch(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
+}
+
+constexpr int64_t kRowsAhead = 32;
+
+// Rows [0, K) of b, of which `reach` may be read ahead, and N columns.
+template <typename C, typename T>
+void pack(const T* b, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, int64_t reach,
+          int64_t width, C* panel) {
+  constexpr int64_t kStride = kStep<C>;
+  const auto word = [&](int64_t k, int64_t n) {
+    return panel + (k / kStride * width + n) * kStride;
+  };
+  if (stride_n == 1) {
+    constexpr int64_t kColumns = kLanes * kStride;
+    for (int64_t k = 0; k < K; k += kStride) {
+      for (int64_t s = k + kRowsAhead; s < std::min(k + kRowsAhead + kStride, reach); ++s) {
+        prefetch(b + s * stride_k, N);
+      }
+      for (int64_t n = 0; n < width; n += kColumns) {
+        Words words[kStride];
+        step_of_columns<C>(b + k * stride_k + n, stride_k, 1, K - k, N - n, words);
+        for (int64_t s = 0; s < kStride; ++s) {
+          if (n + s * kLanes < width) store(word(k, n + s * kLanes), words[s]);
+        }
+      }
+    }
+    return;
+  }
+  constexpr int64_t kBlock = kLanes * kStride;
+  for (int64_t n = 0; n < width; n += kLanes) {
+    for (int64_t k = 0; k < K; k += kBlock) {
+      Words rows[kLanes];
+      const T* from = b + n * stride_n + k * stride_k;
+      if (stride_k == 1 && n + kLanes <= N && k + kBlock <= K) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          rows[i] = steps_of_column<C>(from + i * stride_n, 1, kBlock);
+        }
+      } else {
+        for (int i = 0; i < kLanes; ++i) {
+          rows[i] = n + i < N ? steps_of_column<C>(from + i * stride_n, stride_k, K - k) : Words{};
+        }
+      }
+      transpose(rows);
+      const int64_t steps = std::min<int64_t>(kLanes, (K - k + kStride - 1) / kStride);
+      if (steps == kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(word(k + i * kStride, n), rows[i]);
+      } else {
+        for (int64_t i = 0; i < steps; ++i) store(word(k + i * kStride, n), rows[i]);
+      }
+    }
+  }
+}
+
+// Rows of x whose neighbours lie along the rows, not along the columns: kLanes rows at once,
+// through a transpose.
+template <typename C, typename T>
+void copy_transposed(const T* x, int64_t stride_col, int64_t M, int64_t K, C* out, int64_t ld) {
+  constexpr int64_t kStride = kStep<C>;
+  for (int64_t i = 0; i < M; i += kLanes * kStride) {
+    for (int64_t k = 0; k < K; k += kLanes * kStride) {
+      Words rows[kStride][kLanes];
+      for (int64_t s = 0; s < kLanes; ++s) {
+        Words words[kStride] = {};
+        const int64_t step = k + s * kStride;
+        if (step < K) {
+          step_of_columns<C>(x + i + step * stride_col, stride_col, 1, K - step, M - i, words);
+        }
+        for (int64_t half = 0; half < kStride; ++half) rows[half][s] = words[half];
+      }
+      const int64_t count = std::min<int64_t>(kLanes * kStride, ld - k);
+      for (int64_t half = 0; half < kStride; ++half) {
+        transpose(rows[half]);
+        for (int64_t j = 0; j < kLanes && i + half * kLanes + j < M; ++j) {
+          std::memcpy(static_cast<void*>(out + (i + half * kLanes + j) * ld + k), &rows[half][j],
+                      count * sizeof(C));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+template <typename C>
+void pack_panel(const Matrix& b, int64_t k0, int64_t k1, int64_t n0, C* panel) {
+  with_type(b.kind, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* from = static_cast<const T*>(b.data) + k0 * b.stride_row + n0 * b.stride_col;
+    const int64_t cols = b.cols - n0;
+    pack(from, b.stride_row, b.stride_col, k1 - k0, std::min<int64_t>(kPanel, cols), b.rows - k0,
+         panel_width(cols), panel);
+  });
+}
+
+template <typename C>
+void copy_rows(const Matrix& x, int64_t i0, int64_t i1, int64_t k0, int64_t k1, C* out,
+               int64_t ld) {
+  with_type(x.kind, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (x.stride_row == 1 && x.stride_col != 1) {
+      copy_transposed(static_cast<const T*>(x.data) + i0 + k0 * x.stride_col, x.stride_col, i1 - i0,
+                      k1 - k0, out, ld);
+      return;
+    }
+    for (int64_t i = i0; i < i1; ++i, out += ld) {
+      const T* from = static_cast<const T*>(x.data) + i * x.stride_row + k0 * x.stride_col;
+      const int64_t stride = x.stride_col;
+      if (stride == 1) {
+        for (int64_t k = 0; k < k1 - k0; ++k) out[k] = converted<C>(from[k]);
+      } else {
+        for (int64_t k = 0; k < k1 - k0; ++k) out[k] = converted<C>(from[k * stride]);
+      }
+      std::fill(out + (k1 - k0), out + ld, C(0.0f));
+    }
+  });
+}
+
+template void pack_panel<float>(const Matrix&, int64_t, int64_t, int64_t, float*);
+template void pack_panel<BFloat16>(const Matrix&, int64_t, int64_t, int64_t, BFloat16*);
+template void copy_rows<float>(const Matrix&, int64_t, int64_t, int64_t, int64_t, float*, int64_t);
+template void copy_rows<BFloat16>(const Matrix&, int64_t, int64_t, int64_t, int64_t, BFloat16*,
+                                  int64_t);
+
+}  // namespace lora_kernels

@@ -1,0 +1,37 @@
+// The one inner loop under every kernel: rows times a panel, into a float32 tile in cache.
+#pragma once
+
+#include <cstdint>
+
+#include "matrix.h"
+#include "panel.h"
+
+namespace lora_kernels {
+
+// What multiplies pairs of bfloat16. The widest that the machine has is chosen at load.
+enum class Bfloat16Product {
+  kFloat,   // each half as a float: any machine
+  kDot,     // AVX512-BF16's instruction
+  kBrgemm,  // ATen's brgemm: AMX
+};
+
+Bfloat16Product bfloat16_product();
+// False, and nothing is changed, where this machine or this build does not have it.
+bool set_bfloat16_product(Bfloat16Product product);
+
+// Along the inner axis products are summed in parts of this length, each from zero, which are then
+// added up in order: float32 summed at one stretch over 2048 and more misses the error budget. A
+// sum does not depend on the other rows, nor on their number.
+constexpr int64_t kPart = 512;
+
+// c = a b, or c += a b with `add`: a [M, K] with unit stride along K, b a panel of `width` columns,
+// c [M, kPanel]. K <= kPart.
+void product(int64_t M, int64_t width, int64_t K, const float* a, int64_t lda, const float* b,
+             float* c, bool add);
+void product(int64_t M, int64_t width, int64_t K, const BFloat16* a, int64_t lda, const BFloat16* b,
+             float* c, bool add);
+
+// To be called by a thread that is done with products: gives AMX's tiles back.
+void release_products();
+
+}  // namespace lora_kernels
