@@ -1,8 +1,9 @@
 """Finds and loads the CPU extension: the widest instruction set that was built and this CPU has.
 
 The extensions all define the same operators, ``torch.ops.lora_kernels_cpu.*``, so that a process
-loads one of them, at first use. ``LORA_KERNELS_CPU_ISA`` in {baseline, avx2, avx512, none} chooses
-it for a test.
+loads one of them, at first use. ``LORA_KERNELS_CPU_ISA`` in {baseline, avx2, avx512, avx512_bf16,
+brgemm, none} chooses it for a test. The names from avx512 on share one extension and differ in what
+multiplies pairs of bfloat16.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from typing import Any
 import torch
 
 # Narrowest first.
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "brgemm")
+# The AVX-512 extension's products of bfloat16: each half as a float, AVX512-BF16's instruction, and
+# ATen's brgemm, which is AMX where the CPU has it.
+_PRODUCTS = {"avx512": "float", "avx512_bf16": "dot", "brgemm": "brgemm"}
 VARIABLE = "LORA_KERNELS_CPU_ISA"
 DIRECTORY = Path(__file__).parent
 
@@ -26,7 +30,7 @@ _outcome: tuple[str | None, str | None] | None = None
 
 
 def load() -> str | None:
-    """The instruction set of the loaded extension, or None where there is none (see ``why_not``).
+    """The instruction set that answers, or None where no extension is loaded (see ``why_not``).
 
     The first call loads it, the others return what that one found. Raises ``ValueError`` if
     ``LORA_KERNELS_CPU_ISA`` names no instruction set, or one that this CPU does not have.
@@ -35,7 +39,7 @@ def load() -> str | None:
     if _outcome is None:
         with _lock:
             if _outcome is None:
-                _outcome = _load(DIRECTORY, os.environ.get(VARIABLE))
+                _outcome = _load(DIRECTORY, os.environ.get(VARIABLE) or None)
     return _outcome[0]
 
 
@@ -51,15 +55,29 @@ def available() -> tuple[str, ...]:
     info = _build_info(DIRECTORY)
     if info.get("torch") != torch.__version__:
         return ()
-    return tuple(isa for isa in _supported() if isa in info["built"])
+    return tuple(isa for isa in _supported() if _extension(isa) in info["built"])
 
 
 def _supported() -> tuple[str, ...]:
     # ATen's own judgement: ATEN_CPU_CAPABILITY, which holds its kernels back, holds ours back too.
     capability = torch.backends.cpu.get_cpu_capability()
     if capability.startswith("AVX512"):
-        return ISAS
+        return ISAS if torch.cpu._is_avx512_bf16_supported() else ISAS[:3]
     return ISAS[:2] if capability == "AVX2" else ISAS[:1]
+
+
+def _extension(isa: str) -> str:
+    """The name of the extension that serves an instruction set."""
+    return "avx512" if isa in _PRODUCTS else isa
+
+
+def _in_use() -> str:
+    """What the extension that this process has loaded computes with."""
+    extension = torch.ops.lora_kernels_cpu.isa()
+    if extension != "avx512":
+        return extension
+    product = torch.ops.lora_kernels_cpu.bfloat16_product()
+    return next(isa for isa in _PRODUCTS if _PRODUCTS[isa] == product)
 
 
 def _build_info(directory: Path) -> dict[str, Any]:
@@ -87,23 +105,29 @@ def _load(directory: Path, forced: str | None) -> tuple[str | None, str | None]:
         )
 
     wanted = [forced] if forced else [*reversed(_supported())]
-    failures = {isa: info["failed"].get(isa, f"{isa} was not built") for isa in wanted}
-    for isa in wanted:
-        if isa in info["built"]:
+    failures: dict[str, str] = {}
+    for extension in dict.fromkeys(map(_extension, wanted)):
+        failures[extension] = info["failed"].get(extension, f"{extension} was not built")
+        if extension in info["built"]:
             try:
-                _load_library(directory / f"_C_{isa}.so")
+                return _load_extension(directory, extension, forced), None
+            except ValueError:
+                raise
             except Exception as error:  # of several types; the reference answers in its place
-                failures[isa] = " ".join(str(error).split())
-            else:
-                return isa, None
+                failures[extension] = " ".join(str(error).split())
     return None, "; ".join(dict.fromkeys(failures.values()))
 
 
-def _load_library(path: Path) -> None:
-    # Registering the operators twice ends the process, and the package may be imported twice.
-    if hasattr(torch.ops.lora_kernels_cpu, "isa"):
-        loaded = torch.ops.lora_kernels_cpu.isa()
-        if path.name != f"_C_{loaded}.so":
-            raise RuntimeError(f"the {loaded} extension is loaded in this process already")
-        return
-    torch.ops.load_library(str(path))
+def _load_extension(directory: Path, extension: str, forced: str | None) -> str:
+    """Load one extension and say what it computes with: ``forced``, or what it finds best."""
+    operators = torch.ops.lora_kernels_cpu
+    # Registering the operators twice ends the process, and the package may be imported twice. What
+    # another import computes with is not changed either.
+    if hasattr(operators, "isa"):
+        if operators.isa() != extension or forced not in (None, _in_use()):
+            raise RuntimeError(f"the {_in_use()} extension is loaded in this process already")
+        return _in_use()
+    torch.ops.load_library(str(directory / f"_C_{extension}.so"))
+    if forced in _PRODUCTS and not operators.set_bfloat16_product(_PRODUCTS[forced]):
+        raise ValueError(f"{VARIABLE}={forced!r}: this CPU has no AVX512-BF16")
+    return _in_use()

@@ -25,6 +25,16 @@ def native(op: str) -> Callable[..., Any]:
     return getattr(torch.ops.lora_kernels_cpu, op)
 
 
+def packs(weight: Tensor) -> bool:
+    """Whether the native kernels would read a packed copy of ``weight`` (float16 would be packed as
+    float32, twice its size)."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and facts("cpu").native not in ("", "baseline")
+    )
+
+
 def answer(op: str, *args: Any, **kwargs: Any) -> Any:
     """Run one operator on CPU tensors, by the plan that ``plan.plan`` chooses for its problem."""
     problem = PROBLEM_OF[op](*args, **kwargs)

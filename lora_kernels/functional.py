@@ -11,6 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 
+# A packed weight for the forward, and one for dX.
+Packed = tuple[Tensor | None, Tensor | None]
+
 
 def lora_linear(
     x: Tensor,
@@ -24,6 +27,7 @@ def lora_linear(
     training: bool = False,
     fan_in_fan_out: bool = False,
     rng: Tensor | None = None,
+    packed: Packed = (None, None),
 ) -> Tensor:
     """``y = x W^T + scale * (dropout(x) A^T) B^T + bias``: a linear layer with an unmerged LoRA
     adapter.
@@ -47,6 +51,9 @@ def lora_linear(
         rng: int64 [4] = (seed, offset, row0, col0) on x's device, to reproduce a mask or a shard's
             part of one (on a GPU col0 must be a multiple of 8, which is not checked: that would
             wait for the device); by default it is drawn from torch's generator of that device.
+        packed: ``weight`` as the CPU's kernels read it, for the forward and for dX, each or both
+            None (see :class:`lora_kernels.packed.PackedWeight`); under an autocast that casts
+            ``weight`` they are left aside.
 
     Returns:
         [..., N] in the compute dtype: x's dtype, or autocast's where autocast is on.
@@ -71,6 +78,8 @@ def lora_linear(
             [0.5000, 0.5000, 0.5000]])
     """
     dtype = _check(x, weight, lora_a, lora_b, bias, dropout_p, fan_in_fan_out)
+    if weight.dtype != dtype:
+        packed = (None, None)
     scale = _scale_tensor(scale, x.device, dtype)
     if training and dropout_p > 0.0:
         rng = _draw_rng(x.device) if rng is None else _check_rng(rng, x.device)
@@ -84,7 +93,7 @@ def lora_linear(
         or (bias is not None and bias.requires_grad)
     ):
         return _LoRALinear.apply(
-            x, weight, lora_a, lora_b, scale, bias, rng, dropout_p, fan_in_fan_out, dtype
+            x, weight, lora_a, lora_b, scale, bias, rng, dropout_p, fan_in_fan_out, dtype, packed
         )
     y, _ = ops.lora_linear_fwd(
         _rows(x, dtype),
@@ -96,8 +105,28 @@ def lora_linear(
         rng,
         dropout_p,
         fan_in_fan_out,
+        packed=packed[0],
     )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def packed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, fan_in_fan_out: bool, packed: Tensor
+) -> Tensor:
+    """``x W^T + bias`` by the kernel of :func:`lora_linear` with an adapter of rank 0, without a
+    graph: x [..., K] -> [..., N]."""
+    k, n = weight.shape if fan_in_fan_out else weight.shape[::-1]
+    y, _ = ops.lora_linear_fwd(
+        _rows(x, weight.dtype),
+        weight,
+        weight.new_empty(0, k),
+        weight.new_empty(n, 0),
+        torch.ones(()),
+        bias,
+        fan_in_fan_out=fan_in_fan_out,
+        packed=packed,
+    )
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -117,6 +146,7 @@ class _LoRALinear(torch.autograd.Function):
         dropout_p: float,
         fan_in_fan_out: bool,
         dtype: torch.dtype,
+        packed: Packed,
     ) -> Tensor:
         y, s = ops.lora_linear_fwd(
             _rows(x, dtype),
@@ -128,6 +158,7 @@ class _LoRALinear(torch.autograd.Function):
             rng,
             dropout_p,
             fan_in_fan_out,
+            packed=packed[0],
         )
         _, need_w, need_a, need_b, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
@@ -141,6 +172,8 @@ class _LoRALinear(torch.autograd.Function):
         )
         ctx.dropout_p, ctx.fan_in_fan_out, ctx.dtype = dropout_p, fan_in_fan_out, dtype
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        # Not among the saved tensors: a copy of one of them, which its owner keeps.
+        ctx.packed_dx = packed[1]
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
@@ -162,6 +195,7 @@ class _LoRALinear(torch.autograd.Function):
                 rng,
                 ctx.dropout_p,
                 ctx.fan_in_fan_out,
+                packed=ctx.packed_dx,
             )
             dx = dx.to(ctx.x_dtype).view(ctx.x_shape)
         elif need_a:
@@ -190,6 +224,7 @@ class _LoRALinear(torch.autograd.Function):
             db if need_b else None,
             None,
             dbias if need_bias else None,
+            None,
             None,
             None,
             None,

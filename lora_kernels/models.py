@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .integrations import transformers as _transformers
 from .integrations.lora_config import LoRAConfig
-from .nn import FusedLoRALinear, unsupported_reason
+from .nn import FusedLoRALinear, check_pack_weight, unsupported_reason
 
 logger = logging.getLogger("lora_kernels")
 
@@ -96,13 +96,14 @@ def apply_lora(
     layers_pattern: Sequence[str] | str | None = None,
     modules_to_save: Sequence[str] | None = None,
     autocast_adapter_dtype: bool = True,
+    pack_weight: str = "eval",
 ) -> ModelT:
     """Replace linear layers of ``model`` by :class:`FusedLoRALinear`, in place, freeze the rest,
     and return the model.
 
-    The arguments are the fields of PEFT's ``LoraConfig``; those not described here are
-    :class:`FusedLoRALinear`'s. What was adapted, what was skipped and why, and the trainable
-    parameters are in ``lora_report(model)``.
+    The arguments are the fields of PEFT's ``LoraConfig``, and ``pack_weight``; those not described
+    here are :class:`FusedLoRALinear`'s. What was adapted, what was skipped and why, and the
+    trainable parameters are in ``lora_report(model)``.
 
     Args:
         target_modules: a list of module names or their endings ("q_proj", "layers.0.mlp.up_proj");
@@ -148,8 +149,11 @@ def apply_lora(
         modules_to_save=_plain(modules_to_save),
         autocast_adapter_dtype=autocast_adapter_dtype,
     )
+    check_pack_weight(pack_weight)
     root = unwrap(model)
     insert(root, config, select(root, config))
+    for layer in lora_layers(root).values():
+        layer.pack_weight = pack_weight
     return model
 
 

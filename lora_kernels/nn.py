@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import lora_linear
+from .functional import Packed, lora_linear, packed_linear
+from .ops import autocast_enabled
+from .packed import PackedWeight
 
 # Classes that hold their weight as [in, out], recognised by predicates that the integrations add
 # (transformers' Conv1D).
@@ -31,6 +33,8 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
+
+PACK_WEIGHT = ("eval", "always", "never")
 
 _BASE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -91,9 +95,14 @@ class FusedLoRALinear(nn.Linear):
             tests.
         autocast_adapter_dtype: keep the adapter in float32 on a half-precision base (PEFT's
             default). The compute dtype is x's in any case, see :func:`lora_kernels.lora_linear`.
+        pack_weight: when a frozen float32 or bfloat16 ``weight`` on a CPU is kept a second time, in
+            the order in which the native kernels read it: "eval": in evaluation mode, made by the
+            first call and dropped by ``train()`` (one copy of the weight); "always": in training
+            too, for the forward and for dX (two copies); "never". Copies are dropped when the
+            weight changes, and are no part of any state.
 
     Raises:
-        ValueError: r < 1, lora_dropout outside [0, 1), an unknown init_lora_weights.
+        ValueError: r < 1, lora_dropout outside [0, 1), an unknown init_lora_weights or pack_weight.
 
     >>> import torch
     >>> layer = FusedLoRALinear(8, 4, r=2, lora_alpha=4)
@@ -121,6 +130,7 @@ class FusedLoRALinear(nn.Linear):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         autocast_adapter_dtype: bool = True,
+        pack_weight: str = "eval",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -130,6 +140,7 @@ class FusedLoRALinear(nn.Linear):
         self._add_lora(
             r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, autocast_adapter_dtype
         )
+        self.pack_weight = pack_weight
 
     @classmethod
     def from_linear(
@@ -141,6 +152,7 @@ class FusedLoRALinear(nn.Linear):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         autocast_adapter_dtype: bool = True,
+        pack_weight: str = "eval",
     ) -> FusedLoRALinear:
         """Wrap an ``nn.Linear`` or transformers' ``Conv1D``: the new layer holds the same Parameter
         objects, frozen.
@@ -169,6 +181,7 @@ class FusedLoRALinear(nn.Linear):
         self._add_lora(
             r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, autocast_adapter_dtype
         )
+        self.pack_weight = pack_weight
         return self.train(module.training)
 
     def _add_lora(
@@ -191,6 +204,8 @@ class FusedLoRALinear(nn.Linear):
         self.merged = False
         # The pristine weight while merged, in a tuple so that nn.Module does not register it.
         self._base: tuple[nn.Parameter, ...] = ()
+        self._pack_weight = "eval"
+        self._packed = PackedWeight()
         device, dtype = self.weight.device, self.weight.dtype
         if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16):
             dtype = torch.float32
@@ -208,6 +223,7 @@ class FusedLoRALinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
+        self.drop_packed()
         if "lora_A" in self._parameters:
             self.reset_lora_parameters()
 
@@ -268,12 +284,48 @@ class FusedLoRALinear(nn.Linear):
         with torch.no_grad():
             self._scale.fill_(value)
 
+    @property
+    def pack_weight(self) -> str:
+        """When the weight is packed for the CPU's kernels: "eval", "always" or "never"."""
+        return self._pack_weight
+
+    @pack_weight.setter
+    def pack_weight(self, value: str) -> None:
+        check_pack_weight(value)
+        self._pack_weight = value
+        self.drop_packed()
+
+    def drop_packed(self) -> None:
+        """Forget the packed copies of the weight; the next call that wants one makes it anew.
+
+        For whoever writes to ``weight`` in a way that leaves no trace, such as through
+        ``weight.data`` at a few places.
+        """
+        if "_packed" in self.__dict__:
+            self._packed.drop()
+
+    def _packed_copies(self, input: Tensor) -> Packed:
+        wanted = self._pack_weight == "always" or (
+            self._pack_weight == "eval" and not self.training
+        )
+        # A traced call would make its copy a constant of the graph.
+        if not wanted or torch.compiler.is_compiling() or type(input) not in (Tensor, nn.Parameter):
+            return None, None
+        device_type = input.device.type
+        cast = autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if cast else input.dtype
+        if dtype != self.weight.dtype:
+            return None, None
+        packed = self._packed.get(self.weight, self.fan_in_fan_out)
+        packed_dx = None
+        if self.training and torch.is_grad_enabled():
+            packed_dx = self._packed.get(self.weight, self.fan_in_fan_out, for_dx=True)
+        return packed, packed_dx
+
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], see :func:`lora_kernels.lora_linear`."""
         if self.merged:
-            return F.linear(
-                input, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias
-            )
+            return self._merged_forward(input)
         assert self.lora_A is not None and self.lora_B is not None
         return lora_linear(
             input,
@@ -285,7 +337,20 @@ class FusedLoRALinear(nn.Linear):
             dropout_p=self.lora_dropout,
             training=self.training,
             fan_in_fan_out=self.fan_in_fan_out,
+            packed=self._packed_copies(input),
         )
+
+    def _merged_forward(self, input: Tensor) -> Tensor:
+        differentiable = torch.is_grad_enabled() and (
+            input.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        )
+        # A wrong call is left to F.linear and its message.
+        fits = input.dim() > 0 and input.shape[-1] == self.in_features
+        if fits and not differentiable and input.device == self.weight.device:
+            packed, _ = self._packed_copies(input)
+            if packed is not None:
+                return packed_linear(input, self.weight, self.bias, self.fan_in_fan_out, packed)
+        return F.linear(input, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -316,6 +381,7 @@ class FusedLoRALinear(nn.Linear):
             )
             self._base = (base,)
             self.merged = True
+            self.drop_packed()
         if not keep_base and self._base:
             self._base = ()
             self.lora_A = self.lora_B = None
@@ -335,6 +401,7 @@ class FusedLoRALinear(nn.Linear):
         (self.weight,) = self._base
         self._base = ()
         self.merged = False
+        self.drop_packed()
 
     def _with_pristine_weight(self, action: Callable[[], Any]) -> Any:
         """Run ``action`` on the unmerged layer and merge again if it was merged."""
@@ -351,6 +418,8 @@ class FusedLoRALinear(nn.Linear):
         ``keep_base=False`` stays)."""
         if mode and self._base:
             self.unmerge()
+        if mode and self._pack_weight == "eval":
+            self.drop_packed()
         super().train(mode)
         return self
 
@@ -360,6 +429,7 @@ class FusedLoRALinear(nn.Linear):
 
     def _apply_to_pristine(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
         scale = self._scale
+        self.drop_packed()
         super()._apply(fn, recurse)
         # .half() must not round the scale, to_empty() must not lose it; an unmoved one keeps its
         # address.
@@ -378,6 +448,7 @@ class FusedLoRALinear(nn.Linear):
             destination[prefix + "weight"] = base if keep_vars else base.detach()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.drop_packed()
         self._with_pristine_weight(
             lambda: super(FusedLoRALinear, self)._load_from_state_dict(*args, **kwargs)
         )
@@ -392,6 +463,11 @@ class FusedLoRALinear(nn.Linear):
         if self.merged:
             text += ", merged=True"
         return text
+
+
+def check_pack_weight(value: str) -> None:
+    if value not in PACK_WEIGHT:
+        raise ValueError(f"pack_weight must be one of {', '.join(PACK_WEIGHT)}, not {value!r}")
 
 
 def default_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:

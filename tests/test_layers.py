@@ -16,7 +16,7 @@ LAYERS = [
     {"cuda", "cpu", "plan", "tune"},
     {"ops"},
     {"functional"},
-    {"nn"},
+    {"nn", "packed"},
     {"models", "serving", "integrations"},
 ]
 # Above everything, for users and tests.
