@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_kernels as lk
+from lora_kernels import _native, cpu
 from lora_kernels.testing import Inputs
 
 from .cases import Setting
@@ -32,6 +33,8 @@ class Variant:
     what: ClassVar[str]
     package: ClassVar[str] = "torch"
     computes: ClassVar[Computes] = "lora"
+    # Where it is measured unless told otherwise.
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     trainable: tuple[Tensor, ...] = ()
 
     def __init__(self, setting: Setting, inputs: Inputs) -> None:
@@ -64,6 +67,7 @@ class Plain(Variant):
 class Merged(Variant):
     key, label = "merged", "merged"
     what = "F.linear with the adapter folded into the weight: no dropout, trains nothing"
+    devices = ("cuda",)
     computes = "merged"
 
     def __init__(self, setting: Setting, inputs: Inputs) -> None:
@@ -82,6 +86,7 @@ def naive(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, p: floa
 class Eager(Variant):
     key, label = "eager", "eager"
     what = "F.linear(x, W) + scale * (dropout(x) A^T) B^T as written, by autograd"
+    devices = ("cuda",)
 
     def __init__(self, setting: Setting, inputs: Inputs) -> None:
         super().__init__(setting, inputs)
@@ -95,6 +100,7 @@ class Eager(Variant):
 class Compiled(Variant):
     key, label = "compiled", "torch.compile"
     what = "torch.compile of the eager line, for exactly these shapes"
+    devices = ("cuda",)
 
     def __init__(self, setting: Setting, inputs: Inputs) -> None:
         super().__init__(setting, inputs)
@@ -212,10 +218,50 @@ class PeftFloat32(Peft):
     adapter_dtype = torch.float32
 
 
-class Fused(Variant):
+class Ours(Variant):
+    """A FusedLoRALinear over the frozen weight."""
+
+    package = "lora_kernels"
+    pack_weight: ClassVar[str] = "eval"
+    layer: lk.FusedLoRALinear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def copies(self) -> int:
+        """How many packed copies of the weight the layer holds after a step; fails where they are
+        not those that the variant is reported with."""
+        wanted = 2 if self.setting.mode == "training" else 1
+        never = self.pack_weight == "never" or (self.pack_weight == "eval" and self.layer.training)
+        if never or _unpacked_reason(self.setting, self.weight.device.type):
+            wanted = 0
+        found = len(self.layer._packed)
+        assert found == wanted, f"{self.key} {self.setting}: {found} packed copies, not {wanted}"
+        return found
+
+
+class Packed(Ours):
+    key, label = "packed", "packed linear"
+    what = "our own packed linear: a merged FusedLoRALinear, r = 0 of the fused layer's kernel"
+    computes = "plain"
+    devices = ("cpu",)
+
+    def __init__(self, setting: Setting, inputs: Inputs) -> None:
+        super().__init__(setting, inputs)
+        # Its B is zero, so that what it merges is the plain weight.
+        self.layer = lk.FusedLoRALinear.from_linear(_frozen_linear(inputs), r=1).eval()
+        self.layer.merge()
+
+    @classmethod
+    def missing(cls, setting: Setting, device: str) -> str | None:
+        if setting.mode == "training":
+            return "a merged layer trains nothing"
+        return _unpacked_reason(setting, device)
+
+
+class Fused(Ours):
     key, label = "fused", "fused"
     what = "lora_kernels.FusedLoRALinear, adapter in the dtype of the base"
-    package = "lora_kernels"
     adapter_dtype: ClassVar[torch.dtype | None] = None
 
     def __init__(self, setting: Setting, inputs: Inputs) -> None:
@@ -226,14 +272,12 @@ class Fused(Variant):
             lora_alpha=setting.alpha,
             lora_dropout=setting.p,
             autocast_adapter_dtype=self.adapter_dtype == torch.float32,
+            pack_weight=self.pack_weight,
         )
         self.layer.set_lora(inputs.lora_a, inputs.lora_b, lora_alpha=setting.alpha)
         assert self.layer.lora_A is not None and self.layer.lora_B is not None
         self.trainable = (self.layer.lora_A, self.layer.lora_B)
         self.layer.train(_trains(setting))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
 
     @classmethod
     def missing(cls, setting: Setting, device: str) -> str | None:
@@ -245,7 +289,43 @@ class FusedFloat32(Fused):
     what = (
         "lora_kernels.FusedLoRALinear as its default is: float32 adapter on a half-precision base"
     )
+    devices = ("cuda",)
     adapter_dtype = torch.float32
+
+
+class FusedUnpacked(Fused):
+    key, label = "unpacked", "fused, never packed"
+    what = 'the fused layer with pack_weight="never": it reads the weight as it lies'
+    devices = ("cpu",)
+    pack_weight = "never"
+
+    @classmethod
+    def missing(cls, setting: Setting, device: str) -> str | None:
+        if _trains(setting):
+            return "the same as 'fused' where it trains"
+        return _unpacked_reason(setting, device)
+
+
+class FusedAlways(Fused):
+    key, label = "always", "fused, always packed"
+    what = 'the fused layer with pack_weight="always": copies for training\'s forward and its dX'
+    devices = ("cpu",)
+    pack_weight = "always"
+
+    @classmethod
+    def missing(cls, setting: Setting, device: str) -> str | None:
+        if not _trains(setting):
+            return "the same as 'fused' in eval mode"
+        return _unpacked_reason(setting, device)
+
+
+def _unpacked_reason(setting: Setting, device: str) -> str | None:
+    """Why no weight is packed in such a row, or None if one is."""
+    if device != "cpu":
+        return "weights are packed for the CPU's kernels only"
+    if cpu.packs(torch.empty(0, dtype=getattr(torch, setting.dtype))):
+        return None
+    return f"no weight is packed here: {_native.why_not() or setting.dtype}"
 
 
 VARIANTS: dict[str, type[Variant]] = {
@@ -259,6 +339,9 @@ VARIANTS: dict[str, type[Variant]] = {
         Peft,
         PeftFloat32,
         FusedFloat32,
+        Packed,
+        FusedUnpacked,
+        FusedAlways,
         Fused,
     )
 }

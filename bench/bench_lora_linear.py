@@ -11,26 +11,28 @@ import lora_kernels as lk
 from lora_kernels.testing import Inputs
 
 from . import checks
-from .baselines import VARIANTS, Variant
+from .baselines import VARIANTS, Ours, Variant
 from .cases import Setting
 from .measure import CapturedStep, EagerStep, Rounds, Step, memory, quartiles
 
 
 def test_lora_linear(setting: Setting, benchmark: Any, session: Any) -> None:
     session.skip_if_late()
-    torch.compiler.reset()
+    if "compiled" in session.variants:
+        torch.compiler.reset()
     torch.manual_seed(0)
     device, clock = session.device, session.clock
     inputs = checks.draw(setting, device)
     inputs.x.requires_grad_(setting.mode == "training")
     truth = checks.Truth(setting, inputs)
     weights = [inputs.weight]
-    weights += [inputs.weight.clone() for _ in range(clock.sets(inputs.weight) - 1)]
+    weights += [inputs.weight.clone() for _ in range(clock.sets(inputs.weight, inputs.dy) - 1)]
 
     steps: dict[str, list[Step]] = {}
     held: dict[str, dict[str, int]] = {}
     missing: dict[str, str] = {}
     plans: dict[str, dict[str, str]] = {}
+    copies: dict[str, int] = {}
     for key in session.variants:
         variant = VARIANTS[key]
         reason = variant.missing(setting, device)
@@ -42,19 +44,23 @@ def test_lora_linear(setting: Setting, benchmark: Any, session: Any) -> None:
             steps[key] = [CapturedStep(step) for step in eager] if device == "cuda" else [*eager]
             truth.check(eager[0].variant, steps[key][0], _without_base(setting, inputs, variant))
             held[key] = memory(eager[0])
-        if variant.package == "lora_kernels":
+        if isinstance(eager[0].variant, Ours):
             plans[key] = checks.plans_of(answers, device, setting)
+            copies[key] = eager[0].variant.copies()
 
-    rounds = Rounds(clock, steps, "fused", [inputs.x, inputs.dy])
-    count = session.rounds_for(rounds.warm_up(session.warmup))
+    drawn = [inputs.x, inputs.dy] if setting.mode == "training" else [inputs.x]
+    rounds = Rounds(clock, steps, "fused", drawn)
+    seconds = rounds.warm_up(session.warmup, session.warmup_seconds)
+    count = session.rounds_for(setting, seconds)
     benchmark.group = f"{setting.dtype}, {setting.mode}"
     with lk.record_plans() as answers:
         benchmark.pedantic(rounds.lead, setup=rounds.before, rounds=count, iterations=1)
     if device != "cuda":
         # A replayed graph asks no planner: what was captured is what was timed.
-        checks.plans_of(answers, device, setting)
+        adapted = [answer for answer in answers if answer.problem.r == setting.r]
+        checks.plans_of(adapted, device, setting)
     measured = {key: quartiles(found) | held[key] for key, found in rounds.samples.items()}
-    benchmark.extra_info.update(session.add_row(setting, measured, missing, plans))
+    benchmark.extra_info.update(session.add_row(setting, measured, missing, plans, copies))
 
 
 def _step(variant: type[Variant], inputs: Inputs, setting: Setting) -> EagerStep:

@@ -14,13 +14,18 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Shape = tuple[int, int, int]
 
-# (M, K, N): a token, a small batch of decoding, a prompt; square and not.
-CPU_SHAPES: tuple[Shape, ...] = (
-    (1, 2048, 2048),
-    (16, 2048, 2048),
-    (512, 2048, 2048),
-    (512, 1024, 4096),
+# The cells that the CPU's targets are set for (bar.py), as (M, K, N): from a token over a batch of
+# decoding to the tokens of a training step; a weight that a large last cache holds and two that it
+# does not.
+CPU_SHAPES: tuple[Shape, ...] = tuple(
+    (m, k, n)
+    for k, n in ((2048, 2048), (4096, 4096), (2048, 8192))
+    for m in (1, 16, 128, 512, 2048)
 )
+CPU_RANKS = (8, 16, 64)
+# Where a CPU trains with dropout besides: (shapes, ranks, probabilities).
+_CPU_DROPOUT = (((512, 2048, 2048),), (16,), (0.1,))
+_QUICK_CPU_DROPOUT = (((64, 512, 512),), (8,), (0.1,))
 # LoRAFusion's setting (EuroSys'26): in = out, and the tokens of one micro-batch.
 GPU_SHAPES: tuple[Shape, ...] = tuple(
     (m, size, size) for size in (4096, 5120, 8192) for m in (2048, 4096, 8192)
@@ -160,28 +165,27 @@ def settings(
 ) -> list[Setting]:
     """The rows to measure: what was asked for, the device's defaults for the rest."""
     gpu = device == "cuda"
-    default_shapes = GPU_SHAPES if gpu else CPU_SHAPES
-    if quick:
-        default_shapes = QUICK_SHAPES[device]
-    groups = [(shapes or default_shapes, ranks or [16])]
+    default_shapes = QUICK_SHAPES[device] if quick else GPU_SHAPES if gpu else CPU_SHAPES
+    default_dropouts = [0.1] if gpu and quick else [0.1, 0.0] if gpu else [0.0]
+    modes, p_values = modes or tuple(MODES), dropouts or default_dropouts
+    if gpu:
+        default_ranks: Sequence[int] = (16,)
+    else:
+        default_ranks = (8, 64) if quick else CPU_RANKS
+    groups = [(shapes or default_shapes, ranks or default_ranks, p_values, modes)]
     if real:
-        groups += [(REAL_SHAPES, ranks or [16]), ([(4096, 4096, 4096)], [8, 32, 64, 128])]
+        groups += [
+            (REAL_SHAPES, ranks or [16], p_values, modes),
+            ([(4096, 4096, 4096)], [8, 32, 64, 128], p_values, modes),
+        ]
+    if not gpu and not (shapes or ranks or dropouts) and "training" in modes:
+        groups.append((*(_QUICK_CPU_DROPOUT if quick else _CPU_DROPOUT), ("training",)))
     dtypes = dtypes or (["bfloat16"] if gpu else ["float32", "bfloat16"])
     found: dict[Setting, None] = {}
-    for group_shapes, group_ranks in groups:
-        for dtype, (m, k, n), r, mode in itertools.product(
-            dtypes, group_shapes, group_ranks, modes or MODES
-        ):
-            for p in dropouts or _default_dropouts(gpu, quick, m, mode):
-                found[Setting(m, k, n, r, alpha, p, dtype, mode)] = None
+    for group in groups:
+        for dtype, (m, k, n), r, p, mode in itertools.product(dtypes, *group):
+            found[Setting(m, k, n, r, alpha, p, dtype, mode)] = None
     # Rows that the report shows together, one after the other: a run that is cut short has whole
     # groups.
     order = {mode: place for place, mode in enumerate(MODES)}
     return sorted(found, key=lambda s: (dtypes.index(s.dtype), -s.p if gpu else s.p, order[s.mode]))
-
-
-def _default_dropouts(gpu: bool, quick: bool, m: int, mode: str) -> list[float]:
-    if gpu:
-        return [0.1] if quick else [0.1, 0.0]
-    # On a CPU a forward pass alone is serving, and nobody trains on a handful of tokens.
-    return [0.0, 0.1] if mode == "training" and m > 16 else [0.0]

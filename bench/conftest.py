@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -18,10 +19,13 @@ from .baselines import VARIANTS, version
 from .cases import Setting
 from .measure import CpuClock, CudaClock, roofline
 
-# Seconds of samples per row on a CPU, where the count follows from the speed of the row.
-_CPU_SECONDS = 2.0
-_CPU_ROUNDS = (7, 60)
+# Seconds of samples per row on a CPU, where the count follows from the speed of the row: at least
+# so many rounds, more for the few tokens whose times scatter more.
+_CPU_SECONDS = 1.5
+_FEWEST, _FEWEST_OF_FEW_TOKENS, _MOST = 5, 30, 100
+_FEW_TOKENS = 128
 _GPU_ROUNDS = 200
+_DEVICES = ("cpu", "cuda")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,10 +37,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME,...",
         help="fp32, bf16, fp16; default on a CPU fp32,bf16, on a GPU bf16",
     )
-    add("--rank", metavar="R,...", help="ranks of the adapter; default 16")
+    add(
+        "--ranks",
+        "--rank",
+        metavar="R,...",
+        help="ranks of the adapter; default on a CPU 8,16,64, on a GPU 16",
+    )
     add("--dropout", metavar="P,...", help="dropout probabilities of the adapter's input")
     add("--modes", metavar="NAME,...", help="forward, training (forward + backward); default both")
-    add("--baselines", metavar="NAME,...", help=f"of {', '.join(_baselines())}; default all")
+    defaults = "; ".join(f"on {device} {', '.join(_baselines(device))}" for device in _DEVICES)
+    add(
+        "--baselines",
+        metavar="NAME,...",
+        help=f"of {', '.join(_baselines())}; default {defaults}",
+    )
     add(
         "--rounds",
         metavar="N",
@@ -70,6 +84,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("setting", settings, ids=str)
 
 
+# After pytest-benchmark's own tables: the bar is what the run ends with.
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     session = config.stash[_SESSION]
     if not session.rows:
@@ -101,7 +117,7 @@ class Session:
         option = config.getoption
         self.quick = option("--quick")
         self.device = option("--bench-device") or ("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device not in ("cpu", "cuda"):
+        if self.device not in _DEVICES:
             raise pytest.UsageError(f"--bench-device: {self.device!r} is neither cpu nor cuda")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise pytest.UsageError("--bench-device: torch sees no CUDA device here")
@@ -109,7 +125,7 @@ class Session:
             self.device,
             shapes=_parsed(config, "--shapes", cases.parse_shapes),
             dtypes=_parsed(config, "--dtypes", cases.parse_dtypes),
-            ranks=_parsed(config, "--rank", cases.parse_ranks),
+            ranks=_parsed(config, "--ranks", cases.parse_ranks),
             dropouts=_parsed(config, "--dropout", cases.parse_dropouts),
             modes=_parsed(config, "--modes", cases.parse_modes),
             quick=self.quick,
@@ -117,12 +133,13 @@ class Session:
         )
         chosen = _parsed(config, "--baselines", _parse_baselines)
         # Compiling takes longer than all else in a quick run.
-        default = [key for key in _baselines() if not (self.quick and key == "compiled")]
+        default = [key for key in _baselines(self.device) if not (self.quick and key == "compiled")]
         self.variants = [*(default if chosen is None else chosen), "fused"]
         self.rounds = _parsed(config, "--rounds", _parse_count)
         clock = CudaClock if self.device == "cuda" else CpuClock
         warmup = _parsed(config, "--warmup", _parse_count)
         self.warmup = clock.warmup if warmup is None else warmup
+        self.warmup_seconds = clock.warmup_seconds if warmup is None else math.inf
         self.time_limit = _parsed(config, "--time-limit", _parse_count)
         default_directory = Path(__file__).parent / "out"
         self.directory = Path(option("--report-dir") or default_directory)
@@ -140,15 +157,15 @@ class Session:
         if self.time_limit is not None and time.time() - self.started > self.time_limit:
             pytest.skip(f"the time limit of {self.time_limit} s is over")
 
-    def rounds_for(self, seconds: float) -> int:
+    def rounds_for(self, setting: Setting, seconds: float) -> int:
         if self.rounds is not None:
             return self.rounds
         if self.quick:
             return 5
         if self.device == "cuda":
             return _GPU_ROUNDS
-        fewest, most = _CPU_ROUNDS
-        return min(max(int(_CPU_SECONDS / seconds), fewest), most)
+        fewest = _FEWEST_OF_FEW_TOKENS if setting.m <= _FEW_TOKENS else _FEWEST
+        return min(max(int(_CPU_SECONDS / seconds), fewest), _MOST)
 
     def add_row(
         self,
@@ -156,6 +173,7 @@ class Session:
         variants: dict[str, dict[str, float]],
         missing: dict[str, str],
         plans: dict[str, dict[str, str]],
+        copies: dict[str, int],
     ) -> dict[str, Any]:
         row = {
             "setting": asdict(setting),
@@ -164,6 +182,7 @@ class Session:
             "missing": missing,
             "backend": self.device,
             "plans": plans,
+            "packed_copies": copies,
         }
         self.rows.append(row)
         return row
@@ -211,8 +230,13 @@ def _parsed(config: pytest.Config, option: str, parse: Callable[[str], Any]) -> 
         raise pytest.UsageError(f"{option}: {error}") from None
 
 
-def _baselines() -> list[str]:
-    return [key for key in VARIANTS if key != "fused"]
+def _baselines(device: str | None = None) -> list[str]:
+    """Those measured by default on a device, or all."""
+    return [
+        key
+        for key, variant in VARIANTS.items()
+        if key != "fused" and (device is None or device in variant.devices)
+    ]
 
 
 def _parse_baselines(text: str) -> list[str]:

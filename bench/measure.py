@@ -2,14 +2,15 @@
 
 Inputs are random and drawn anew for every round. The weight is cold, as in a model whose layers
 follow each other. On a CPU a step is called and timed by the host's clock, and consecutive steps
-take turns among copies of the weight. On a GPU a step is captured in a CUDA graph, events around
-its replay time it, and before it the cache is filled with something else. (Filling it on a CPU
-would evict the interpreter too: measured, a call of 2 us then takes 27.)
+take turns among copies of the weight, packed ones included. On a GPU a step is captured in a CUDA
+graph, events around its replay time it, and before it the cache is filled with something else.
+(Filling it on a CPU would evict the interpreter too: measured, a call of 2 us then takes 27.)
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels import cpu
 from lora_kernels.device import facts
+from lora_kernels.functional import packed_linear
+from lora_kernels.packed import PackedWeight
 
 from .baselines import Variant
 
@@ -74,15 +78,20 @@ class CapturedStep:
 class CpuClock:
     """Seconds of one call by the host's clock."""
 
-    warmup = 3
+    # Rounds that do not count, and the seconds after which none of them begins.
+    warmup, warmup_seconds = 3, 0.3
 
     def __init__(self) -> None:
         sizes = [_kib(path) for path in Path(_CACHES).glob("index*/size")]
         self.cache_bytes = max(sizes, default=_USUAL_CACHE_BYTES)
 
-    def sets(self, weight: Tensor) -> int:
-        """How many copies of ``weight`` the steps rotate among, to find each outside the cache."""
-        return min(max(-(-2 * self.cache_bytes // weight.nbytes), 2), _MAX_SETS)
+    def sets(self, weight: Tensor, result: Tensor) -> int:
+        """How many copies of ``weight`` the steps rotate among, to find each outside the cache.
+
+        Every step in between reads another copy and writes a ``result`` of its own; where that
+        alone fills the cache twice, one copy is enough.
+        """
+        return min(-(-2 * self.cache_bytes // (weight.nbytes + result.nbytes)), _MAX_SETS)
 
     def measure(self, step: Callable[[], Any]) -> float:
         start = time.perf_counter()
@@ -104,7 +113,7 @@ class CudaClock:
     no time of the host lies between the events.
     """
 
-    warmup = 200
+    warmup, warmup_seconds = 200, math.inf
 
     def __init__(self) -> None:
         self.cache_bytes = facts("cuda").l2_bytes or _USUAL_CACHE_BYTES
@@ -112,7 +121,7 @@ class CudaClock:
         self._start = torch.cuda.Event(enable_timing=True)
         self._stop = torch.cuda.Event(enable_timing=True)
 
-    def sets(self, weight: Tensor) -> int:
+    def sets(self, weight: Tensor, result: Tensor) -> int:
         return 1
 
     def measure(self, step: Callable[[], Any]) -> float:
@@ -156,21 +165,24 @@ class Rounds:
     def lead(self) -> None:
         self._sample(self.leader)
 
-    def warm_up(self, rounds: int) -> float:
-        """Run rounds that do not count; returns the seconds that the last one took."""
-        # What a layer prepares on its first call, for every set.
+    def warm_up(self, rounds: int, limit: float) -> float:
+        """Run rounds that do not count, one at least and none that would begin after ``limit``
+        seconds; returns the seconds that the last one took."""
+        # What a layer prepares on its first call; the first set's was made when it was checked.
         for sets in self.steps.values():
-            for step in sets:
+            for step in sets[1:]:
                 step()
-        seconds = 0.0
+        begin = time.perf_counter()
         for _ in range(rounds):
             start = time.perf_counter()
             self.before()
             self.lead()
-            seconds = time.perf_counter() - start
+            stop = time.perf_counter()
+            if stop - begin > limit:
+                break
         for samples in self.samples.values():
             samples.clear()
-        return seconds
+        return stop - start
 
     def _sample(self, key: str) -> None:
         # One set after the other through all variants: each is touched again only after all others
@@ -229,20 +241,30 @@ def _saved_storages() -> Iterator[dict[int, int]]:
 
 
 def roofline(clock: Clock, device: str, dtypes: list[str]) -> dict[str, Any]:
-    """What the machine can do: the library's GEMM per dtype, and the bandwidth of a copy.
+    """What the machine can do: the library's GEMM per dtype, our own over a packed weight where
+    there is one, and the bandwidth of a copy.
 
     The best of several calls each: a roof. Copied bytes count twice, read and written.
     """
     gpu = device == "cuda"
     size, copied, repeats = (8192, 2**30, 30) if gpu else (2048, 2**27, 8)
-    flops = {}
+    flop, rates, own_rates = 2 * size**3, {}, {}
     for dtype in dtypes:
         a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in "ab")
-        flops[dtype] = 2 * size**3 / _best(clock, partial(torch.mm, a, b.t()), repeats)
+        rates[dtype] = flop / _best(clock, partial(torch.mm, a, b.t()), repeats)
+        if not gpu and cpu.packs(b):
+            packed = PackedWeight().get(b, False)
+            product = partial(packed_linear, a, b, None, False, packed)
+            own_rates[dtype] = flop / _best(clock, product, repeats)
     source = torch.randn(copied // 4, device=device)
     target = torch.empty_like(source)
     bandwidth = 2 * copied / _best(clock, partial(target.copy_, source), repeats)
-    return {"gemm_size": size, "gemm_flop_per_s": flops, "copy_bytes_per_s": bandwidth}
+    return {
+        "gemm_size": size,
+        "gemm_flop_per_s": rates,
+        "own_gemm_flop_per_s": own_rates,
+        "copy_bytes_per_s": bandwidth,
+    }
 
 
 def _best(clock: Clock, call: Callable[[], Any], repeats: int) -> float:

@@ -6,27 +6,55 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .cases import MODES, Setting
-
-Content = dict[str, Any]
-Row = dict[str, Any]
+from . import bar
+from .cases import MODES
+from .picture import picture
+from .rows import (
+    Content,
+    Row,
+    Table,
+    by_shape,
+    groups,
+    is_grid,
+    median,
+    milliseconds,
+    number,
+    plans,
+    quotient,
+    ranks_of,
+    rates,
+    ratio,
+    setting_of,
+)
 
 JSON_NAME, MARKDOWN_NAME, PICTURE_NAME = "results.json", "report.md", "report.png"
 
 # What the fused layer's time is divided by.
-_RIVALS = ("plain", "addmm", "peft", "peft_fp32")
+_RIVALS = ("plain", "packed", "addmm", "peft", "peft_fp32")
+# The quotients of a grid, cell by cell.
+_QUOTIENTS = (
+    ("fused", "plain"),
+    ("fused", "packed"),
+    ("unpacked", "plain"),
+    ("always", "plain"),
+    ("fused", "addmm"),
+    ("fused", "peft"),
+    ("fused", "peft_fp32"),
+)
 
 
 def write(content: Content, directory: Path) -> list[str]:
     """Write everything into ``directory``; returns a line about each file."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / JSON_NAME
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(content | {"bar": bar.as_json(content)}, indent=1) + "\n")
     return [f"wrote {path}", *render(content, directory)]
 
 
@@ -41,83 +69,6 @@ def render(content: Content, directory: Path) -> list[str]:
     return lines
 
 
-# What a row says.
-
-
-def setting_of(row: Row) -> Setting:
-    return Setting(**row["setting"])
-
-
-def median(row: Row, key: str) -> float | None:
-    """Seconds, or None where the variant has no number."""
-    found = row["variants"].get(key)
-    return None if found is None else found["median_s"]
-
-
-def ratio(row: Row, key: str, to: str) -> float | None:
-    ours, theirs = median(row, key), median(row, to)
-    return None if ours is None or theirs is None else ours / theirs
-
-
-def rates(content: Content, row: Row, key: str) -> dict[str, float] | None:
-    """tokens/s, TFLOP/s, GB/s and the share of the roofline, from :meth:`Setting.work`."""
-    seconds = median(row, key)
-    if seconds is None:
-        return None
-    setting, work = setting_of(row), row["work"][content["variants"][key]["work"]]
-    roof = content["roofline"]
-    least = max(
-        work["flop"] / roof["gemm_flop_per_s"][setting.dtype],
-        work["bytes"] / roof["copy_bytes_per_s"],
-    )
-    return {
-        "tokens": setting.m / seconds,
-        "tflops": work["flop"] / seconds / 1e12,
-        "gbps": work["bytes"] / seconds / 1e9,
-        "share": least / seconds,
-    }
-
-
-def plans(row: Row, key: str = "fused") -> str:
-    """ "cpu: vendor", or operator by operator where they differ."""
-    answered = {
-        op.removeprefix("lora_linear_"): plan for op, plan in row["plans"].get(key, {}).items()
-    }
-    if len(set(answered.values())) == 1:
-        return f"{row['backend']}: {next(iter(answered.values()))}"
-    return f"{row['backend']}: " + ", ".join(f"{op} {plan}" for op, plan in answered.items())
-
-
-def groups(content: Content) -> dict[str, list[Row]]:
-    """{title: rows} of the same dtype, dropout and mode."""
-    found: dict[str, list[Row]] = {}
-    for row in content["rows"]:
-        setting = setting_of(row)
-        title = f"{setting.dtype}, {MODES[setting.mode]}, dropout {setting.p:g}"
-        found.setdefault(title, []).append(row)
-    return found
-
-
-# Numbers and tables as text.
-
-
-def number(value: float | None) -> str:
-    """Three significant digits, without an exponent."""
-    if value is None:
-        return "-"
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.{1 if value >= 10 else 2 if value >= 1 else 3}f}"
-
-
-def _times(seconds: float | None) -> str:
-    return number(None if seconds is None else seconds * 1e3)
-
-
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
 def _percent(value: float) -> str:
     return f"{value * 100:.0f}%"
 
@@ -126,13 +77,25 @@ def _mib(found: dict[str, Any] | None, key: str) -> str:
     return "-" if found is None or key not in found else number(found[key] / 2**20)
 
 
+# Cells above a target that the terminal shows.
+_FLOORS_SHOWN = 16
+
 # Quartiles this far apart, as a part of the median, come from other work on the machine. A guess.
 _RESTLESS = 0.25
 
-Table = tuple[list[str], list[list[str]]]
-
 # Columns of words; the others hold numbers.
-_LEFT = ("M x K x N", "variant", "fused answered by")
+_LEFT = (
+    "M x K x N",
+    "variant",
+    "fused answered by",
+    "dtype",
+    "pass",
+    "ratio of times",
+    "over the cells",
+    "bar",
+    "worst cell",
+    "above",
+)
 
 
 def times_table(content: Content, rows: Sequence[Row]) -> Table:
@@ -145,10 +108,30 @@ def times_table(content: Content, rows: Sequence[Row]) -> Table:
     body = []
     for row in rows:
         setting = setting_of(row)
-        line = [setting.shape, str(setting.r), *(_times(median(row, key)) for key in keys)]
-        line += [_ratio(ratio(row, "fused", key)) for key in rivals]
+        line = [setting.shape, str(setting.r), *(milliseconds(median(row, key)) for key in keys)]
+        line += [quotient(ratio(row, "fused", key)) for key in rivals]
         body.append([*line, plans(row)])
     return head, body
+
+
+def ratios_table(content: Content, rows: Sequence[Row]) -> Table:
+    """A grid's quotients: a line per shape, a column per quotient and rank."""
+    ranks, shapes = ranks_of(rows), by_shape(rows)
+    pairs = [
+        (key, to) for key, to in _QUOTIENTS if any(ratio(row, key, to) is not None for row in rows)
+    ]
+    head = ["M x K x N", "plain ms"]
+    for key, to in pairs:
+        names = f"{content['variants'][key]['label']} / {content['variants'][to]['label']}"
+        head += [f"{names} r={rank}" for rank in ranks]
+    body = []
+    for shape, found in shapes.items():
+        plain = [seconds for row in found.values() if (seconds := median(row, "plain"))]
+        line = [shape, milliseconds(statistics.median(plain) if plain else None)]
+        for (key, to), rank in itertools.product(pairs, ranks):
+            line += [quotient(ratio(found[rank], key, to)) if rank in found else "-"]
+        body.append([*line, "; ".join(dict.fromkeys(map(plans, found.values())))])
+    return [*head, "fused answered by"], body
 
 
 def rates_table(content: Content, rows: Sequence[Row], keys: Iterable[str]) -> Table:
@@ -176,8 +159,8 @@ def rates_table(content: Content, rows: Sequence[Row], keys: Iterable[str]) -> T
                 continue
             line = [setting.shape, str(setting.r), content["variants"][key]["label"]]
             line += [
-                _times(found["median_s"]),
-                f"{_times(found['q1_s'])} to {_times(found['q3_s'])}",
+                milliseconds(found["median_s"]),
+                f"{milliseconds(found['q1_s'])} to {milliseconds(found['q3_s'])}",
             ]
             line += [number(rate[name]) for name in ("tokens", "tflops", "gbps")]
             line += [_percent(rate["share"])]
@@ -189,31 +172,45 @@ def rates_table(content: Content, rows: Sequence[Row], keys: Iterable[str]) -> T
 def headline(content: Content) -> list[str]:
     """Which machine, when, with what."""
     device, roof = content["device"], content["roofline"]
-    processors = "threads" if device["kind"] == "cpu" else "processors"
-    gemm = ", ".join(f"{name} {number(v / 1e12)}" for name, v in roof["gemm_flop_per_s"].items())
+    on_cpu = device["kind"] == "cpu"
+    processors = f"{device['processors']} {'threads' if on_cpu else 'processors'}"
+    what = [device["name"], device["arch"], processors, content["date"]]
+    if on_cpu:
+        # A report kept from before there were any has no such entry.
+        what.insert(3, f"native kernels: {device.get('native') or 'none'}")
+    gemm = _teraflops(roof["gemm_flop_per_s"])
+    if roof.get("own_gemm_flop_per_s"):
+        gemm += f"; our own, packed: {_teraflops(roof['own_gemm_flop_per_s'])}"
+    cold = _COLD_CPU if on_cpu else _COLD_GPU
     return [
-        f"{device['name']}, {device['arch']}, {device['processors']} {processors}, "
-        f"{content['date']}",
+        ", ".join(what),
         ", ".join(f"{name} {value}" for name, value in content["versions"].items()),
         f"roofline measured first: library GEMM of {roof['gemm_size']}^3 in TFLOP/s: {gemm}; "
         f"copy, read + write: {number(roof['copy_bytes_per_s'] / 1e9)} GB/s",
+        cold.format(cache=content["cache_bytes"] // 2**20),
     ]
+
+
+def _teraflops(rates: dict[str, float]) -> str:
+    return ", ".join(f"{name} {number(rate / 1e12)}" for name, rate in rates.items())
 
 
 def notes(content: Content) -> list[str]:
     """What has no number, and why; and which numbers are not to be trusted."""
-    reasons: dict[str, None] = {}
+    missing: dict[str, dict[str, None]] = {}
     for row in content["rows"]:
+        setting = setting_of(row)
         for key, reason in row["missing"].items():
-            label = content["variants"][key]["label"]
-            reasons[f"{label}: no number in {row['setting']['dtype']}: {reason}"] = None
+            where = missing.setdefault(f"{content['variants'][key]['label']}: {reason}", {})
+            where[f"{setting.dtype} {MODES[setting.mode]}"] = None
+    lines = [f"no number for {what} ({', '.join(where)})" for what, where in missing.items()]
     restless = [str(setting_of(row)) for row in content["rows"] if _is_restless(row)]
     if restless:
-        reasons[f"the machine was busy, repeat these: {', '.join(restless)}"] = None
+        lines.append(f"the machine was busy, repeat these: {', '.join(restless)}")
     for outcome, names in content["unmeasured"].items():
         if names:
-            reasons[f"{outcome}, so no row: {', '.join(names)}"] = None
-    return list(reasons)
+            lines.append(f"{outcome}, so no row: {', '.join(names)}")
+    return lines
 
 
 def _is_restless(row: Row) -> bool:
@@ -238,18 +235,39 @@ def summary(content: Content) -> str:
 
 
 def text(content: Content) -> str:
-    """For the terminal: times and ratios of every row, the fused layer's rates, notes."""
+    """For the terminal: a grid's ratios, other rows' times and ratios, the bar, notes."""
     lines = headline(content)
     for title, rows in groups(content).items():
-        lines += [
-            "",
-            f"{title}: median ms, and ratios of time",
-            _aligned(times_table(content, rows)),
-        ]
-    lines += ["", "the fused layer's rates"]
-    for title, rows in groups(content).items():
-        lines += [f"{title}:", _aligned(rates_table(content, rows, ["fused"]))]
-    return "\n".join([*lines, *notes(content)])
+        lines += ["", f"{title}: {_what(rows)}", _aligned(_row_table(content, rows))]
+    if content["device"]["kind"] == "cpu":
+        lines += ["", *_bar_text(content)]
+    else:
+        lines += ["", "the fused layer's rates"]
+        for title, rows in groups(content).items():
+            lines += [f"{title}:", _aligned(rates_table(content, rows, ["fused"]))]
+    return "\n".join([*lines, "", *notes(content)])
+
+
+def _row_table(content: Content, rows: Sequence[Row]) -> Table:
+    return ratios_table(content, rows) if is_grid(rows) else times_table(content, rows)
+
+
+def _what(rows: Sequence[Row]) -> str:
+    return "ratios of time" if is_grid(rows) else "median ms, and ratios of time"
+
+
+def _bar_text(content: Content) -> list[str]:
+    judged = bar.table(content)
+    if not judged[1]:
+        return []
+    lines = []
+    head, floors = bar.floors_table(content)
+    if floors:
+        lines += ["cells above a target that is not met, and what bounds them, worst first:"]
+        lines += [_aligned((head, floors[:_FLOORS_SHOWN]))]
+        more = len(floors) - _FLOORS_SHOWN
+        lines += [f"and {more} more, in {MARKDOWN_NAME}"] * (more > 0) + [""]
+    return [*lines, "the bar", _aligned(judged), bar.coverage(content)]
 
 
 def _aligned(table: Table) -> str:
@@ -291,28 +309,67 @@ def markdown(content: Content) -> str:
         f"![time of each variant divided by that of the plain linear]({PICTURE_NAME})",
         "",
     ]
+    if bar.verdicts(content):
+        lines += [
+            "## The bar",
+            "",
+            _piped(bar.table(content)),
+            "",
+            f"({bar.coverage(content)}.)",
+            "",
+        ]
+        lines += [_HOW_BAR, ""]
+    floors = bar.floors_table(content)
+    if floors[1]:
+        lines += [
+            "### Cells above a target that is not met, and what bounds them",
+            "",
+            "Worst first.",
+            "",
+        ]
+        lines += [_piped(floors), "", _HOW_FLOORS, ""]
+    for title, rows in groups(content).items():
+        if is_grid(rows):
+            lines += [f"## {title}: ratios of time", "", _piped(ratios_table(content, rows)), ""]
     for title, rows in groups(content).items():
         lines += [f"## {title}", "", "Median ms, then ratios of time.", ""]
         lines += [_piped(times_table(content, rows)), ""]
-    lines += ["## Rates and memory of every variant", ""]
+    lines += ["## Rates and memory", ""]
     for title, rows in groups(content).items():
-        lines += [f"### {title}", "", _piped(rates_table(content, rows, content["variants"])), ""]
+        # All variants of all cells of a grid are in the JSON.
+        keys = ["plain", "packed", "fused"] if is_grid(rows) else content["variants"]
+        lines += [f"### {title}", "", _piped(rates_table(content, rows, keys)), ""]
     return "\n".join(lines)
 
 
+_COLD_CPU = (
+    "weights are cold: steps take turns among copies of the weight, packed ones included, that "
+    "with their results exceed twice the last cache of {cache} MiB"
+)
+_COLD_GPU = "weights are cold: twice the L2 cache of {cache} MiB is read before every step"
+_HOW_BAR = """\
+"measured" is the geometric mean, or the worst, of the ratios of medians of the cells; "cells" is
+how many have both numbers; a ratio without a target is there for comparison. The packed linear is
+the fused layer's kernel without an adapter, so a ratio to it shows fusion without packing."""
+_HOW_FLOORS = """\
+"bytes at copy's rate": each operand and result, moved once per direction, at the bandwidth of a
+copy; a step that mostly reads can be faster. "FLOP at our rate": at the rate of our own packed
+GEMM, measured first. "plain at the same FLOP": the library's time for the plain linear, times the
+adapted step's FLOP / the plain one's."""
 _HOW_CPU = """\
 Each step is called, and timed by the host's clock. Consecutive steps take turns among copies of the
-weight that together exceed {cold} MiB, twice the last cache (16 copies at most, so a small layer
-stays in it)."""
+weight that together with their results exceed {cold} MiB, twice the last cache (16 copies at most,
+so a small layer stays in it)."""
 _HOW_GPU = """\
 Each step, backward included, is captured in a CUDA graph; events around its replay time it. {cold}
 MiB, twice the L2 cache, are read before every replay, so that it finds none of its operands
 there."""
 _HOW = """\
-Variants take turns round by round, in rotating order, after {warmup} rounds that do not count;
-times are medians. x and dY are random and drawn anew for every round. Before a row is timed, the
-outputs and gradients of every variant are held against float64, with an adapter whose part is as
-large as the base's. A ratio below 1 means that the fused layer is faster.
+Variants take turns round by round, in rotating order, after at most {warmup} rounds that do not
+count; times are medians. x and dY are random and drawn anew for every round. Before a row is timed,
+the outputs and gradients of every variant are held against float64 (on a CPU 64 rows of y and dX,
+the first and the last among them, and all of dA and dB), with an adapter whose part is as large as
+the base's. A ratio below 1 means that the fused layer is faster.
 
 tokens/s, TFLOP/s, GB/s and the share of the roofline count what the mathematics needs: its FLOP,
 and each operand and result moved once per direction; the plain and the merged linear are counted
@@ -327,97 +384,6 @@ def _piped(table: Table) -> str:
     head, body = table
     rule = ["---" if name in _LEFT else "---:" for name in head]
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
-
-
-# The picture.
-
-_COLOURS = {
-    "plain": "#4d4d4d",
-    "merged": "#9a9a9a",
-    "eager": "#e6a64c",
-    "compiled": "#c58adb",
-    "addmm": "#5aa7d6",
-    "peft": "#d9655b",
-    "peft_fp32": "#9e2f35",
-    "fused_fp32": "#7cc48a",
-    "fused": "#1f8a4c",
-}
-_ROWS_PER_PANEL = 9
-
-
-def picture(content: Content, path: Path) -> None:
-    """Bars from zero: the time of each variant divided by that of the plain linear."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = []
-    for title, rows in groups(content).items():
-        rows = [row for row in rows if median(row, "plain") is not None]
-        panels += [
-            (title, rows[i : i + _ROWS_PER_PANEL]) for i in range(0, len(rows), _ROWS_PER_PANEL)
-        ]
-    if not panels:
-        return
-    keys = [key for key in content["variants"] if key != "plain"]
-    figure, grid = pyplot.subplots(
-        len(panels), 1, figsize=(13, 1.4 + 2.9 * len(panels)), squeeze=False, layout="constrained"
-    )
-    for axes, (title, rows) in zip(grid[:, 0], panels, strict=True):
-        _panel(
-            axes, title, rows, [key for key in keys if any(key in row["variants"] for row in rows)]
-        )
-    handles = {key: pyplot.Rectangle((0, 0), 1, 1, color=_COLOURS[key]) for key in keys}
-    labels = [content["variants"][key]["label"] for key in handles]
-    figure.legend(
-        handles.values(), labels, loc="outside lower center", ncols=len(labels), frameon=False
-    )
-    device = content["device"]
-    figure.suptitle(
-        "One LoRA linear: median time (line: quartiles) / that of the plain frozen linear, "
-        "lower is better\n"
-        f"{device['name']}, {content['date']}, torch {content['versions']['torch']}",
-        fontsize=12,
-    )
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def _panel(axes: Any, title: str, rows: list[Row], keys: list[str]) -> None:
-    width = 0.84 / max(len(keys), 1)
-    ratios = [ratio(row, key, "plain") for row in rows for key in keys]
-    # By the medians: a quartile far outside must not flatten the bars.
-    top = 1.3 * max([1.0, *(value for value in ratios if value is not None)])
-    for place, key in enumerate(keys):
-        for x, row in enumerate(rows):
-            value = ratio(row, key, "plain")
-            if value is None:
-                continue
-            found, floor = row["variants"][key], row["variants"]["plain"]["median_s"]
-            low, high = found["q1_s"] / floor, min(found["q3_s"] / floor, 0.93 * top)
-            at = x - 0.42 + (place + 0.5) * width
-            axes.bar(at, value, width * 0.92, color=_COLOURS[key])
-            axes.plot([at, at], [low, high], color="#333333", linewidth=0.8)
-            axes.annotate(
-                f"{value:.2f}",
-                (at, max(value, high)),
-                xytext=(0, 2),
-                textcoords="offset points",
-                ha="center",
-                fontsize=6.5,
-            )
-    axes.axhline(1.0, color=_COLOURS["plain"], linewidth=1.0, linestyle="--")
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.set_ylabel("time / plain linear")
-    axes.set_ylim(0, top)
-    names = [
-        f"{row_setting.shape}\nr={row_setting.r}, plain {_times(median(row, 'plain'))} ms"
-        for row, row_setting in ((row, setting_of(row)) for row in rows)
-    ]
-    axes.set_xticks(range(len(rows)), names, fontsize=8)
-    axes.set_xlim(-0.5, len(rows) - 0.5)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = print) -> None:
