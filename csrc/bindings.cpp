@@ -45,13 +45,17 @@ bool set_bfloat16_product_name(const std::string& name) {
                                               : Bfloat16Product::kBrgemm);
 }
 
+void check_dropout_p(double dropout_p) {
+  TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p must be in [0, 1), got ",
+                    dropout_p);
+}
+
 DropoutMask dropout_mask(const Tensor& rng, double dropout_p) {
+  check_dropout_p(dropout_p);
   TORCH_CHECK_TYPE(rng.scalar_type() == at::kLong, "rng must be int64, got ", rng.scalar_type());
   TORCH_CHECK_VALUE(rng.dim() == 1 && rng.size(0) == 4 && rng.is_contiguous(),
                     "rng must be (seed, offset, row0, col0), contiguous [4], got sizes ",
                     rng.sizes(), " and strides ", rng.strides());
-  TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p must be in [0, 1), got ",
-                    dropout_p);
   const int64_t* values = rng.const_data_ptr<int64_t>();
   TORCH_CHECK_VALUE(values[3] >= 0, "col0, the last of rng, must not be negative, got ", values[3]);
   return {static_cast<uint64_t>(values[0]), static_cast<uint64_t>(values[1]), values[2], values[3],
@@ -59,6 +63,7 @@ DropoutMask dropout_mask(const Tensor& rng, double dropout_p) {
 }
 
 std::optional<DropoutMask> dropout_mask(const OptionalTensor& rng, double dropout_p) {
+  check_dropout_p(dropout_p);
   if (!rng) return std::nullopt;
   return dropout_mask(*rng, dropout_p);
 }
@@ -136,10 +141,15 @@ Tensor adapter(const Tensor& t, at::ScalarType rows) {
   return read ? t : t.to(rows);
 }
 
+void check_vector(const OptionalTensor& t, const char* name, int64_t n) {
+  TORCH_CHECK_VALUE(!t || (t->dim() == 1 && t->size(0) == n), name, " must be [", n, "], got ",
+                    t->sizes());
+}
+
 // A vector [n] in contiguous float32, or nothing.
 OptionalTensor vector(const OptionalTensor& t, const char* name, int64_t n) {
+  check_vector(t, name, n);
   if (!t) return std::nullopt;
-  TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == n, name, " must be [", n, "], got ", t->sizes());
   return t->to(at::kFloat).contiguous();
 }
 
@@ -275,6 +285,7 @@ std::tuple<Tensor, Tensor> lora_linear_dx(const Tensor& dy, const Tensor& weight
   check_shape(lora_b, "lora_b", N, r);
   check_shape(weight, "weight", fan_in_fan_out ? K : N, fan_in_fan_out ? N : K);
   const auto mask = dropout_mask(rng, dropout_p);
+  check_vector(out_scale, "out_scale", N);
   const Tensor rows = out_scale ? at::mul(dy, *out_scale).to(dy.scalar_type()) : dy;
   return shrink_and_product(rows, fan_in_fan_out ? weight.t() : weight, lora_b.t(), lora_a,
                             factor(scale, dropout_p), nullptr, pointer(mask), std::nullopt,
@@ -297,6 +308,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_dab(const Tensor& dy, const Optio
   const Matrix rows = matrix(dy, "dy");
   const auto mask = dropout_mask(rng, dropout_p);
   Tensor da = at::empty({0}, dy.options()), db = da, dbias = da, scaled = dy;
+  check_vector(out_scale, "out_scale", rows.cols);
   TORCH_CHECK_VALUE(!da_dtype || (x && d), "dA needs x and d");
   TORCH_CHECK_VALUE(!db_dtype || s, "dB needs s");
   if (db_dtype && out_scale) scaled = at::mul(dy, *out_scale).to(dy.scalar_type());
@@ -354,7 +366,7 @@ bool is_packed_cpu(const Tensor& b, const Tensor& packed) {
   const Matrix m = matrix(b, "b");
   return with_compute_type(b, [&](auto* type) {
     using C = std::remove_pointer_t<decltype(type)>;
-    return packed.scalar_type() == c10::CppTypeToScalarType<C>::value &&
+    return packed.scalar_type() == c10::CppTypeToScalarType<C>::value && packed.is_contiguous() &&
            packed.numel() == packed_size<C>(m.rows, m.cols) && m.rows > 0 && m.cols > 0 &&
            is_packed(m, packed.const_data_ptr<C>());
   });

@@ -163,9 +163,12 @@ void finish_shrink(float* tiles, int64_t tile_size, int64_t first, int64_t M, fl
 template <typename C>
 void shrink_few(const Rows<C>& x, const Matrix& b, float scale, const DropoutMask* mask,
                 const Matrix& s, C* s_rows) {
-  const int64_t P = panels(b.cols), parts = ceil_div(x.K, kPart), size = x.M * kPanel;
+  // Without an inner axis there is no product that would write the one part that is then left.
+  const int64_t P = panels(b.cols), parts = std::max<int64_t>(1, ceil_div(x.K, kPart));
+  const int64_t size = x.M * kPanel;
   auto sums = allocate<float>(P * parts * size);
-  at::parallel_for(0, P * parts, 1, [&](int64_t begin, int64_t end) {
+  if (x.K == 0) std::fill_n(sums.get(), P * size, 0.0f);
+  at::parallel_for(0, x.K == 0 ? 0 : P * parts, 1, [&](int64_t begin, int64_t end) {
     C* panel = panel_scratch.of<C>(kPart * kPanel);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t p = t % P, k = t / P * kPart, k_end = std::min(x.K, k + kPart);
@@ -202,7 +205,7 @@ void shrink(const Rows<C>& x, const Matrix& a, float scale, const DropoutMask* m
             const Matrix& s, C* s_rows) {
   constexpr int64_t kFewRows = 32, kRowBlock = 48;
   const Matrix b = a.transposed();
-  if (x.M <= kFewRows) return shrink_few(x, b, scale, mask, s, s_rows);
+  if (x.M <= kFewRows || x.K == 0) return shrink_few(x, b, scale, mask, s, s_rows);
 
   const int64_t P = panels(b.cols);
   auto packed = allocate<C>(packed_size<C>(x.K, b.cols));

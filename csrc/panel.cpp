@@ -134,7 +134,7 @@ template <typename C, typename T>
 void copy_transposed(const T* x, int64_t stride_col, int64_t M, int64_t K, C* out, int64_t ld) {
   constexpr int64_t kStride = kStep<C>;
   for (int64_t i = 0; i < M; i += kLanes * kStride) {
-    for (int64_t k = 0; k < K; k += kLanes * kStride) {
+    for (int64_t k = 0; k < ld; k += kLanes * kStride) {
       Words rows[kStride][kLanes];
       for (int64_t s = 0; s < kLanes; ++s) {
         Words words[kStride] = {};

@@ -22,7 +22,7 @@ bool set_bfloat16_product(Bfloat16Product product);
 // Along the inner axis products are summed in parts of this length, each from zero, which are then
 // added up in order: float32 summed at one stretch over 2048 and more misses the error budget. A
 // sum does not depend on the other rows, nor on their number.
-constexpr int64_t kPart = 512;
+constexpr int64_t kPart = 128;
 
 // c = a b, or c += a b with `add`: a [M, K] with unit stride along K, b a panel of `width` columns,
 // c [M, kPanel]. K <= kPart.

@@ -1,13 +1,15 @@
 """The CPU extension's own operators, for every instruction set, and the module that loads it.
 
-A process holds one extension. So `test_masked_*` tests whichever one this process has, and
-`test_every_instruction_set` runs them again in one process for each of the others.
+A process holds one extension. So `test_masked_*`, and the whole of test_native_linear.py, test
+whichever one this process has, and `test_every_instruction_set` runs them again in one process for
+each of the other instruction sets.
 """
 
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,9 +111,18 @@ def test_masked_known_answers(counter, key, result):
 
 @needs_extension
 def test_masked_instruction_set():
-    isa = torch.ops.lora_kernels_cpu.isa()
-    assert isa == _native.load() == os.environ.get(_native.VARIABLE, _native.available()[-1])
+    isa, product = _native.load(), torch.ops.lora_kernels_cpu.bfloat16_product()
+    extension = "avx512" if isa in ("avx512_bf16", "brgemm") else isa
+    assert torch.ops.lora_kernels_cpu.isa() == extension
+    assert product == {"avx512_bf16": "dot", "brgemm": "brgemm"}.get(isa, "float")
+    # Unforced, the widest; but brgemm only where it is AMX.
+    choices = [isa for isa in _native.available() if isa != "brgemm" or has_amx()]
+    assert isa == (os.environ.get(_native.VARIABLE) or choices[-1])
     assert _native.why_not() is None
+
+
+def has_amx():
+    return torch.cpu._is_amx_tile_supported()
 
 
 @needs_extension
@@ -217,14 +228,17 @@ def test_masked_wrong_calls(x, rng, p, error, says):
 @needs_extension
 @pytest.mark.parametrize("isa", [isa for isa in _native.available() if isa != _native.load()])
 def test_every_instruction_set(isa):
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_masked"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    files = [__file__, str(Path(__file__).with_name("test_native_linear.py"))]
     done = subprocess.run(
-        [*tests, __file__],
-        env={**os.environ, _native.VARIABLE: isa},
+        [*tests, *files, "-k", "test_masked or test_native_linear"],
+        # glibc then hands out no memory that is zero: the kernels' own scratch is not torch's.
+        env={**os.environ, _native.VARIABLE: isa, "MALLOC_PERTURB_": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout + done.stderr
+    assert "passed" in done.stdout
 
 
 def load_in_new_process(statement, **environment):
@@ -278,8 +292,90 @@ def test_instruction_set_the_cpu_lacks_raises(tmp_path, monkeypatch):
     install(tmp_path, ["baseline", "avx2", "avx512"])
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert _native._supported() == ("baseline", "avx2")
-    with pytest.raises(ValueError, match="avx512.*choice of baseline, avx2, none"):
-        _native._load(tmp_path, "avx512")
+    for forced in ("avx512", "avx512_bf16", "brgemm"):
+        with pytest.raises(ValueError, match=f"{forced}.*choice of baseline, avx2, none"):
+            _native._load(tmp_path, forced)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert _native._supported() == ("baseline", "avx2", "avx512")
+    for forced in ("avx512_bf16", "brgemm"):
+        with pytest.raises(ValueError, match=f"{forced}.*choice of baseline, avx2, avx512, none"):
+            _native._load(tmp_path, forced)
+
+
+class OfACpu:
+    """The operators of an AVX-512 extension, loaded or not, on a CPU with certain products."""
+
+    def __init__(self, products, loaded=False):
+        self.products, self.product = products, products[-1]
+        if loaded:
+            self.load()
+
+    def load(self, path=None):
+        self.isa, self.path = (lambda: "avx512"), path
+
+    def bfloat16_product(self):
+        return self.product
+
+    def set_bfloat16_product(self, name):
+        if name in self.products:
+            self.product = name
+        return name in self.products
+
+
+@pytest.fixture
+def of_a_cpu(monkeypatch):
+    def replace_operators(*products, loaded=False):
+        operators = OfACpu(products, loaded)
+        monkeypatch.setattr(torch.ops, "lora_kernels_cpu", operators)
+        monkeypatch.setattr(torch.ops, "load_library", operators.load)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+        return operators
+
+    return replace_operators
+
+
+@pytest.mark.parametrize(
+    ("products", "isa"),
+    [
+        (["float"], "avx512"),
+        (["float", "brgemm", "dot"], "avx512_bf16"),
+        (["float", "dot", "brgemm"], "brgemm"),
+    ],
+)
+def test_unforced_the_extension_says_what_it_computes_with(tmp_path, of_a_cpu, products, isa):
+    install(tmp_path, ["baseline", "avx2", "avx512"])
+    operators = of_a_cpu(*products)
+    assert _native._load(tmp_path, None) == (isa, None)
+    assert operators.path == str(tmp_path / "_C_avx512.so")
+
+
+@pytest.mark.parametrize(
+    ("forced", "product"), [("avx512", "float"), ("avx512_bf16", "dot"), ("brgemm", "brgemm")]
+)
+def test_forced_product(tmp_path, of_a_cpu, forced, product):
+    install(tmp_path, ["baseline", "avx2", "avx512"])
+    operators = of_a_cpu("float", "dot", "brgemm")
+    assert _native._load(tmp_path, forced) == (forced, None)
+    assert operators.product == product
+
+
+def test_forced_product_that_the_extension_refuses(tmp_path, of_a_cpu):
+    install(tmp_path, ["avx512"])
+    of_a_cpu("float")
+    with pytest.raises(ValueError, match="LORA_KERNELS_CPU_ISA='avx512_bf16'.*no AVX512-BF16"):
+        _native._load(tmp_path, "avx512_bf16")
+
+
+def test_second_import_does_not_change_the_product(tmp_path, of_a_cpu):
+    install(tmp_path, ["baseline", "avx2", "avx512"])
+    operators = of_a_cpu("float", "dot", loaded=True)
+    assert _native._load(tmp_path, None) == ("avx512_bf16", None)
+    assert _native._load(tmp_path, "avx512_bf16") == ("avx512_bf16", None)
+    isa, reason = _native._load(tmp_path, "avx512")
+    assert isa is None and "avx512_bf16 extension is loaded" in reason
+    assert operators.product == "dot"
 
 
 def test_reason_never_installed(tmp_path):
@@ -318,14 +414,15 @@ def test_next_best_is_loaded_where_the_best_is_broken(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     tried = []
 
-    def load_library(path):
-        tried.append(path.name)
-        if "avx512" in path.name:
+    def load_extension(directory, extension, forced):
+        tried.append(extension)
+        if extension == "avx512":
             raise OSError("cannot open")
+        return extension
 
-    monkeypatch.setattr(_native, "_load_library", load_library)
+    monkeypatch.setattr(_native, "_load_extension", load_extension)
     assert _native._load(tmp_path, None) == ("avx2", None)
-    assert tried == ["_C_avx512.so", "_C_avx2.so"]
+    assert tried == ["avx512", "avx2"]
 
 
 @needs_extension

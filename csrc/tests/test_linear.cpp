@@ -1,0 +1,161 @@
+// The kernels of the layer against their formulas in plain loops.
+#include "../panel.h"
+#include "support.h"
+
+namespace lora_kernels::tests {
+
+namespace {
+
+// a b, both exact.
+Values times(const Values& a, const Values& b) {
+  Values c(a.rows, b.cols);
+  for (int64_t i = 0; i < a.rows; ++i) {
+    for (int64_t k = 0; k < a.cols; ++k) {
+      for (int64_t j = 0; j < b.cols; ++j) c(i, j) += a(i, k) * b(k, j);
+    }
+  }
+  return c;
+}
+
+Values transposed(const Values& a) {
+  Values t(a.cols, a.rows);
+  for (int64_t i = 0; i < a.rows; ++i) {
+    for (int64_t j = 0; j < a.cols; ++j) t(j, i) = a(i, j);
+  }
+  return t;
+}
+
+const DropoutMask* pointer(const std::optional<DropoutMask>& mask) {
+  return mask ? &*mask : nullptr;
+}
+
+template <typename C>
+void test_shrink(Random& random) {
+  Values x(random.of({1, 2, 5, 12, 31, 32, 33, 49, 97, 150}),
+           random.of({0, 1, 2, 3, 15, 17, 64, 127, 128, 129, 300, 513}), random);
+  Values a(random.of({1, 2, 3, 7, 15, 16, 17, 33, 64, 65, 130}), x.cols, random);
+  const Laid laid(a, random.kind(), random);
+  const auto mask = any_mask(random);
+  const int64_t M = x.rows, r = a.rows, ld = padded<C>(r);
+  const std::string what = text("shrink ", M, "x", x.cols, " rank ", r, mask ? " masked" : "");
+  const LaidRows<C> rows(x, padded<C>(x.cols) + random.of({0, 2, 6}));
+  const Laid s(M, r, random.coin() ? kind_of<C> : Kind::kHalf, r, 1);
+  const auto s_rows = random.coin() ? exactly<C>(M * ld) : nullptr;
+  shrink(rows.rows, laid.matrix, 0.5f, pointer(mask), s.matrix, s_rows.get());
+
+  drop_values(x, mask);
+  Values expected = times(x, transposed(a));
+  for (double& value : expected.data) value *= 0.5;
+  expect(s.matrix, expected, what);
+  for (int64_t i = 0; s_rows && i < M; ++i) {
+    for (int64_t j = 0; j < ld; ++j) {
+      const double value = j < r ? rounded(element(s.matrix, i, j), kind_of<C>) : 0;
+      expect_equal(static_cast<float>(s_rows[i * ld + j]), value, what + " s_rows", i, j);
+    }
+  }
+}
+
+template <typename C>
+void test_tail_product(Random& random) {
+  const Values x(random.of({1, 2, 5, 12, 25, 49, 100, 193}),
+                 random.of({0, 1, 2, 3, 17, 64, 127, 129, 300}), random);
+  Values w(x.cols, random.of({1, 7, 16, 17, 33, 63, 64, 65, 129, 200}), random);
+  const int64_t M = x.rows, N = w.cols;
+  const Values s(M, random.of({0, 1, 2, 3, 16, 17, 64, 130}), random);
+  Values b(s.cols, N, random);
+  const Laid laid_w(w, random.kind(), random), laid_b(b, random.kind(), random);
+  const auto mask = any_mask(random);
+  const std::string what =
+      text("tail_product ", M, "x", x.cols, "x", N, " rank ", s.cols, mask ? " masked" : "");
+
+  const auto scales = random.coin() ? exactly<float>(N) : nullptr;
+  const auto bias = random.coin() ? exactly<float>(N) : nullptr;
+  for (int64_t j = 0; j < N; ++j) {
+    if (scales) scales[j] = static_cast<float>(random.of({1, 2, -4}));
+    if (bias) bias[j] = static_cast<float>(random.below(100)) / 4;
+  }
+  std::unique_ptr<C[]> packed;
+  if (random.coin()) {
+    packed = exactly<C>(packed_size<C>(x.cols, N));
+    pack(laid_w.matrix, packed.get());
+  }
+  const LaidRows<C> rows(x, padded<C>(x.cols) + random.of({0, 2}));
+  const LaidRows<C> tail(s, padded<C>(s.cols) + random.of({0, 2}));
+  const Laid y(M, N, random.kind(), N, 1);
+  tail_product<C>({rows.rows, laid_w.matrix, packed.get(), tail.rows, laid_b.matrix, pointer(mask),
+                   scales.get(), bias.get(), y.matrix});
+
+  Values expected = times(s, b);
+  drop_values(expected, mask);
+  const Values base = times(x, w);
+  for (int64_t i = 0; i < M; ++i) {
+    for (int64_t j = 0; j < N; ++j) {
+      expected(i, j) = (expected(i, j) + base(i, j)) * (scales ? scales[j] : 1) +
+                       (bias ? static_cast<double>(bias[j]) : 0);
+    }
+  }
+  expect(y.matrix, expected, what);
+}
+
+// One reduction with its operands and what it should give.
+template <typename C>
+struct ReductionCase {
+  std::string what;
+  std::optional<DropoutMask> mask;
+  std::optional<Laid> x, tail, out, sums;
+  Values expected{0, 0}, expected_sums{0, 0};
+
+  explicit ReductionCase(Random& random) : mask(any_mask(random)) {
+    Values values(random.of({0, 1, 2, 3, 31, 127, 128, 129, 300}),
+                  random.of({1, 7, 16, 17, 63, 64, 65, 130}), random);
+    Values tails(values.rows, random.of({1, 2, 3, 16, 17, 64, 130}), random);
+    x.emplace(values, random.kind(), random);
+    tail.emplace(tails, random.kind(), random);
+    const int64_t K = values.cols, r = tails.cols;
+    const bool with_out = random.below(4) > 0;
+    if (with_out) {
+      const bool columns = random.coin();
+      out.emplace(r, K, random.kind(), columns ? 1 : K, columns ? r : 1);
+    }
+    if (!with_out || random.coin()) sums.emplace(1, K, random.kind(), K, 1);
+    what = text("reduce ", values.rows, "x", K, " rank ", r, mask ? " masked" : "",
+                out ? "" : " no out", sums ? " sums" : "");
+    drop_values(values, mask);
+    expected = times(transposed(tails), values);
+    Values ones(1, values.rows);
+    for (double& value : ones.data) value = 1;
+    expected_sums = times(ones, values);
+  }
+
+  Reduction<C> reduction() const {
+    return {tail->matrix, x->matrix, pointer(mask), out ? out->matrix : Matrix{},
+            sums ? sums->matrix : Matrix{}};
+  }
+};
+
+template <typename C>
+void test_reduce(Random& random) {
+  std::vector<ReductionCase<C>> several;
+  std::vector<Reduction<C>> reductions;
+  for (int64_t i = random.below(3); i >= 0; --i) several.emplace_back(random);
+  for (const auto& one : several) reductions.push_back(one.reduction());
+  reduce(reductions.data(), static_cast<int>(reductions.size()));
+  for (const auto& one : several) {
+    if (one.out) expect(one.out->matrix, one.expected, one.what);
+    if (one.sums) expect(one.sums->matrix, one.expected_sums, one.what + " sums");
+  }
+}
+
+}  // namespace
+
+template <typename C>
+void test_linear() {
+  cases(150, test_shrink<C>);
+  cases(150, test_tail_product<C>);
+  cases(150, test_reduce<C>);
+}
+
+template void test_linear<float>();
+template void test_linear<BFloat16>();
+
+}  // namespace lora_kernels::tests
