@@ -1,11 +1,12 @@
 // The boundary: tensors are checked here and leave as raw pointers, sizes and strides.
+#include "bindings.h"
+
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
 #include <torch/library.h>
 
-#include <optional>
 #include <string>
 #include <tuple>
 
@@ -20,9 +21,6 @@
 namespace lora_kernels {
 
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 std::string isa() { return LORA_KERNELS_STRING(LORA_KERNELS_ISA); }
 
@@ -43,33 +41,6 @@ bool set_bfloat16_product_name(const std::string& name) {
   return set_bfloat16_product(name == "float" ? Bfloat16Product::kFloat
                               : name == "dot" ? Bfloat16Product::kDot
                                               : Bfloat16Product::kBrgemm);
-}
-
-void check_dropout_p(double dropout_p) {
-  TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p must be in [0, 1), got ",
-                    dropout_p);
-}
-
-DropoutMask dropout_mask(const Tensor& rng, double dropout_p) {
-  check_dropout_p(dropout_p);
-  TORCH_CHECK_TYPE(rng.scalar_type() == at::kLong, "rng must be int64, got ", rng.scalar_type());
-  TORCH_CHECK_VALUE(rng.dim() == 1 && rng.size(0) == 4 && rng.is_contiguous(),
-                    "rng must be (seed, offset, row0, col0), contiguous [4], got sizes ",
-                    rng.sizes(), " and strides ", rng.strides());
-  const int64_t* values = rng.const_data_ptr<int64_t>();
-  TORCH_CHECK_VALUE(values[3] >= 0, "col0, the last of rng, must not be negative, got ", values[3]);
-  return {static_cast<uint64_t>(values[0]), static_cast<uint64_t>(values[1]), values[2], values[3],
-          dropout_threshold(dropout_p)};
-}
-
-std::optional<DropoutMask> dropout_mask(const OptionalTensor& rng, double dropout_p) {
-  check_dropout_p(dropout_p);
-  if (!rng) return std::nullopt;
-  return dropout_mask(*rng, dropout_p);
-}
-
-const DropoutMask* pointer(const std::optional<DropoutMask>& mask) {
-  return mask ? &*mask : nullptr;
 }
 
 template <typename Bits>
@@ -107,38 +78,9 @@ Tensor masked_elsewhere(const Tensor& x, const Tensor& rng, double /*dropout_p*/
                     x.layout(), ") and rng on ", rng.device(), " (", rng.layout(), ")");
 }
 
-std::optional<Kind> kind_or_none(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return Kind::kFloat;
-    case at::kBFloat16:
-      return Kind::kBFloat16;
-    case at::kHalf:
-      return Kind::kHalf;
-    default:
-      return std::nullopt;
-  }
-}
-
-Matrix matrix(const Tensor& t, const char* name) {
-  const auto kind = kind_or_none(t.scalar_type());
-  TORCH_CHECK_TYPE(kind, name, " must be float32, bfloat16 or float16, got ", t.scalar_type());
-  TORCH_CHECK_VALUE(t.dim() == 2, name, " must have two dimensions, got ", t.sizes());
-  TORCH_CHECK_VALUE(t.is_cpu() && t.layout() == at::kStrided, name, " must be a plain CPU tensor");
-  return {
-      const_cast<void*>(t.const_data_ptr()), *kind, t.size(0), t.size(1), t.stride(0), t.stride(1)};
-}
-
 void check_shape(const Tensor& t, const char* name, int64_t rows, int64_t cols) {
   TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, " must be [",
                     rows, ", ", cols, "], got ", t.sizes());
-}
-
-// An adapter's matrix in a type that packing reads: the rows' own, or float32 for bfloat16 rows.
-Tensor adapter(const Tensor& t, at::ScalarType rows) {
-  const bool read =
-      t.scalar_type() == rows || (rows == at::kBFloat16 && t.scalar_type() == at::kFloat);
-  return read ? t : t.to(rows);
 }
 
 void check_vector(const OptionalTensor& t, const char* name, int64_t n) {
@@ -189,20 +131,20 @@ struct Shrunk {
     const bool serves = ld == r && s.scalar_type() == compute;
     s_rows = serves ? s : at::empty({x.M, ld}, options.dtype(compute));
     if (x.M == 0) return;
-    shrink(x, a, scale, mask, matrix(s, "s"), serves ? nullptr : s_rows.mutable_data_ptr<C>());
+    const Shrink<C> job = {x,
+                           a,
+                           scale,
+                           mask,
+                           matrix(s, "s"),
+                           nullptr,
+                           serves ? nullptr : s_rows.mutable_data_ptr<C>()};
+    shrink(&job, 1);
   }
 
   Rows<C> rows() const {
     return {s_rows.const_data_ptr<C>(), s.size(0), s.size(1), s_rows.size(1)};
   }
 };
-
-// Calls f with a null pointer of what rows of this dtype are multiplied in.
-template <typename F>
-auto with_compute_type(const Tensor& rows, F f) {
-  return rows.scalar_type() == at::kBFloat16 ? f(static_cast<BFloat16*>(nullptr))
-                                             : f(static_cast<float*>(nullptr));
-}
 
 Tensor lora_shrink(const Tensor& x, const Tensor& lora_a, const Tensor& scale,
                    const OptionalTensor& rng, double dropout_p) {

@@ -101,9 +101,10 @@ void masked(const Bits* x, Bits* out, int64_t M, int64_t K, int64_t stride_xm, i
 
 template <typename Bits>
 void drop(Bits* block, int64_t M, int64_t K, int64_t ld, int64_t row, int64_t col,
-          const DropoutMask& mask) {
+          const DropoutMask& mask, const int64_t* rows) {
   for (int64_t i = 0; i < M; ++i) {
-    const uint64_t logical_row = static_cast<uint64_t>(mask.row0) + static_cast<uint64_t>(row + i);
+    const int64_t at = rows ? rows[i] : row + i;
+    const uint64_t logical_row = static_cast<uint64_t>(mask.row0) + static_cast<uint64_t>(at);
     masked_row<kBlockCounters>(block + i * ld, block + i * ld, K, 1, logical_row, mask.col0 + col,
                                mask);
   }
@@ -116,8 +117,8 @@ template void masked<uint32_t>(const uint32_t*, uint32_t*, int64_t, int64_t, int
 template void masked<uint64_t>(const uint64_t*, uint64_t*, int64_t, int64_t, int64_t, int64_t,
                                const DropoutMask&);
 template void drop<uint16_t>(uint16_t*, int64_t, int64_t, int64_t, int64_t, int64_t,
-                             const DropoutMask&);
+                             const DropoutMask&, const int64_t*);
 template void drop<uint32_t>(uint32_t*, int64_t, int64_t, int64_t, int64_t, int64_t,
-                             const DropoutMask&);
+                             const DropoutMask&, const int64_t*);
 
 }  // namespace lora_kernels

@@ -28,10 +28,11 @@ void masked(const Bits* x,                         // [M, K]
             int64_t stride_xm, int64_t stride_xk,  //
             const DropoutMask& mask);
 
-// The same in place on a block of such a matrix, whose first element is (row, col) of the whole.
+// The same in place on a block of such a matrix, whose first element is (row, col) of the whole. If
+// `rows` are given, they are the rows of the whole that the block's rows are.
 template <typename Bits>
-void drop(Bits* block,                                                 // [M, K], rows ld apart
-          int64_t M, int64_t K, int64_t ld, int64_t row, int64_t col,  //
-          const DropoutMask& mask);
+void drop(Bits* block,  // [M, K], rows ld apart
+          int64_t M, int64_t K, int64_t ld, int64_t row, int64_t col, const DropoutMask& mask,
+          const int64_t* rows = nullptr);
 
 }  // namespace lora_kernels

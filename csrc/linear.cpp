@@ -4,8 +4,8 @@
 
 #include <algorithm>
 #include <memory>
-#include <new>
 
+#include "memory.h"
 #include "panel.h"
 #include "product.h"
 #include "vec.h"
@@ -13,36 +13,6 @@
 namespace lora_kernels {
 
 namespace {
-
-struct FreeAligned {
-  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
-};
-
-// Uninitialised memory for n elements, on a cache line of its own.
-template <typename T>
-std::unique_ptr<T, FreeAligned> allocate(int64_t n) {
-  void* memory = ::operator new(sizeof(T) * std::max<int64_t>(n, 1), std::align_val_t{64});
-  return std::unique_ptr<T, FreeAligned>(static_cast<T*>(memory));
-}
-
-// Memory that a thread keeps from call to call: fresh pages would cost more than what is done in
-// them.
-class Scratch {
- public:
-  template <typename T>
-  T* of(int64_t n) {
-    const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
-    if (bytes > size_) {
-      memory_ = allocate<char>(bytes);
-      size_ = bytes;
-    }
-    return reinterpret_cast<T*>(memory_.get());
-  }
-
- private:
-  std::unique_ptr<char, FreeAligned> memory_;
-  int64_t size_ = 0;
-};
 
 thread_local Scratch tile_scratch, rows_scratch, panel_scratch, tail_scratch;
 
@@ -65,8 +35,8 @@ template <typename C, typename PanelAt>
 void product_by_parts(int64_t M, int64_t K, int64_t width, const C* a, int64_t lda,
                       PanelAt panel_at, float* c, bool add) {
   if (K == 0 && !add) std::fill(c, c + M * kPanel, 0.0f);
-  for (int64_t k = 0; k < K; k += kPart) {
-    const int64_t end = std::min(K, k + kPart);
+  for (int64_t k = 0; k < K; k += kPart<C>) {
+    const int64_t end = std::min(K, k + kPart<C>);
     product(M, width, padded<C>(end - k), a + k, lda, panel_at(k, end), c, add || k > 0);
   }
 }
@@ -106,12 +76,12 @@ void copy_all_rows(const Matrix& x, C* out, int64_t ld) {
 
 template <typename C>
 void pack(const Matrix& b, C* packed) {
-  const int64_t K = b.rows, parts = ceil_div(K, kPart);
+  const int64_t K = b.rows, parts = ceil_div(K, kPart<C>);
   at::parallel_for(0, panels(b.cols) * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t n = t / parts * kPanel, k = t % parts * kPart;
+      const int64_t n = t / parts * kPanel, k = t % parts * kPart<C>;
       C* panel = packed + n * padded<C>(K) + k * panel_width(b.cols - n);
-      pack_panel(b, k, std::min(K, k + kPart), n, panel);
+      pack_panel(b, k, std::min(K, k + kPart<C>), n, panel);
     }
   });
 }
@@ -138,104 +108,156 @@ bool is_packed(const Matrix& b, const C* packed) {
 
 namespace {
 
+// Up to this many rows the threads share the inner axis of one shrink, above it its rows. Either
+// way the parts of the inner axis are summed one by one and added in their order.
+constexpr int64_t kFewRows = 32;
+constexpr int64_t kShrinkRows = 48;
+
+template <typename C>
+struct ShrinkPlan {
+  Matrix b;  // [K, r]
+  int64_t panels, parts;
+  int64_t block, blocks;  // rows of a task
+  int64_t first_piece, first_block;
+  C* packed;    // of many rows
+  float* sums;  // of few rows: [panels][parts][M][kPanel]
+};
+
 // Rows of S from their float32 sums, a tile a panel of the rank.
 template <typename C>
-void finish_shrink(float* tiles, int64_t tile_size, int64_t first, int64_t M, float scale,
-                   const Matrix& s, C* s_rows) {
-  const int64_t r = s.cols, ld = padded<C>(r);
+void finish_shrink(float* tiles, int64_t tile_size, int64_t first, int64_t M,
+                   const Shrink<C>& job) {
+  const int64_t r = job.a.rows, ld = padded<C>(r);
   for (int64_t i = 0; i < M; ++i) {
+    const int64_t row = job.rows ? job.rows[first + i] : first + i;
+    C* to = job.s_rows ? job.s_rows + (first + i) * ld : nullptr;
     for (int64_t n = 0; n < r; n += kPanel) {
       float* sums = tiles + n / kPanel * tile_size + i * kPanel;
       const int64_t cols = std::min<int64_t>(kPanel, r - n);
-      for (int64_t j = 0; j < cols; ++j) sums[j] *= scale;
-      store_row(sums, cols, s, first + i, n);
-      if (s_rows) {
-        for (int64_t j = 0; j < cols; ++j) {
-          s_rows[(first + i) * ld + n + j] = C(rounded(sums[j], s.kind));
-        }
+      for (int64_t j = 0; j < cols; ++j) sums[j] *= job.scale;
+      if (job.s.data) store_row(sums, cols, job.s, row, n);
+      if (to) {
+        for (int64_t j = 0; j < cols; ++j) to[n + j] = C(rounded(sums[j], job.s.kind));
       }
     }
-    if (s_rows && ld > r) s_rows[(first + i) * ld + r] = C(0.0f);
+    if (to && ld > r) to[r] = C(0.0f);
   }
 }
 
-// Few rows: the threads share the inner axis, and the parts are added in their order as ever.
+// Rows of x from `first` on, columns from k on, with the mask applied: in place, or as a copy.
 template <typename C>
-void shrink_few(const Rows<C>& x, const Matrix& b, float scale, const DropoutMask* mask,
-                const Matrix& s, C* s_rows) {
-  // Without an inner axis there is no product that would write the one part that is then left.
-  const int64_t P = panels(b.cols), parts = std::max<int64_t>(1, ceil_div(x.K, kPart));
-  const int64_t size = x.M * kPanel;
-  auto sums = allocate<float>(P * parts * size);
-  if (x.K == 0) std::fill_n(sums.get(), P * size, 0.0f);
-  at::parallel_for(0, x.K == 0 ? 0 : P * parts, 1, [&](int64_t begin, int64_t end) {
-    C* panel = panel_scratch.of<C>(kPart * kPanel);
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t p = t % P, k = t / P * kPart, k_end = std::min(x.K, k + kPart);
-      const int64_t width = panel_width(b.cols - p * kPanel), depth = padded<C>(k_end - k);
-      pack_panel(b, k, k_end, p * kPanel, panel);
-      const C* rows = x.data + k;
-      int64_t ld = x.ld;
-      if (mask) {
-        C* copy = rows_scratch.of<C>(x.M * kPart);
-        for (int64_t i = 0; i < x.M; ++i) {
-          std::memcpy(copy + i * kPart, rows + i * ld, depth * sizeof(C));
-        }
-        rows = drop_rows(copy, x.M, depth, kPart, 0, k, *mask);
-        ld = kPart;
-      }
-      product(x.M, width, depth, rows, ld, panel, sums.get() + (p * parts + k / kPart) * size,
-              false);
-    }
-    release_products();
-  });
-  for (int64_t p = 0; p < P; ++p) {
-    float* first = sums.get() + p * parts * size;
-    for (int64_t part = 1; part < parts; ++part) {
-      for (int64_t i = 0; i < size; ++i) first[i] += first[part * size + i];
+Rows<C> masked_part(const Shrink<C>& job, int64_t first, int64_t M, int64_t k, int64_t depth) {
+  const C* rows = job.x.data + first * job.x.ld + k;
+  if (!job.mask) return {rows, M, depth, job.x.ld};
+  C* copy = rows_scratch.of<C>(M * kPart<C>);
+  for (int64_t i = 0; i < M; ++i) {
+    std::memcpy(static_cast<void*>(copy + i * kPart<C>), rows + i * job.x.ld, depth * sizeof(C));
+  }
+  return {drop_rows(copy, M, depth, kPart<C>, first, k, *job.mask), M, depth, kPart<C>};
+}
+
+template <typename C>
+void shrink_block(const Shrink<C>& job, const ShrinkPlan<C>& plan, int64_t first, int64_t M) {
+  const int64_t K = job.x.K, size = plan.block * kPanel;
+  float* tiles = tile_scratch.of<float>(plan.panels * size);
+  for (int64_t k = 0; k == 0 || k < K; k += kPart<C>) {
+    const int64_t depth = padded<C>(std::min(kPart<C>, K - k));
+    const Rows<C> rows = masked_part(job, first, M, k, depth);
+    for (int64_t p = 0; p < plan.panels; ++p) {
+      const int64_t n = p * kPanel, width = panel_width(plan.b.cols - n);
+      const C* panel = plan.packed + n * padded<C>(K) + k * width;
+      product(M, width, depth, rows.data, rows.ld, panel, tiles + p * size, k > 0);
     }
   }
-  finish_shrink(sums.get(), parts * size, 0, x.M, scale, s, s_rows);
+  finish_shrink(tiles, size, first, M, job);
+}
+
+// The task `t` of those whose first numbers are `first(plan)`.
+template <typename Plan, typename First>
+const Plan& plan_of(const Plan* plans, int64_t count, int64_t t, First first) {
+  const Plan* after = std::upper_bound(
+      plans, plans + count, t, [&](int64_t task, const Plan& plan) { return task < first(plan); });
+  return *(after - 1);
 }
 
 }  // namespace
 
 template <typename C>
-void shrink(const Rows<C>& x, const Matrix& a, float scale, const DropoutMask* mask,
-            const Matrix& s, C* s_rows) {
-  constexpr int64_t kFewRows = 32, kRowBlock = 48;
-  const Matrix b = a.transposed();
-  if (x.M <= kFewRows || x.K == 0) return shrink_few(x, b, scale, mask, s, s_rows);
-
-  const int64_t P = panels(b.cols);
-  auto packed = allocate<C>(packed_size<C>(x.K, b.cols));
-  pack(b, packed.get());
+void shrink(const Shrink<C>* jobs, int64_t count) {
+  if (count == 0) return;
   const int64_t threads = at::get_num_threads();
-  const int64_t blocks = threads * ceil_div(x.M, threads * kRowBlock);
-  const int64_t block = ceil_div(x.M, blocks);
-  at::parallel_for(0, ceil_div(x.M, block), 1, [&](int64_t begin, int64_t end) {
-    float* tiles = tile_scratch.of<float>(P * block * kPanel);
-    C* copy = mask ? rows_scratch.of<C>(block * kPart) : nullptr;
+  std::unique_ptr<ShrinkPlan<C>[]> plans(new ShrinkPlan<C>[count]);
+  int64_t pieces = 0, blocks = 0, packed_total = 0, sums_total = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Shrink<C>& job = jobs[i];
+    ShrinkPlan<C>& plan = plans[i];
+    const int64_t M = job.x.M, r = job.a.rows;
+    plan.b = job.a.transposed();
+    plan.panels = M > 0 ? panels(r) : 0;
+    plan.parts = std::max<int64_t>(1, ceil_div(job.x.K, kPart<C>));
+    plan.block = ceil_div(std::max<int64_t>(M, 1), threads * ceil_div(M, threads * kShrinkRows));
+    if (M <= kFewRows) plan.block = std::max<int64_t>(M, 1);
+    plan.blocks = ceil_div(M, plan.block);
+    plan.first_piece = pieces;
+    plan.first_block = blocks;
+    pieces += plan.panels * plan.parts;
+    blocks += plan.blocks;
+    if (M > kFewRows) packed_total += packed_size<C>(job.x.K, r);
+    if (M <= kFewRows) sums_total += plan.panels * plan.parts * M * kPanel;
+  }
+  auto packed = allocate<C>(packed_total);
+  auto sums = allocate<float>(sums_total);
+  C* next_packed = packed.get();
+  float* next_sums = sums.get();
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t M = jobs[i].x.M;
+    plans[i].packed = next_packed;
+    plans[i].sums = next_sums;
+    if (M > kFewRows) next_packed += packed_size<C>(jobs[i].x.K, jobs[i].a.rows);
+    if (M <= kFewRows) next_sums += plans[i].panels * plans[i].parts * M * kPanel;
+  }
+
+  // Pieces of the adapters are packed, and with few rows multiplied at once.
+  at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t first = t * block, M = std::min(block, x.M - first);
-      for (int64_t k = 0; k < x.K; k += kPart) {
-        const int64_t depth = padded<C>(std::min(kPart, x.K - k));
-        const C* rows = x.data + first * x.ld + k;
-        int64_t ld = x.ld;
-        if (mask) {
-          for (int64_t i = 0; i < M; ++i) {
-            std::memcpy(copy + i * kPart, rows + i * ld, depth * sizeof(C));
-          }
-          rows = drop_rows(copy, M, depth, kPart, first, k, *mask);
-          ld = kPart;
-        }
-        for (int64_t p = 0; p < P; ++p) {
-          const int64_t n = p * kPanel, width = panel_width(b.cols - n);
-          const C* panel = packed.get() + n * padded<C>(x.K) + k * width;
-          product(M, width, depth, rows, ld, panel, tiles + p * block * kPanel, k > 0);
+      const auto& plan =
+          plan_of(plans.get(), count, t, [](const ShrinkPlan<C>& p) { return p.first_piece; });
+      const Shrink<C>& job = jobs[&plan - plans.get()];
+      const int64_t M = job.x.M, K = job.x.K, piece = t - plan.first_piece;
+      const int64_t p = piece % plan.panels, part = piece / plan.panels;
+      const int64_t n = p * kPanel, k = part * kPart<C>, k_end = std::min(K, k + kPart<C>);
+      const int64_t width = panel_width(plan.b.cols - n), depth = padded<C>(k_end - k);
+      if (M > kFewRows) {
+        pack_panel(plan.b, k, k_end, n, plan.packed + n * padded<C>(K) + k * width);
+        continue;
+      }
+      C* panel = panel_scratch.of<C>(kPart<C> * kPanel);
+      pack_panel(plan.b, k, k_end, n, panel);
+      const Rows<C> rows = masked_part(job, 0, M, k, depth);
+      product(M, width, depth, rows.data, rows.ld, panel,
+              plan.sums + (p * plan.parts + part) * M * kPanel, false);
+    }
+    release_products();
+  });
+
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const auto& plan =
+          plan_of(plans.get(), count, t, [](const ShrinkPlan<C>& p) { return p.first_block; });
+      const Shrink<C>& job = jobs[&plan - plans.get()];
+      const int64_t M = job.x.M, first = (t - plan.first_block) * plan.block;
+      if (M > kFewRows) {
+        shrink_block(job, plan, first, std::min(plan.block, M - first));
+        continue;
+      }
+      const int64_t size = M * kPanel;
+      for (int64_t p = 0; p < plan.panels; ++p) {
+        float* tile = plan.sums + p * plan.parts * size;
+        for (int64_t part = 1; part < plan.parts; ++part) {
+          for (int64_t i = 0; i < size; ++i) tile[i] += tile[part * size + i];
         }
       }
-      finish_shrink(tiles, block * kPanel, first, M, scale, s, s_rows);
+      finish_shrink(plan.sums, plan.parts * size, 0, M, job);
     }
     release_products();
   });
@@ -297,7 +319,7 @@ void tail_product(const TailProduct<C>& p) {
 }
 
 template <typename C>
-void reduce(const Reduction<C>* reductions, int count) {
+void reduce(const Reduction<C>* reductions, int64_t count) {
   // The transposed tails, rows along the reduced axis; with a last row of ones for the plain sums.
   struct Plan {
     std::unique_ptr<C, FreeAligned> tails;
@@ -305,7 +327,7 @@ void reduce(const Reduction<C>* reductions, int count) {
   };
   std::unique_ptr<Plan[]> plans(new Plan[count]);
   int64_t tasks = 0;
-  for (int i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     const auto& reduction = reductions[i];
     const int64_t M = reduction.x.rows, r = reduction.out.data ? reduction.tail.cols : 0;
     Plan& plan = plans[i];
@@ -321,12 +343,10 @@ void reduce(const Reduction<C>* reductions, int count) {
   }
 
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    C* panel = panel_scratch.of<C>(kPart * kPanel);
+    C* panel = panel_scratch.of<C>(kPart<C> * kPanel);
     for (int64_t t = begin; t < end; ++t) {
-      int i = count - 1;
-      while (plans[i].first_task > t) --i;
-      const auto& [tail, x, mask, out, sums] = reductions[i];
-      const Plan& plan = plans[i];
+      const Plan& plan = plan_of(plans.get(), count, t, [](const Plan& p) { return p.first_task; });
+      const auto& [tail, x, mask, out, sums] = reductions[&plan - plans.get()];
       const int64_t n = (t - plan.first_task) * kPanel,
                     cols = std::min<int64_t>(kPanel, x.cols - n);
       float* tile = tile_scratch.of<float>(plan.rows * kPanel);
@@ -334,7 +354,7 @@ void reduce(const Reduction<C>* reductions, int count) {
           plan.rows, x.rows, panel_width(x.cols - n), plan.tails.get(), plan.ld,
           [&, &x = x, &mask = mask](int64_t m, int64_t m_end) {
             if (mask) {
-              C* copy = rows_scratch.of<C>(kPart * kPanel);
+              C* copy = rows_scratch.of<C>(kPart<C> * kPanel);
               copy_rows(x, m, m_end, n, n + cols, copy, kPanel);
               drop_rows(copy, m_end - m, cols, kPanel, m, n, *mask);
               pack_panel(Matrix{copy, kind_of<C>, m_end - m, cols, kPanel, 1}, 0, m_end - m, 0,
@@ -361,14 +381,13 @@ void reduce(const Reduction<C>* reductions, int count) {
   });
 }
 
-#define LORA_KERNELS_INSTANTIATE(C)                                                                \
-  template void copy_all_rows<C>(const Matrix&, C*, int64_t);                                      \
-  template void pack<C>(const Matrix&, C*);                                                        \
-  template bool is_packed<C>(const Matrix&, const C*);                                             \
-  template void shrink<C>(const Rows<C>&, const Matrix&, float, const DropoutMask*, const Matrix&, \
-                          C*);                                                                     \
-  template void tail_product<C>(const TailProduct<C>&);                                            \
-  template void reduce<C>(const Reduction<C>*, int);
+#define LORA_KERNELS_INSTANTIATE(C)                           \
+  template void copy_all_rows<C>(const Matrix&, C*, int64_t); \
+  template void pack<C>(const Matrix&, C*);                   \
+  template bool is_packed<C>(const Matrix&, const C*);        \
+  template void shrink<C>(const Shrink<C>*, int64_t);         \
+  template void tail_product<C>(const TailProduct<C>&);       \
+  template void reduce<C>(const Reduction<C>*, int64_t);
 
 LORA_KERNELS_INSTANTIATE(float)
 LORA_KERNELS_INSTANTIATE(BFloat16)

@@ -31,11 +31,23 @@ void pack(const Matrix& b, C* packed);
 template <typename C>
 bool is_packed(const Matrix& b, const C* packed);
 
-// s = scale (mask * x) a^T, rounded to the dtype of s: x [M, K], a [r, K], s [M, r]. The same
-// values go to s_rows [M, padded(r)] for the tail, unless it is null.
+// s = scale (mask * x) a^T, rounded to the dtype of s: x [M, K], a [r, K], row i of the result to
+// row i of s, or to row rows[i]. The same values go to s_rows [M, padded(r)] for the tail, unless
+// it is null.
 template <typename C>
-void shrink(const Rows<C>& x, const Matrix& a, float scale, const DropoutMask* mask,
-            const Matrix& s, C* s_rows);
+struct Shrink {
+  Rows<C> x;
+  Matrix a;
+  float scale;
+  const DropoutMask* mask;  // of x, or null
+  Matrix s;                 // data may be null
+  const int32_t* rows;      // or null
+  C* s_rows;                // or null
+};
+
+// Several of them at once; empty ones among them do nothing.
+template <typename C>
+void shrink(const Shrink<C>* jobs, int64_t count);
 
 // y = out_scale (x w + mask * (s b)) + bias in one pass over tiles, with one rounding.
 template <typename C>
@@ -66,6 +78,6 @@ struct Reduction {
 };
 
 template <typename C>
-void reduce(const Reduction<C>* reductions, int count);
+void reduce(const Reduction<C>* reductions, int64_t count);
 
 }  // namespace lora_kernels

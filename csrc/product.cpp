@@ -200,7 +200,8 @@ void product(int64_t M, int64_t width, int64_t K, const float* a, int64_t lda, c
 void product(int64_t M, int64_t width, int64_t K, const BFloat16* a, int64_t lda, const BFloat16* b,
              float* c, bool add) {
 #if defined(__AVX512F__)
-  if (chosen == Bfloat16Product::kBrgemm) {
+  // An inner axis of nothing is not for brgemm.
+  if (chosen == Bfloat16Product::kBrgemm && K > 0) {
     at::native::cpublas::brgemm(M, width, K, lda, width, kPanel, add, a, b, c);
     return;
   }

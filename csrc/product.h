@@ -20,12 +20,14 @@ Bfloat16Product bfloat16_product();
 bool set_bfloat16_product(Bfloat16Product product);
 
 // Along the inner axis products are summed in parts of this length, each from zero, which are then
-// added up in order: float32 summed at one stretch over 2048 and more misses the error budget. A
-// sum does not depend on the other rows, nor on their number.
-constexpr int64_t kPart = 128;
+// added up in order: float32 operands summed at a stretch of 512 miss the error budget now and
+// then, and products of bfloat16 are far below their own rounding. A sum does not depend on the
+// other rows, nor on their number.
+template <typename C>
+constexpr int64_t kPart = std::is_same_v<C, float> ? 128 : 512;
 
 // c = a b, or c += a b with `add`: a [M, K] with unit stride along K, b a panel of `width` columns,
-// c [M, kPanel]. K <= kPart.
+// c [M, kPanel]. K <= kPart<C>.
 void product(int64_t M, int64_t width, int64_t K, const float* a, int64_t lda, const float* b,
              float* c, bool add);
 void product(int64_t M, int64_t width, int64_t K, const BFloat16* a, int64_t lda, const BFloat16* b,

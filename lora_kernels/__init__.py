@@ -14,6 +14,8 @@ from .models import (
 )
 from .nn import FusedLoRALinear
 from .plan import Answer, force_plan, last_plan, record_plans
+from .segmented import segmented_expand, segmented_lora, segmented_shrink
+from .segments import SegmentTable
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "FusedLoRALinear",
     "LoRAConfig",
     "LoRAReport",
+    "SegmentTable",
     "apply_lora",
     "force_plan",
     "last_plan",
@@ -30,6 +33,9 @@ __all__ = [
     "merge_adapter",
     "record_plans",
     "save_adapter",
+    "segmented_expand",
+    "segmented_lora",
+    "segmented_shrink",
     "unmerge_adapter",
     "warmup",
 ]

@@ -11,9 +11,10 @@ import sys
 import torch
 
 from . import __version__, _native, plan, tune
-from .config import PLANS, Config, Problem, dtype_name, invalid_reason
+from .config import PLANS, Config, invalid_reason
 from .device import facts
-from .ops import OPERATORS
+from .ops import OPERATORS, SEGMENTED_OPERATORS
+from .problem import Problem, dtype_name
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
@@ -53,8 +54,10 @@ def _device_report(device: str) -> list[str]:
     lines = [f"{device}: {known.name} ({known.arch}), {len(plan.table(known))} tuned plans"]
     for name in DTYPES:
         answers: dict[str, list[str]] = {}
-        for op in OPERATORS:
-            config = plan.plan(Problem(op, 512, 4096, 4096, 16, name, name), known)
+        for op in (*OPERATORS, *SEGMENTED_OPERATORS):
+            slots = 8 if op in SEGMENTED_OPERATORS else 0
+            problem = Problem(op, 512, 4096, 4096, 16, name, name, slots=slots)
+            config = plan.plan(problem, known)
             answers.setdefault(config.plan, []).append(op)
         said = "; ".join(f"{plan_name}: {', '.join(ops)}" for plan_name, ops in answers.items())
         lines.append(f"  {name:9} {said}")

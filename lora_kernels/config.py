@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from .device import DeviceFacts
+from .problem import ELEMENT_BYTES, Problem
 
 # How S reaches the accumulator (module docstring of plan.py). The order is the order in which a
 # tuner tries them. "skinny" is the one kernel of the operators that have no tail to place; "native"
@@ -19,158 +16,6 @@ PLANS = ("in_loop", "tail", "producer", "skinny", "native", "vendor", "reference
 # Plans whose work is done by Triton kernels with tiles; the others take no numbers.
 TILED_PLANS = ("in_loop", "tail", "producer", "skinny")
 SKINNY_OPS = ("lora_shrink", "lora_linear_dab")
-
-ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-class Problem(NamedTuple):
-    """One call, as numbers and names: all that a plan may depend on."""
-
-    op: str
-    m: int
-    n: int
-    k: int
-    r: int
-    dtype: str
-    adapter_dtype: str
-    dropout: bool = False
-    fan_in_fan_out: bool = False
-    out_scale: bool = False
-    # whether the big operands suit tensor descriptors: 16-byte bases and row strides, unit columns
-    aligned: bool = True
-
-    @property
-    def columns(self) -> int:
-        """The width of the result of a product with the base: N, and K for dX."""
-        return self.k if self.op == "lora_linear_dx" else self.n
-
-    @property
-    def inner(self) -> int:
-        """The axis that this product sums over: K, and N for dX."""
-        return self.n if self.op == "lora_linear_dx" else self.k
-
-    def bucketed(self) -> Problem:
-        """The key of the tables: N and K exact, M rounded up to a power of two, r to a multiple of
-        16."""
-        return self._replace(m=1 << max(self.m - 1, 0).bit_length(), r=-(-self.r // 16) * 16)
-
-    def key(self) -> str:
-        format_ = "KN" if self.fan_in_fan_out else "NK"
-        flags = ["dropout"] * self.dropout + ["out_scale"] * self.out_scale
-        flags += ["unaligned"] * (not self.aligned)
-        sizes = f"{self.m}/{self.n}/{self.k}/{self.r}"
-        formats = f"{self.dtype}/{self.adapter_dtype}/{format_}"
-        return f"{self.op}/{sizes}/{formats}/{'+'.join(flags) or 'plain'}"
-
-
-# One builder per operator, with the operator's own arguments.
-
-
-def _linear(
-    op: str,
-    rows: Tensor,
-    n: int,
-    k: int,
-    adapter: Tensor | None,
-    r: int,
-    dropout: bool,
-    kn: bool = False,
-    out_scale: bool = False,
-    weight: Tensor | None = None,
-) -> Problem:
-    dtype = dtype_name(rows.dtype)
-    adapter_dtype = dtype if adapter is None else dtype_name(adapter.dtype)
-    # Asked on GPUs only, where it matters.
-    aligned = not rows.is_cuda or (
-        suits_descriptor(rows, transposed=False)
-        and (weight is None or suits_descriptor(weight, transposed=True))
-    )
-    return Problem(
-        op, rows.shape[0], n, k, r, dtype, adapter_dtype, dropout, kn, out_scale, aligned
-    )
-
-
-def suits_descriptor(t: Tensor, transposed: bool) -> bool:
-    """Whether a tensor descriptor can read ``t`` [rows, cols] (or its transpose, where that is as
-    good): a 16-byte base, 16-byte steps from row to row, and neighbours within a row."""
-    row, col = t.stride()
-    if transposed and row == 1:
-        row, col = col, row
-    return col == 1 and row > 0 and row * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
-
-
-def _lora_shrink(
-    x: Tensor, lora_a: Tensor, scale: Tensor, rng: Tensor | None = None, dropout_p: float = 0.0
-) -> Problem:
-    r, k = lora_a.shape
-    return _linear("lora_shrink", x, r, k, lora_a, r, rng is not None)
-
-
-def _lora_linear_fwd(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    rng: Tensor | None = None,
-    dropout_p: float = 0.0,
-    fan_in_fan_out: bool = False,
-    out_scale: Tensor | None = None,
-    packed: Tensor | None = None,
-) -> Problem:
-    n, r = lora_b.shape
-    dropout, k = rng is not None, lora_a.shape[1]
-    scaled = out_scale is not None
-    return _linear("lora_linear_fwd", x, n, k, lora_a, r, dropout, fan_in_fan_out, scaled, weight)
-
-
-def _lora_linear_dx(
-    dy: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: Tensor,
-    rng: Tensor | None = None,
-    dropout_p: float = 0.0,
-    fan_in_fan_out: bool = False,
-    out_scale: Tensor | None = None,
-    packed: Tensor | None = None,
-) -> Problem:
-    r, k = lora_a.shape
-    dropout, n = rng is not None, dy.shape[1]
-    scaled = out_scale is not None
-    return _linear("lora_linear_dx", dy, n, k, lora_a, r, dropout, fan_in_fan_out, scaled, weight)
-
-
-def _lora_linear_dab(
-    dy: Tensor,
-    x: Tensor | None,
-    s: Tensor | None,
-    d: Tensor | None,
-    rng: Tensor | None = None,
-    dropout_p: float = 0.0,
-    da_dtype: torch.dtype | None = None,
-    db_dtype: torch.dtype | None = None,
-    dbias_dtype: torch.dtype | None = None,
-    out_scale: Tensor | None = None,
-) -> Problem:
-    r = max((tail.shape[1] for tail in (s, d) if tail is not None), default=0)
-    k = 0 if x is None else x.shape[1]
-    dropout, scaled = rng is not None, out_scale is not None
-    return _linear("lora_linear_dab", dy, dy.shape[1], k, None, r, dropout, out_scale=scaled)
-
-
-PROBLEM_OF: dict[str, Callable[..., Problem]] = {
-    "lora_shrink": _lora_shrink,
-    "lora_linear_fwd": _lora_linear_fwd,
-    "lora_linear_dx": _lora_linear_dx,
-    "lora_linear_dab": _lora_linear_dab,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +81,8 @@ def invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str 
         return _tiled_invalid_reason(config, problem, facts)
     if config.plan == "native" and not facts.native:
         return "no CPU extension is loaded" if facts.kind == "cpu" else "it runs on CPUs"
+    if config.plan == "vendor" and problem.slots:
+        return "the library has no call that mixes adapters"
     if config.plan in ("native", "vendor"):
         if problem.dtype == "float64":
             return "float64 is computed by the reference"
@@ -248,6 +95,8 @@ def _tiled_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) 
     skinny = problem.op in SKINNY_OPS
     if facts.kind != "cuda":
         return "Triton's kernels run on GPUs"
+    if problem.slots:
+        return "there is no kernel for it yet"
     if not facts.triton:
         return "Triton is not installed"
     if _sm(facts.arch) < 80:

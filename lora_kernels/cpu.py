@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import _native, plan, reference, vendor
-from .config import PROBLEM_OF
 from .device import facts
+from .problem import PROBLEM_OF
 
 
 def masked(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:

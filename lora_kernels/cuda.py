@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import plan, reference, vendor
-from .config import PROBLEM_OF, SKINNY_OPS, TILED_PLANS, Config, Problem, tiled_configs
+from .config import SKINNY_OPS, TILED_PLANS, Config, tiled_configs
 from .device import DeviceFacts, facts
+from .problem import PROBLEM_OF, Problem
 
 
 def answer(op: str, *args: Any, **kwargs: Any) -> Any:

@@ -82,7 +82,7 @@ def lora_linear(
         packed = (None, None)
     scale = _scale_tensor(scale, x.device, dtype)
     if training and dropout_p > 0.0:
-        rng = _draw_rng(x.device) if rng is None else _check_rng(rng, x.device)
+        rng = draw_rng(x.device) if rng is None else check_rng(rng, x.device)
     else:
         rng, dropout_p = None, 0.0
     if torch.is_grad_enabled() and (
@@ -96,7 +96,7 @@ def lora_linear(
             x, weight, lora_a, lora_b, scale, bias, rng, dropout_p, fan_in_fan_out, dtype, packed
         )
     y, _ = ops.lora_linear_fwd(
-        _rows(x, dtype),
+        rows_of(x, dtype),
         weight.to(dtype),
         lora_a,
         lora_b,
@@ -117,7 +117,7 @@ def packed_linear(
     graph: x [..., K] -> [..., N]."""
     k, n = weight.shape if fan_in_fan_out else weight.shape[::-1]
     y, _ = ops.lora_linear_fwd(
-        _rows(x, weight.dtype),
+        rows_of(x, weight.dtype),
         weight,
         weight.new_empty(0, k),
         weight.new_empty(n, 0),
@@ -149,7 +149,7 @@ class _LoRALinear(torch.autograd.Function):
         packed: Packed,
     ) -> Tensor:
         y, s = ops.lora_linear_fwd(
-            _rows(x, dtype),
+            rows_of(x, dtype),
             weight.to(dtype),
             lora_a,
             lora_b,
@@ -182,8 +182,8 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, s, weight, lora_a, lora_b, scale, rng = ctx.saved_tensors
         need_x, need_w, need_a, need_b, _, need_bias, *_ = ctx.needs_input_grad
-        dy = _rows(grad, ctx.dtype)
-        rows = None if x is None else _rows(x, ctx.dtype)
+        dy = rows_of(grad, ctx.dtype)
+        rows = None if x is None else rows_of(x, ctx.dtype)
         dx = dw = da = db = dbias = d = None
         if need_x:
             dx, d = ops.lora_linear_dx(
@@ -232,7 +232,7 @@ class _LoRALinear(torch.autograd.Function):
         )
 
 
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[..., K] as [M, K] in the compute dtype; a view wherever the strides allow one."""
     x = x.to(dtype)
     if x.dim() == 2:
@@ -259,13 +259,13 @@ def _scale_tensor(
     return scale.to(device=device, dtype=dtype)
 
 
-def _draw_rng(device: torch.device) -> Tensor:
+def draw_rng(device: torch.device) -> Tensor:
     """(seed, offset, 0, 0) by one draw of the device's generator: graphs advance it and
     checkpointing replays it."""
     return F.pad(torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device), (0, 2))
 
 
-def _check_rng(rng: Tensor, device: torch.device) -> Tensor:
+def check_rng(rng: Tensor, device: torch.device) -> Tensor:
     if rng.dtype != torch.int64 or rng.shape != (4,) or rng.device != device:
         raise ValueError(
             f"rng must be int64 [4] = (seed, offset, row0, col0) on {device}, "

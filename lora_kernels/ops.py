@@ -14,6 +14,16 @@ everywhere else ``reference.py`` does.
     rng        int64 [4]       (seed, offset, row0, col0) on the rows' device; None: no mask. The
                                GPU's kernels draw eight columns at once: col0 a multiple of 8
     out_scale  [N]             multiplies x W^T + S B^T before the bias (DoRA)
+
+The segmented operators take, one tensor for each of n slices,
+
+    lora_a     [S, r_max, K]   A of every slot; or, with ``packed_slices`` = n, one [S, n*r_max, K]
+                               packed by live rank
+    lora_b     [S, N_j, r_max]
+    table                      ``SegmentTable.tensors()``
+    y, dy      [M, sum N_j]    the slices side by side
+    s, d       [M, n, r_max]   zero beyond the live rank
+
     packed                     the weight in the layout of the CPU's kernels, which read it in the
                                weight's place; for everybody else weight is the operand
 """
@@ -28,12 +38,16 @@ import torch
 from torch import Tensor
 
 from . import cpu, cuda, plan, reference
-from .config import PROBLEM_OF, Config
+from .config import Config
+from .problem import PROBLEM_OF
 
 _DROPOUT = "Tensor? rng=None, float dropout_p=0.0"
 _ADAPTED = "Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scale"
 _BASE = "bool fan_in_fan_out=False, Tensor? out_scale=None, Tensor? packed=None"
 _GRADIENTS = "ScalarType? da_dtype=None, ScalarType? db_dtype=None, ScalarType? dbias_dtype=None"
+
+_TABLE = "Tensor[] table, int packed_slices=0"
+_SEGMENTED = f"Tensor[] lora_a, Tensor[] lora_b, {_TABLE}"
 
 _SCHEMAS = {
     "lora_shrink": f"(Tensor x, Tensor lora_a, Tensor scale, {_DROPOUT}) -> Tensor s",
@@ -45,9 +59,21 @@ _SCHEMAS = {
         f"(Tensor dy, Tensor? x, Tensor? s, Tensor? d, {_DROPOUT}, {_GRADIENTS}, "
         "Tensor? out_scale=None) -> (Tensor da, Tensor db, Tensor dbias)"
     ),
+    "segmented_shrink": f"(Tensor x, Tensor[] lora_a, {_TABLE}, {_DROPOUT}) -> Tensor s",
+    "segmented_expand": "(Tensor s, Tensor[] lora_b, Tensor[] table) -> Tensor delta",
+    "segmented_expand_": "(Tensor(a!) y, Tensor s, Tensor[] lora_b, Tensor[] table) -> ()",
+    "segmented_lora": f"(Tensor x, {_SEGMENTED}, {_DROPOUT}) -> (Tensor delta, Tensor s)",
+    "segmented_lora_": f"(Tensor(a!) y, Tensor x, {_SEGMENTED}) -> ()",
+    "segmented_lora_dx": f"(Tensor dy, {_SEGMENTED}, {_DROPOUT}) -> (Tensor dx, Tensor d)",
+    "segmented_lora_dab": (
+        "(Tensor dy, Tensor? x, Tensor? s, Tensor? d, Tensor[] table, int[] widths, int r_max, "
+        f"int packed_slices=0, {_DROPOUT}, ScalarType? da_dtype=None, ScalarType? db_dtype=None) "
+        "-> (Tensor[] da, Tensor[] db)"
+    ),
 }
 
-OPERATORS = tuple(_SCHEMAS)
+OPERATORS = tuple(op for op in _SCHEMAS if not op.startswith("segmented"))
+SEGMENTED_OPERATORS = tuple(op for op in _SCHEMAS if op.startswith("segmented"))
 
 _library = torch.library.Library("lora_kernels", "DEF")
 
@@ -89,6 +115,13 @@ lora_shrink = torch.ops.lora_kernels.lora_shrink.default
 lora_linear_fwd = torch.ops.lora_kernels.lora_linear_fwd.default
 lora_linear_dx = torch.ops.lora_kernels.lora_linear_dx.default
 lora_linear_dab = torch.ops.lora_kernels.lora_linear_dab.default
+segmented_shrink = torch.ops.lora_kernels.segmented_shrink.default
+segmented_expand = torch.ops.lora_kernels.segmented_expand.default
+segmented_expand_ = torch.ops.lora_kernels.segmented_expand_.default
+segmented_lora = torch.ops.lora_kernels.segmented_lora.default
+segmented_lora_ = torch.ops.lora_kernels.segmented_lora_.default
+segmented_lora_dx = torch.ops.lora_kernels.segmented_lora_dx.default
+segmented_lora_dab = torch.ops.lora_kernels.segmented_lora_dab.default
 
 
 @torch.library.register_fake("lora_kernels::lora_shrink", lib=_library)
@@ -152,3 +185,92 @@ def _(
     if dbias_dtype is not None:
         dbias = dy.new_empty(dy.shape[1], dtype=dbias_dtype)
     return da, db, dbias
+
+
+@torch.library.register_fake("lora_kernels::segmented_shrink", lib=_library)
+def _(
+    x: Tensor,
+    lora_a: list[Tensor],
+    table: list[Tensor],
+    packed_slices: int = 0,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    n = packed_slices or len(lora_a)
+    return x.new_empty(x.shape[0], n, lora_a[0].shape[1] // max(packed_slices, 1))
+
+
+@torch.library.register_fake("lora_kernels::segmented_expand", lib=_library)
+def _(s: Tensor, lora_b: list[Tensor], table: list[Tensor]) -> Tensor:
+    return s.new_empty(s.shape[0], sum(b.shape[1] for b in lora_b))
+
+
+@torch.library.register_fake("lora_kernels::segmented_expand_", lib=_library)
+def _(y: Tensor, s: Tensor, lora_b: list[Tensor], table: list[Tensor]) -> None:
+    return None
+
+
+@torch.library.register_fake("lora_kernels::segmented_lora", lib=_library)
+def _(
+    x: Tensor,
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    table: list[Tensor],
+    packed_slices: int = 0,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    delta = x.new_empty(x.shape[0], sum(b.shape[1] for b in lora_b))
+    return delta, x.new_empty(x.shape[0], len(lora_b), lora_b[0].shape[2])
+
+
+@torch.library.register_fake("lora_kernels::segmented_lora_", lib=_library)
+def _(
+    y: Tensor,
+    x: Tensor,
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    table: list[Tensor],
+    packed_slices: int = 0,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("lora_kernels::segmented_lora_dx", lib=_library)
+def _(
+    dy: Tensor,
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    table: list[Tensor],
+    packed_slices: int = 0,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    dx = dy.new_empty(dy.shape[0], lora_a[0].shape[2])
+    return dx, dy.new_empty(dy.shape[0], len(lora_b), lora_b[0].shape[2])
+
+
+@torch.library.register_fake("lora_kernels::segmented_lora_dab", lib=_library)
+def _(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    d: Tensor | None,
+    table: list[Tensor],
+    widths: list[int],
+    r_max: int,
+    packed_slices: int = 0,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    da_dtype: torch.dtype | None = None,
+    db_dtype: torch.dtype | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    slots, n, r = table[1].shape[0], len(widths), r_max
+    da: list[Tensor] = []
+    db: list[Tensor] = []
+    if da_dtype is not None and x is not None:
+        stacks, rows = (1, n * r) if packed_slices else (n, r)
+        da = [dy.new_empty(slots, rows, x.shape[1], dtype=da_dtype) for _ in range(stacks)]
+    if db_dtype is not None:
+        db = [dy.new_empty(slots, width, r, dtype=db_dtype) for width in widths]
+    return da, db

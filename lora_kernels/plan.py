@@ -31,18 +31,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .config import (
-    ELEMENT_BYTES,
-    PLANS,
-    SKINNY_OPS,
-    Config,
-    Problem,
-    block_r,
-    invalid_reason,
-    is_valid,
-    tiled_configs,
-)
+from .config import PLANS, SKINNY_OPS, Config, block_r, invalid_reason, is_valid, tiled_configs
 from .device import DeviceFacts
+from .problem import ELEMENT_BYTES, Problem
 
 _SHIPPED = Path(__file__).parent / "plans"
 

@@ -13,9 +13,31 @@ with ``c = scale / (1 - dropout_p)``. Half-precision operands accumulate in floa
 scaled in float32 and rounded once to the operand dtype; Y and dX are rounded once. The functions
 carry the names and the arguments of the operators in ``ops.py``, run on any device, and are
 differentiable where autograd is wanted as an oracle (float64).
+
+The segmented operators are for batches that mix adapters. Row i belongs to slot ``t =
+slot_of_row[i]`` with live rank ``r = rank_of_slot[t]`` and ``c = scale_of_slot[t] / (1 -
+dropout_p)``; there are one or several slices (query, key and value of one input), each with an A
+and a B of its own. For each slice
+
+    forward    S[i, :r] = c (mask*x[i]) A[t, :r]^T           rounded once to x's dtype, 0 beyond r
+               delta[i] = S[i, :r] B[t, :, :r]^T             slices side by side
+    backward   D[i, :r] = c dY[i] B[t, :, :r]                likewise
+               dX[i]    = sum over slices of mask*(D[i, :r] A[t, :r])
+               dA[t]    = sum over rows of t: D[i]^T (mask*x[i]),   0 beyond r
+               dB[t]    = sum over rows of t: dY[i]^T S[i],         0 beyond r
+
+Rows of slot -1 and slots of rank 0 have no adapter: their S, D, delta and dX are zero, and an
+in-place sum leaves them as they are. What lies in unused slots and beyond the live rank is never
+read. Slice number j draws its mask with offset + j.
+
+``table`` is ``SegmentTable.tensors()``. ``packed_slices`` = n says that the only tensor of
+``lora_a`` [S, n*r_max, K] holds slice j of a slot in rows j*r to (j+1)*r of its live rank r.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,17 +82,22 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
     return c0, c1, c2, c3
 
 
-def dropout_mask(rng: Tensor, rows: int, cols: int, dropout_p: float) -> Tensor:
+def dropout_mask(
+    rng: Tensor, rows: int, cols: int, dropout_p: float, logical_row: Tensor | None = None
+) -> Tensor:
     """The dropout mask as bool [rows, cols]; True keeps the element.
 
     ``rng`` is int64[4] = (seed, offset, row0, col0). Element (i, j) stands at the logical position
     (row0+i, col0+j); its bits are lane ``(col0+j) % 8`` of the Philox block with counter ``(row,
     col // 8, offset low, offset high)`` and key ``(seed low, seed high)``: lane ``l`` is the low
     (even l) or high (odd l) half of word ``l // 2``. So a shard or a micro-batch that knows its
-    first row and column reproduces its part of the whole mask.
+    first row and column reproduces its part of the whole mask. ``logical_row`` int64 [rows] takes
+    the place of 0, 1, 2, ...: rows that are not neighbours.
     """
     seed, offset, row0, col0 = rng.unbind()
-    row = (row0 + torch.arange(rows, device=rng.device)) & _WORD
+    if logical_row is None:
+        logical_row = torch.arange(rows, device=rng.device)
+    row = (row0 + logical_row[:rows]) & _WORD
     # One block more than cols needs when col0 is a multiple of 8, so that the shape does not depend
     # on a device value.
     blocks = (cols + LANES - 1) // LANES + 1
@@ -195,3 +222,189 @@ def lora_linear_dab(
     if dbias_dtype is not None:
         dbias = dy.to(acc).sum(0).to(dbias_dtype)
     return da, db, dbias
+
+
+class _Segment(NamedTuple):
+    """The rows of one slot that is used."""
+
+    slot: int
+    rows: Tensor
+    rank: int
+    scale: Tensor
+
+
+def _segments(table: Sequence[Tensor]) -> Iterator[_Segment]:
+    _, ranks, scales, _, order, start, *_ = table
+    for slot, rank in enumerate(ranks.tolist()):
+        rows = order[int(start[slot]) : int(start[slot + 1])].long()
+        if len(rows) and rank:
+            yield _Segment(slot, rows, rank, scales[slot])
+
+
+def _slice_of_a(
+    lora_a: Sequence[Tensor], packed_slices: int, slot: int, j: int, rank: int
+) -> Tensor:
+    """A [rank, K] of one slot and slice."""
+    if packed_slices:
+        return lora_a[0][slot, j * rank : (j + 1) * rank]
+    return lora_a[j][slot, :rank]
+
+
+def _mask(
+    rng: Tensor | None, j: int, table: Sequence[Tensor], x: Tensor, dropout_p: float
+) -> Tensor | None:
+    """The mask of slice j, bool [M, K]."""
+    if rng is None:
+        return None
+    rng = rng + torch.tensor([0, j, 0, 0], device=rng.device)
+    return dropout_mask(rng, x.shape[0], x.shape[1], dropout_p, table[3])
+
+
+def segmented_shrink(
+    x: Tensor,
+    lora_a: Sequence[Tensor],
+    table: Sequence[Tensor],
+    packed_slices: int = 0,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """x [M,K], lora_a n x [S,r_max,K] -> S [M,n,r_max] in x's dtype."""
+    acc = accumulate_dtype(x.dtype)
+    n = packed_slices or len(lora_a)
+    s = x.new_zeros(x.shape[0], n, lora_a[0].shape[1] // max(packed_slices, 1))
+    for j in range(n):
+        mask = _mask(rng, j, table, x, dropout_p)
+        operand = x if mask is None else torch.where(mask, x, 0)
+        for slot, rows, rank, scale in _segments(table):
+            a = _slice_of_a(lora_a, packed_slices, slot, j, rank).to(x.dtype)
+            product = operand[rows].to(acc) @ a.to(acc).t()
+            s[rows, j, :rank] = (product * (scale.to(acc) / (1.0 - dropout_p))).to(x.dtype)
+    return s
+
+
+def _delta(s: Tensor, lora_b: Sequence[Tensor], table: Sequence[Tensor]) -> Tensor:
+    """The sum over the rank in the accumulator's dtype, [M, sum of N]."""
+    acc = accumulate_dtype(s.dtype)
+    delta = s.new_zeros(s.shape[0], sum(b.shape[1] for b in lora_b), dtype=acc)
+    first = 0
+    for j, b in enumerate(lora_b):
+        for slot, rows, rank, _ in _segments(table):
+            product = s[rows, j, :rank].to(acc) @ b[slot, :, :rank].to(s.dtype).to(acc).t()
+            delta[rows, first : first + b.shape[1]] = product
+        first += b.shape[1]
+    return delta
+
+
+def segmented_expand(s: Tensor, lora_b: Sequence[Tensor], table: Sequence[Tensor]) -> Tensor:
+    """S [M,n,r_max], lora_b n x [S,N_j,r_max] -> delta [M, sum of N_j] in S's dtype."""
+    return _delta(s, lora_b, table).to(s.dtype)
+
+
+def segmented_expand_(
+    y: Tensor, s: Tensor, lora_b: Sequence[Tensor], table: Sequence[Tensor]
+) -> None:
+    """``y += delta`` with one rounding of the sum; rows without an adapter are not written."""
+    delta = _delta(s, lora_b, table)
+    for _, rows, _, _ in _segments(table):
+        y[rows] = (y[rows].to(delta.dtype) + delta[rows]).to(y.dtype)
+
+
+def segmented_lora(
+    x: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    table: Sequence[Tensor],
+    packed_slices: int = 0,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """delta [M, sum of N_j] and S."""
+    s = segmented_shrink(x, lora_a, table, packed_slices, rng, dropout_p)
+    return segmented_expand(s, lora_b, table), s
+
+
+def segmented_lora_(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    table: Sequence[Tensor],
+    packed_slices: int = 0,
+) -> None:
+    """``y += delta``, see :func:`segmented_expand_`."""
+    segmented_expand_(y, segmented_shrink(x, lora_a, table, packed_slices), lora_b, table)
+
+
+def segmented_lora_dx(
+    dy: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    table: Sequence[Tensor],
+    packed_slices: int = 0,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """dY [M, sum of N_j] -> dX [M,K] and D [M,n,r_max]."""
+    acc = accumulate_dtype(dy.dtype)
+    k, r_max = lora_a[0].shape[2], lora_b[0].shape[2]
+    d = dy.new_zeros(dy.shape[0], len(lora_b), r_max)
+    dx = dy.new_zeros(dy.shape[0], k, dtype=acc)
+    first = 0
+    for j, b in enumerate(lora_b):
+        columns = slice(first, first + b.shape[1])
+        tail = torch.zeros_like(dx)
+        for slot, rows, rank, scale in _segments(table):
+            product = dy[rows, columns].to(acc) @ b[slot, :, :rank].to(dy.dtype).to(acc)
+            d[rows, j, :rank] = (product * (scale.to(acc) / (1.0 - dropout_p))).to(dy.dtype)
+            a = _slice_of_a(lora_a, packed_slices, slot, j, rank).to(dy.dtype)
+            tail[rows] = d[rows, j, :rank].to(acc) @ a.to(acc)
+        mask = _mask(rng, j, table, dx, dropout_p)
+        dx += tail if mask is None else torch.where(mask, tail, 0)
+        first += b.shape[1]
+    return dx.to(dy.dtype), d
+
+
+def segmented_lora_dab(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    d: Tensor | None,
+    table: Sequence[Tensor],
+    widths: Sequence[int],
+    r_max: int,
+    packed_slices: int = 0,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    da_dtype: torch.dtype | None = None,
+    db_dtype: torch.dtype | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """dA and dB of every slot, in the layout of lora_a and lora_b; a dtype of None: not asked for,
+    an empty list, and x and d (for dA) or s (for dB) may then be None."""
+    acc = accumulate_dtype(dy.dtype)
+    slots, n = len(table[1]), len(widths)
+    da: list[Tensor] = []
+    db: list[Tensor] = []
+    if da_dtype is not None:
+        assert x is not None and d is not None
+        k = x.shape[1]
+        stacks, rows_of_a = (1, n * r_max) if packed_slices else (n, r_max)
+        da = [dy.new_zeros(slots, rows_of_a, k, dtype=da_dtype) for _ in range(stacks)]
+    if db_dtype is not None:
+        db = [dy.new_zeros(slots, width, r_max, dtype=db_dtype) for width in widths]
+    first = 0
+    for j, width in enumerate(widths):
+        operand = x
+        if x is not None:
+            mask = _mask(rng, j, table, x, dropout_p)
+            operand = x if mask is None else torch.where(mask, x, 0)
+        for slot, rows, rank, _ in _segments(table):
+            if da:
+                assert operand is not None and d is not None
+                product = d[rows, j, :rank].to(acc).t() @ operand[rows].to(acc)
+                _slice_of_a(da, packed_slices, slot, j, rank).copy_(product)
+            if db:
+                assert s is not None
+                columns = dy[rows, first : first + width].to(acc)
+                db[j][slot, :, :rank] = (columns.t() @ s[rows, j, :rank].to(acc)).to(db_dtype)
+        first += width
+    return da, db

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from . import cpu, cuda, plan
-from .config import PROBLEM_OF, Config, Problem, candidates
+from .config import Config, candidates
 from .device import facts
+from .problem import PROBLEM_OF, Problem
 
 ANSWERS: dict[str, Callable[..., Any]] = {"cpu": cpu.answer, "cuda": cuda.answer}
 

@@ -42,8 +42,9 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_kernels import cuda
-from lora_kernels.config import Config, Problem, invalid_reason, tiled_configs
+from lora_kernels.config import Config, invalid_reason, tiled_configs
 from lora_kernels.device import DeviceFacts
+from lora_kernels.problem import Problem
 
 REPORT = Path(__file__).with_name("aot_report.md")
 # Of the cores, so that the suite finishes in minutes where there are two.

@@ -9,7 +9,8 @@ import os
 import aot
 import pytest
 
-from lora_kernels import config
+from lora_kernels import config, ops
+from lora_kernels.problem import Problem
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET"):
@@ -69,9 +70,9 @@ def test_every_shipped_tile_is_compiled(arch):
     assert {c.layout for c in chosen} == {"aligned", "odd", "strided"}
     # Tensor descriptors exist from sm_90 on.
     assert any(c.config.descriptors for c in chosen) == (arch in ("sm_90", "sm_100"))
-    for op in config.PROBLEM_OF:
+    for op in ops.OPERATORS:
         for dtype in ("float32", "bfloat16"):
-            problem = config.Problem(op, 4096, 4096, 4096, 16, dtype, dtype)
+            problem = Problem(op, 4096, 4096, 4096, 16, dtype, dtype)
             for aligned in (True, False):
                 problem = problem._replace(aligned=aligned)
                 for tile in config.tiled_configs(problem, aot.FACTS[arch]):

@@ -8,8 +8,9 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels import ops
-from lora_kernels.config import PROBLEM_OF, candidates
+from lora_kernels.config import candidates
 from lora_kernels.device import facts
+from lora_kernels.problem import PROBLEM_OF
 from lora_kernels.testing import Case, assert_within_budget, check, naive
 
 pytestmark = pytest.mark.gpu

@@ -21,9 +21,10 @@ triton = pytest.importorskip("triton")
 # Below the skip: nothing of Triton's is imported where it is missing.
 import lora_kernels as lk  # noqa: E402
 from lora_kernels import cuda, vendor  # noqa: E402
-from lora_kernels.config import PROBLEM_OF, SKINNY_OPS, Config, is_valid  # noqa: E402
+from lora_kernels.config import SKINNY_OPS, Config, is_valid  # noqa: E402
 from lora_kernels.device import DeviceFacts, facts  # noqa: E402
 from lora_kernels.kernels import common, linear_bwd, linear_fwd  # noqa: E402
+from lora_kernels.problem import PROBLEM_OF  # noqa: E402
 from lora_kernels.testing import LAYOUTS, MUTATIONS, Case, check, mutation_case  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

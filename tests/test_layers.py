@@ -12,10 +12,10 @@ import lora_kernels
 PACKAGE = Path(lora_kernels.__file__).parent
 
 LAYERS = [
-    {"reference", "config", "device", "segments", "vendor", "_native", "kernels"},
+    {"reference", "problem", "config", "device", "segments", "vendor", "_native", "kernels"},
     {"cuda", "cpu", "plan", "tune"},
     {"ops"},
-    {"functional"},
+    {"functional", "segmented"},
     {"nn", "packed"},
     {"models", "serving", "integrations"},
 ]

@@ -280,7 +280,7 @@ def test_merge_without_keeping_the_base_is_a_plain_linear():
     plain = nn.Linear(24, 40)
     plain.load_state_dict(layer.state_dict())
     torch.testing.assert_close(plain(x), y)
-    assert torch.equal(layer.train()(x), layer.eval()(x))
+    torch.testing.assert_close(layer.train()(x), layer.eval()(x))
     for call in (layer.unmerge, layer.delta_weight, layer.reset_lora_parameters):
         with pytest.raises(RuntimeError, match="keep_base=False"):
             call()
@@ -484,8 +484,10 @@ def test_warmup_runs_every_layer_and_leaves_no_trace(training, merged):
         lk.warmup(model, [1, 33], training=training)
     backward = model.training if training is None else training
     ops = ["lora_linear_fwd"] + ["lora_linear_dx", "lora_linear_dab"] * backward
-    assert [a.op for a in answers] == ([] if merged else ops * 2)
-    assert [a.problem.m for a in answers[:1]] == ([] if merged else [1])
+    # A merged layer has no adapter to compute, at most its packed weight to read (rank 0).
+    adapted_calls = [a for a in answers if a.problem.r]
+    assert [a.op for a in adapted_calls] == ([] if merged else ops * 2)
+    assert [a.problem.m for a in adapted_calls[:1]] == ([] if merged else [1])
     assert torch.equal(torch.random.get_rng_state(), generator)
     assert all(p.grad is None for p in model.parameters())
 

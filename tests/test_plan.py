@@ -10,8 +10,9 @@ import torch
 import lora_kernels as lk
 from lora_kernels import __main__ as cli
 from lora_kernels import config, device, ops, plan, tune
-from lora_kernels.config import Config, Problem, candidates, invalid_reason, is_valid
+from lora_kernels.config import Config, candidates, invalid_reason, is_valid
 from lora_kernels.device import DeviceFacts
+from lora_kernels.problem import Problem, suits_descriptor
 from lora_kernels.testing import Case
 
 CPU = DeviceFacts("cpu", "some cpu", "avx2", processors=8)
@@ -308,7 +309,7 @@ def test_tuning_a_device_without_a_backend(capsys):
 
 def test_what_a_tensor_descriptor_can_read():
     t = torch.empty(24, 40, dtype=torch.bfloat16)
-    suits = config.suits_descriptor
+    suits = suits_descriptor
     assert suits(t, transposed=False)
     assert suits(t[:, :37], transposed=False)
     assert suits(t[::3], transposed=False)

@@ -41,7 +41,9 @@ void test_shrink(Random& random) {
   const LaidRows<C> rows(x, padded<C>(x.cols) + random.of({0, 2, 6}));
   const Laid s(M, r, random.coin() ? kind_of<C> : Kind::kHalf, r, 1);
   const auto s_rows = random.coin() ? exactly<C>(M * ld) : nullptr;
-  shrink(rows.rows, laid.matrix, 0.5f, pointer(mask), s.matrix, s_rows.get());
+  const Shrink<C> job = {rows.rows, laid.matrix, 0.5f,        pointer(mask),
+                         s.matrix,  nullptr,     s_rows.get()};
+  shrink(&job, 1);
 
   drop_values(x, mask);
   Values expected = times(x, transposed(a));
@@ -139,7 +141,7 @@ void test_reduce(Random& random) {
   std::vector<Reduction<C>> reductions;
   for (int64_t i = random.below(3); i >= 0; --i) several.emplace_back(random);
   for (const auto& one : several) reductions.push_back(one.reduction());
-  reduce(reductions.data(), static_cast<int>(reductions.size()));
+  reduce(reductions.data(), static_cast<int64_t>(reductions.size()));
   for (const auto& one : several) {
     if (one.out) expect(one.out->matrix, one.expected, one.what);
     if (one.sums) expect(one.sums->matrix, one.expected_sums, one.what + " sums");

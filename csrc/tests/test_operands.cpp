@@ -76,7 +76,7 @@ void test_copy_rows(Random& random) {
 template <typename C>
 void test_product(Random& random) {
   const int64_t M = random.of({1, 2, 3, 5, 6, 7, 8, 11, 12, 13, 23, 24, 25, 50});
-  const int64_t K = padded<C>(1 + random.below(kPart - 1)), width = random.of({16, 32, 48, 64});
+  const int64_t K = padded<C>(1 + random.below(kPart<C> - 1)), width = random.of({16, 32, 48, 64});
   const bool add = random.coin();
   const std::string what = text("product ", M, "x", K, "x", width, add ? " added" : "");
   const Values a(M, K, random);

@@ -1,0 +1,41 @@
+// Memory of the kernels' own: for a call, and for a thread from call to call.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+namespace lora_kernels {
+
+struct FreeAligned {
+  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+};
+
+// Uninitialised memory for n elements, on a cache line of its own.
+template <typename T>
+std::unique_ptr<T, FreeAligned> allocate(int64_t n) {
+  void* memory = ::operator new(sizeof(T) * std::max<int64_t>(n, 1), std::align_val_t{64});
+  return std::unique_ptr<T, FreeAligned>(static_cast<T*>(memory));
+}
+
+// Memory that a thread keeps from call to call: fresh pages would cost more than what is done in
+// them.
+class Scratch {
+ public:
+  template <typename T>
+  T* of(int64_t n) {
+    const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
+    if (bytes > size_) {
+      memory_ = allocate<char>(bytes);
+      size_ = bytes;
+    }
+    return reinterpret_cast<T*>(memory_.get());
+  }
+
+ private:
+  std::unique_ptr<char, FreeAligned> memory_;
+  int64_t size_ = 0;
+};
+
+}  // namespace lora_kernels
