@@ -93,7 +93,7 @@ def test_training_merging_and_pefts_files(model, tokens, tmp_path, target_module
         before = embed(model, tokens)
         lk.apply_lora(model, r=4, lora_dropout=0.1, target_modules=target_modules)
         assert len(lora_layers(model)) == (12 if target_modules else 37)
-        assert torch.equal(embed(model, tokens), before)
+        assert models.relative_difference(embed(model, tokens), before) < 1e-6
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
@@ -105,7 +105,9 @@ def test_training_merging_and_pefts_files(model, tokens, tmp_path, target_module
         trained = embed(model, tokens)
         assert (trained - before).abs().max() > 0.05
 
-        assert_merging_is_exact(model, tokens, 1e-6)
+        # 1e-6 holds for a layer (test_nn.py). The layers of a model amplify the rounding of W +
+        # delta: over 12 seeds up to 1.7e-6 with our kernels, 1.6e-6 with the library's.
+        assert_merging_is_exact(model, tokens, 3e-6)
 
         # Whatever training did to it: one as large as its weights. Rounding W + delta costs an eps
         # per layer, which 37 layers in a row then amplify.
