@@ -10,6 +10,7 @@ int main() {
   tests::test_dropout();
   tests::test_operands<float>();
   tests::test_linear<float>();
+  tests::test_segmented<float>();
   std::printf("masks and float32: passed\n");
   const std::pair<const char*, Bfloat16Product> products[] = {{"float", Bfloat16Product::kFloat},
                                                               {"dot", Bfloat16Product::kDot},
@@ -21,6 +22,7 @@ int main() {
     }
     tests::test_operands<BFloat16>();
     tests::test_linear<BFloat16>();
+    tests::test_segmented<BFloat16>();
     std::printf("bfloat16 by %s: passed\n", name);
   }
 }

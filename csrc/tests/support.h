@@ -56,6 +56,17 @@ struct Values {
   double operator()(int64_t i, int64_t j) const { return data[i * cols + j]; }
 };
 
+// a b, both exact.
+inline Values times(const Values& a, const Values& b) {
+  Values c(a.rows, b.cols);
+  for (int64_t i = 0; i < a.rows; ++i) {
+    for (int64_t k = 0; k < a.cols; ++k) {
+      for (int64_t j = 0; j < b.cols; ++j) c(i, j) += a(i, k) * b(k, j);
+    }
+  }
+  return c;
+}
+
 inline size_t element_size(Kind kind) { return kind == Kind::kFloat ? 4 : 2; }
 
 inline double element(const Matrix& m, int64_t i, int64_t j) {
@@ -172,6 +183,10 @@ inline std::optional<DropoutMask> any_mask(Random& random) {
                      random.below(100), dropout_threshold(0.3)};
 }
 
+inline const DropoutMask* pointer(const std::optional<DropoutMask>& mask) {
+  return mask ? &*mask : nullptr;
+}
+
 inline void drop_values(Values& values, const std::optional<DropoutMask>& mask) {
   for (int64_t i = 0; mask && i < values.rows; ++i) {
     for (int64_t j = 0; j < values.cols; ++j) {
@@ -222,5 +237,7 @@ template <typename C>
 void test_operands();
 template <typename C>
 void test_linear();
+template <typename C>
+void test_segmented();
 
 }  // namespace lora_kernels::tests

@@ -6,27 +6,12 @@ namespace lora_kernels::tests {
 
 namespace {
 
-// a b, both exact.
-Values times(const Values& a, const Values& b) {
-  Values c(a.rows, b.cols);
-  for (int64_t i = 0; i < a.rows; ++i) {
-    for (int64_t k = 0; k < a.cols; ++k) {
-      for (int64_t j = 0; j < b.cols; ++j) c(i, j) += a(i, k) * b(k, j);
-    }
-  }
-  return c;
-}
-
 Values transposed(const Values& a) {
   Values t(a.cols, a.rows);
   for (int64_t i = 0; i < a.rows; ++i) {
     for (int64_t j = 0; j < a.cols; ++j) t(j, i) = a(i, j);
   }
   return t;
-}
-
-const DropoutMask* pointer(const std::optional<DropoutMask>& mask) {
-  return mask ? &*mask : nullptr;
 }
 
 template <typename C>
