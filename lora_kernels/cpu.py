@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _native, plan, reference, vendor
-from .device import facts
+from .device import DeviceFacts, facts
 from .problem import PROBLEM_OF
 
 
@@ -25,20 +26,25 @@ def native(op: str) -> Callable[..., Any]:
     return getattr(torch.ops.lora_kernels_cpu, op)
 
 
+@functools.cache
+def _facts() -> DeviceFacts:
+    return facts("cpu")
+
+
 def packs(weight: Tensor) -> bool:
     """Whether the native kernels would read a packed copy of ``weight`` (float16 would be packed as
     float32, twice its size)."""
     return (
         weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.bfloat16)
-        and facts("cpu").native not in ("", "baseline")
+        and _facts().native not in ("", "baseline")
     )
 
 
 def answer(op: str, *args: Any, **kwargs: Any) -> Any:
     """Run one operator on CPU tensors, by the plan that ``plan.plan`` chooses for its problem."""
     problem = PROBLEM_OF[op](*args, **kwargs)
-    config = plan.plan(problem, facts("cpu"))
+    config = plan.plan(problem, _facts())
     if config.plan == "reference":
         plan.answered("reference", config, problem)
         return getattr(reference, op)(*args, **kwargs)

@@ -234,7 +234,8 @@ class _LoRALinear(torch.autograd.Function):
 
 def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[..., K] as [M, K] in the compute dtype; a view wherever the strides allow one."""
-    x = x.to(dtype)
+    if x.dtype != dtype:
+        x = x.to(dtype)
     if x.dim() == 2:
         return x
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)

@@ -79,6 +79,8 @@ _library = torch.library.Library("lora_kernels", "DEF")
 
 
 def autocast_enabled(device_type: str) -> bool:
+    if device_type in ("cpu", "cuda"):
+        return torch.is_autocast_enabled(device_type)
     # Torch raises for a device that knows no autocast, such as meta.
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
