@@ -1,198 +1,18 @@
 """Batches that mix adapters: the table, the operators on this machine, and their gradients."""
 
 import itertools
-from dataclasses import dataclass, field
 
 import pytest
 import torch
-from torch import Tensor
+from mixed_batches import NAN, Mixed, check
 
 import lora_kernels as lk
-from lora_kernels import _native, ops, reference
+from lora_kernels import _native, ops
 from lora_kernels.device import facts
 from lora_kernels.segmented import segmented_expand, segmented_lora, segmented_shrink
 from lora_kernels.segments import BLOCK_ROWS, SegmentTable
-from lora_kernels.testing import assert_within_budget, poisoned_memory
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NAN = float("nan")
-
-
-@dataclass
-class Mixed:
-    """A drawn batch: NaN in unused slots and beyond live ranks, rows of every kind."""
-
-    m: int
-    k: int
-    widths: tuple[int, ...]
-    ranks: tuple[int, ...] = (5, 0, 33, 16, 1, 20)
-    r_max: int = 40
-    dtype: torch.dtype = torch.float32
-    adapter_dtype: torch.dtype | None = None
-    packed: bool = False
-    dropout_p: float = 0.0
-    slots: list[int] | None = None
-    seed: int = 0
-    a: list[Tensor] = field(init=False)
-    b: list[Tensor] = field(init=False)
-
-    def __post_init__(self):
-        generator = torch.Generator().manual_seed(self.seed)
-
-        def normal(*shape, dtype=self.dtype):
-            return torch.randn(*shape, generator=generator).to(dtype)
-
-        slots, n = len(self.ranks), len(self.widths)
-        adapter = self.adapter_dtype or self.dtype
-        if self.slots is None:
-            drawn = torch.randint(-1, slots, (self.m,), generator=generator)
-            # The last slot that is meant to be unused, and the last row in use.
-            drawn[drawn == 3] = -1
-            if self.m:
-                drawn[-1] = slots - 1
-            self.slots = drawn.tolist()
-        self.scales = [0.5 + 0.25 * i for i in range(slots)]
-        self.logical = torch.randperm(10_000, generator=generator)[: self.m]
-        self.seg = SegmentTable.from_rows(
-            self.slots, self.ranks, self.scales, logical_row=self.logical, max_rank=self.r_max
-        )
-        self.x = normal(self.m, self.k)
-        self.dy = normal(self.m, sum(self.widths))
-        self.y = normal(self.m, sum(self.widths))
-        used = set(self.slots)
-        size = (n * self.r_max if self.packed else self.r_max, self.k)
-        self.a = [normal(slots, *size, dtype=adapter) for _ in range(1 if self.packed else n)]
-        self.b = [normal(slots, width, self.r_max, dtype=adapter) for width in self.widths]
-        for slot, rank in enumerate(self.ranks):
-            live = rank if slot in used else 0
-            for a in self.a:
-                a[slot] /= self.k**0.5
-                a[slot, live * (n if self.packed else 1) :] = NAN
-            for b in self.b:
-                b[slot, :, live:] = NAN
-        self.rng = torch.tensor([7, 8, 9, 10]) if self.dropout_p else None
-
-    @property
-    def packed_slices(self):
-        return len(self.widths) if self.packed else 0
-
-    def arguments(self):
-        return (self.a, self.b, self.seg.tensors(), self.packed_slices, self.rng, self.dropout_p)
-
-    def adapter_of(self, slot, j, dtype):
-        """A [rank, K] and B [N, rank] of one slot and slice, rounded to the rows' dtype first."""
-        rank = self.ranks[slot]
-        a = self.a[0][slot, j * rank : (j + 1) * rank] if self.packed else self.a[j][slot, :rank]
-        return (t.to(self.dtype).to(dtype) for t in (a, self.b[j][slot, :, :rank]))
-
-    def naive(self, dtype):
-        """Every result by the formula, row after row, gradients by autograd, in ``dtype``."""
-        x = self.x.to(dtype).requires_grad_()
-        leaves = {}
-        s = torch.zeros(self.m, len(self.widths), self.r_max, dtype=dtype)
-        rows = []
-        for i, slot in enumerate(self.slots):
-            pieces = []
-            for j, width in enumerate(self.widths):
-                if slot < 0 or self.ranks[slot] == 0:
-                    pieces.append(torch.zeros(width, dtype=dtype))
-                    continue
-                if (slot, j) not in leaves:
-                    leaves[slot, j] = [t.requires_grad_() for t in self.adapter_of(slot, j, dtype)]
-                a, b = leaves[slot, j]
-                row = x[i]
-                if self.rng is not None:
-                    rng = self.rng + torch.tensor([0, j, int(self.logical[i]), 0])
-                    mask = reference.dropout_mask(rng, 1, self.k, self.dropout_p)[0]
-                    row = torch.where(mask, row, 0)
-                tail = self.scales[slot] / (1 - self.dropout_p) * (a @ row)
-                s[i, j, : len(tail)] = tail.detach()
-                pieces.append(b @ tail)
-            rows.append(torch.cat(pieces))
-        delta = torch.stack(rows) if rows else x.new_zeros(0, sum(self.widths))
-        results = {"delta": delta.detach(), "s": s, "sum": self.y.to(dtype) + delta.detach()}
-        inputs = [x, *itertools.chain(*leaves.values())]
-        if not leaves:
-            return results | {"dx": torch.zeros_like(x).detach()}
-        dx, *grads = torch.autograd.grad(delta, inputs, self.dy.to(dtype), allow_unused=True)
-        results["dx"] = torch.zeros_like(self.x, dtype=dtype) if dx is None else dx
-        for place, (da, db) in zip(leaves, zip(grads[::2], grads[1::2], strict=True), strict=True):
-            results[("da", *place)], results[("db", *place)] = da, db
-        return results
-
-    def gradients_of_given(self, s, d, dtype):
-        """dA and dB from an S and a D whose own rounding was judged where they were made."""
-        x, dy, s, d = (t.to(dtype) for t in (self.x, self.dy, s, d))
-        results, first = {}, 0
-        for j, width in enumerate(self.widths):
-            operand = x
-            if self.rng is not None:
-                rng = self.rng + torch.tensor([0, j, 0, 0])
-                mask = reference.dropout_mask(rng, self.m, self.k, self.dropout_p, self.logical)
-                operand = torch.where(mask, x, 0)
-            for slot in set(self.slots) - {-1}:
-                rows = [i for i, other in enumerate(self.slots) if other == slot]
-                rank = self.ranks[slot]
-                results["da", slot, j] = d[rows, j, :rank].t() @ operand[rows]
-                results["db", slot, j] = dy[rows, first : first + width].t() @ s[rows, j, :rank]
-            first += width
-        return results
-
-    def slices_of(self, da, db):
-        """Gradients of the stacks as naive() names them, and whether all the rest is zero."""
-        found = {}
-        for slot in sorted(set(self.slots)):
-            rank = self.ranks[slot] if slot >= 0 else 0
-            if not rank:
-                continue
-            for j in range(len(self.widths)):
-                a = da[0][slot, j * rank : (j + 1) * rank] if self.packed else da[j][slot, :rank]
-                found["da", slot, j] = a
-                found["db", slot, j] = db[j][slot, :, :rank]
-        total = sum((t != 0).sum() for t in (*da, *db))
-        return found, total == sum((t != 0).sum() for t in found.values())
-
-
-def check(case, backend="cpu"):
-    """Forward, in place and every gradient against float64, in poisoned memory."""
-    exact, eager = case.naive(torch.float64), case.naive(case.dtype)
-    results = {}
-    with poisoned_memory(), lk.record_plans() as answers:
-        results["delta"], results["s"] = ops.segmented_lora(case.x, *case.arguments())
-        results["dx"], d = ops.segmented_lora_dx(case.dy, *case.arguments())
-        da, db = ops.segmented_lora_dab(
-            case.dy,
-            case.x,
-            results["s"],
-            d,
-            case.seg.tensors(),
-            case.widths,
-            case.r_max,
-            case.packed_slices,
-            case.rng,
-            case.dropout_p,
-            torch.float32,
-            torch.float32,
-        )
-        if not case.dropout_p:
-            y = case.y.clone()
-            ops.segmented_lora_(y, case.x, *case.arguments()[:4])
-            results["sum"] = y
-            for i, slot in enumerate(case.slots):
-                if slot < 0 or case.ranks[slot] == 0:
-                    assert torch.equal(y[i], case.y[i]), "a row without an adapter was written"
-    assert {(a.backend, a.plan) for a in answers} == {
-        (backend, "reference" if backend == "reference" else "native")
-    }
-    gradients, rest_is_zero = case.slices_of(da, db)
-    assert rest_is_zero
-    for i, slot in enumerate(case.slots):
-        if slot < 0 or case.ranks[slot] == 0:
-            assert not results["delta"][i].any() and not results["dx"][i].any()
-    exact |= case.gradients_of_given(results["s"], d, torch.float64)
-    eager |= case.gradients_of_given(results["s"], d, case.dtype)
-    for name, result in (results | gradients).items():
-        assert_within_budget(f"{name} of {case.ranks}", result, eager[name], exact[name])
 
 
 @pytest.fixture(params=["native", "reference"])
@@ -268,6 +88,63 @@ def test_populations(population, m, answering):
     ranks = tuple((8, 16, 32, 0, 5)[i % 5] for i in range(max(m, max(slots) + 1, 3)))
     case = Mixed(m, 96, (48, 16), ranks=ranks, r_max=32, dtype=torch.bfloat16, slots=slots)
     check(case, answering)
+
+
+# vLLM's tests/lora/test_punica_ops.py: (sequences, adapters, rank, hidden size, slices), its
+# prompts of 128 tokens shortened to 16, and hidden sizes of its long list that suit no tile; SGLang's
+# test_chunked_sgmv_backend.py: ranks 8, 16, 32 and 0 together, slices of grouped-query attention.
+VLLM = [
+    *[(batch, adapters, 32, 2049, 1) for batch in (1, 4, 16, 32) for adapters in (1, 8, 32, 128)],
+    *[(4, 8, rank, 2049, slices) for rank in (8, 16, 64, 128, 256) for slices in (1, 2, 3)],
+    *[(4, 4, 32, hidden, 3) for hidden in (128, 896, 1216, 2752, 3424, 5504, 6848)],
+]
+
+
+@pytest.mark.parametrize("tokens", [1, 16], ids=["decode", "prefill"])
+@pytest.mark.parametrize(("batch", "adapters", "rank", "hidden", "slices"), VLLM)
+def test_vllms_list(batch, adapters, rank, hidden, slices, tokens):
+    sequences = torch.randint(-1, adapters, (batch,)).tolist()
+    slots = [slot for slot in sequences for _ in range(tokens)]
+    widths = (hidden // slices,) * slices
+    case = Mixed(
+        len(slots),
+        hidden,
+        widths,
+        ranks=(rank,) * adapters,
+        r_max=rank,
+        dtype=torch.bfloat16,
+        slots=slots,
+    )
+    with lk.force_plan("native" if facts("cpu").native else "reference"):
+        check(case, "cpu" if facts("cpu").native else "reference")
+
+
+@pytest.mark.parametrize("kind", ["uniform", "mixed", "skewed", "none"])
+@pytest.mark.parametrize("lengths", [[1] * 16, [3, 17, 1, 64, 0, 40]], ids=["decode", "prefill"])
+def test_sglangs_list(kind, lengths):
+    ranks = (8, 16, 32, 0)
+    slots = {
+        "uniform": [1] * len(lengths),
+        "mixed": [i % 4 for i in range(len(lengths))],
+        "skewed": [2] + [0] * (len(lengths) - 1),
+        "none": [3] * len(lengths),
+    }[kind]
+    seg = SegmentTable.from_lengths(slots, lengths, ranks, [1.0] * 4)
+    rows = seg.slot_of_row.tolist()
+    assert len(rows) == sum(lengths)
+    for dtype in (torch.float16, torch.bfloat16):
+        case = Mixed(
+            len(rows),
+            1024,
+            (1024, 256, 256),
+            ranks=ranks,
+            r_max=32,
+            dtype=dtype,
+            slots=rows,
+            packed=True,
+        )
+        with lk.force_plan("native" if facts("cpu").native else "reference"):
+            check(case, "cpu" if facts("cpu").native else "reference")
 
 
 def test_distinct_rows_see_their_own_adapter(answering):
@@ -346,6 +223,7 @@ def test_a_row_depends_on_no_other_row(dtype, backend):
 def test_autograd(packed, dropout_p, answering):
     case = Mixed(33, 70, (40, 65), packed=packed, dropout_p=dropout_p)
     exact = case.naive(torch.float64)
+    exact |= case.gradients_of_given(exact["s"], exact["d"], torch.float64)
     leaves = [t.requires_grad_() for t in (case.x, *case.a, *case.b)]
     b = case.b
     options = {"rng": case.rng, "dropout_p": dropout_p, "training": True}
