@@ -14,10 +14,12 @@ import torch
 
 from lora_kernels.device import facts
 
-from . import cases, report
-from .baselines import VARIANTS, version
+from . import cases, report, segmented_cases
+from .baselines import VARIANTS, Variant, version
 from .cases import Setting
 from .measure import CpuClock, CudaClock, roofline
+from .segmented_baselines import MIXED_VARIANTS, MixedVariant
+from .segmented_cases import MixedSetting
 
 # Seconds of samples per row on a CPU, where the count follows from the speed of the row: at least
 # so many rounds, more for the few tokens whose times scatter more.
@@ -82,13 +84,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "setting" in metafunc.fixturenames:
         settings = metafunc.config.stash[_SESSION].settings
         metafunc.parametrize("setting", settings, ids=str)
+    if "mixed" in metafunc.fixturenames:
+        metafunc.parametrize("mixed", metafunc.config.stash[_SESSION].mixed_settings, ids=str)
 
 
 # After pytest-benchmark's own tables: the bar is what the run ends with.
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     session = config.stash[_SESSION]
-    if not session.rows:
+    if not session.rows and not session.mixed_rows:
         return
     for outcome in ("failed", "error", "skipped"):
         session.unmeasured[outcome] = [
@@ -131,6 +135,14 @@ class Session:
             quick=self.quick,
             real=option("--real"),
         )
+        self.mixed_settings: list[MixedSetting] = []
+        # Who asks for rows of the fused layer wants those.
+        if not any(map(option, ("--shapes", "--ranks", "--dropout", "--modes"))):
+            self.mixed_settings = segmented_cases.mixed_settings(
+                self.device,
+                dtypes=_parsed(config, "--dtypes", cases.parse_dtypes),
+                quick=self.quick,
+            )
         chosen = _parsed(config, "--baselines", _parse_baselines)
         # Compiling takes longer than all else in a quick run.
         default = [key for key in _baselines(self.device) if not (self.quick and key == "compiled")]
@@ -144,6 +156,7 @@ class Session:
         default_directory = Path(__file__).parent / "out"
         self.directory = Path(option("--report-dir") or default_directory)
         self.rows: list[dict[str, Any]] = []
+        self.mixed_rows: list[dict[str, Any]] = []
         self.unmeasured: dict[str, list[str]] = {}
         self.started = time.time()
 
@@ -167,6 +180,12 @@ class Session:
         fewest = _FEWEST_OF_FEW_TOKENS if setting.m <= _FEW_TOKENS else _FEWEST
         return min(max(int(_CPU_SECONDS / seconds), fewest), _MOST)
 
+    def mixed_count(self, seconds: float) -> int:
+        """The rounds of a mixed batch, one of which takes so many seconds."""
+        if self.rounds is not None or self.quick or self.device == "cuda":
+            return self.rounds or (5 if self.quick else _GPU_ROUNDS)
+        return min(max(int(_CPU_SECONDS / seconds), _FEWEST), _MOST)
+
     def add_row(
         self,
         setting: Setting,
@@ -187,6 +206,23 @@ class Session:
         self.rows.append(row)
         return row
 
+    def add_mixed(
+        self,
+        setting: MixedSetting,
+        variants: dict[str, dict[str, float]],
+        missing: dict[str, str],
+        plans: dict[str, dict[str, str]],
+    ) -> dict[str, Any]:
+        row = {
+            "setting": asdict(setting),
+            "variants": variants,
+            "missing": missing,
+            "backend": self.device,
+            "plans": plans,
+        }
+        self.mixed_rows.append(row)
+        return row
+
     def content(self) -> dict[str, Any]:
         """All that the report says, as JSON."""
         device = facts(self.device)
@@ -203,20 +239,26 @@ class Session:
             "cache_bytes": self.clock.cache_bytes,
             "warmup": self.warmup,
             "variants": {
-                key: {
-                    "label": VARIANTS[key].label,
-                    "what": VARIANTS[key].what,
-                    "version": f"{VARIANTS[key].package} {version(VARIANTS[key].package)}",
-                    "work": "adapter" if VARIANTS[key].computes == "lora" else "plain",
-                }
+                key: _described(VARIANTS[key])
+                | {"work": "adapter" if VARIANTS[key].computes == "lora" else "plain"}
                 for key in self.variants
             },
             "rows": self.rows,
+            "mixed": {
+                "variants": {key: _described(v) for key, v in MIXED_VARIANTS.items()},
+                "rows": self.mixed_rows,
+            },
             "unmeasured": self.unmeasured,
         }
 
 
 _SESSION = pytest.StashKey[Session]()
+
+
+def _described(variant: type[Variant] | type[MixedVariant]) -> dict[str, str]:
+    """What a report says about a variant."""
+    named = f"{variant.package} {version(variant.package)}"
+    return {"label": variant.label, "what": variant.what, "version": named}
 
 
 def _parsed(config: pytest.Config, option: str, parse: Callable[[str], Any]) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import bar
+from . import bar, segmented_cases, segmented_report
 from .cases import MODES
 from .picture import picture
 from .rows import (
@@ -54,13 +54,16 @@ def write(content: Content, directory: Path) -> list[str]:
     """Write everything into ``directory``; returns a line about each file."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / JSON_NAME
-    path.write_text(json.dumps(content | {"bar": bar.as_json(content)}, indent=1) + "\n")
+    judged = {"bar": bar.as_json(content), "mixed_bar": segmented_report.as_json(content)}
+    path.write_text(json.dumps(content | judged, indent=1) + "\n")
     return [f"wrote {path}", *render(content, directory)]
 
 
 def render(content: Content, directory: Path) -> list[str]:
     (directory / MARKDOWN_NAME).write_text(markdown(content))
     lines = [f"wrote {directory / MARKDOWN_NAME}"]
+    if not content["rows"]:
+        return lines
     try:
         picture(content, directory / PICTURE_NAME)
         lines.append(f"wrote {directory / PICTURE_NAME}")
@@ -95,6 +98,9 @@ _LEFT = (
     "bar",
     "worst cell",
     "above",
+    "layer",
+    "population",
+    "ours answered by",
 )
 
 
@@ -204,18 +210,23 @@ def notes(content: Content) -> list[str]:
             where = missing.setdefault(f"{content['variants'][key]['label']}: {reason}", {})
             where[f"{setting.dtype} {MODES[setting.mode]}"] = None
     lines = [f"no number for {what} ({', '.join(where)})" for what, where in missing.items()]
-    restless = [str(setting_of(row)) for row in content["rows"] if _is_restless(row)]
+    restless = [str(setting_of(row)) for row in content["rows"] if _is_restless(row, "fused")]
+    restless += [
+        str(segmented_cases.setting_of(row))
+        for row in segmented_report.rows_of(content)
+        if _is_restless(row, "segmented")
+    ]
     if restless:
         lines.append(f"the machine was busy, repeat these: {', '.join(restless)}")
     for outcome, names in content["unmeasured"].items():
         if names:
             lines.append(f"{outcome}, so no row: {', '.join(names)}")
-    return lines
+    return [*lines, *segmented_report.notes(content)]
 
 
-def _is_restless(row: Row) -> bool:
-    """Whether the quartiles of the floor or of the fused layer lie far apart."""
-    found = [row["variants"][key] for key in ("plain", "fused") if key in row["variants"]]
+def _is_restless(row: Row, ours: str) -> bool:
+    """Whether the quartiles of the floor or of our own variant lie far apart."""
+    found = [row["variants"][key] for key in ("plain", ours) if key in row["variants"]]
     return any(v["q3_s"] - v["q1_s"] > _RESTLESS * v["median_s"] for v in found)
 
 
@@ -241,11 +252,23 @@ def text(content: Content) -> str:
         lines += ["", f"{title}: {_what(rows)}", _aligned(_row_table(content, rows))]
     if content["device"]["kind"] == "cpu":
         lines += ["", *_bar_text(content)]
-    else:
+    elif content["rows"]:
         lines += ["", "the fused layer's rates"]
         for title, rows in groups(content).items():
             lines += [f"{title}:", _aligned(rates_table(content, rows, ["fused"]))]
-    return "\n".join([*lines, "", *notes(content)])
+    return "\n".join([*lines, *_mixed_text(content), "", *notes(content)])
+
+
+def _mixed_text(content: Content) -> list[str]:
+    """The batches that mix adapters: quotients, and their criteria."""
+    lines = []
+    for title, rows in segmented_report.groups(content).items():
+        table = segmented_report.ratios_table(content, rows)
+        lines += ["", f"{title}: ratios of time", _aligned(table)]
+    judged = segmented_report.criteria_table(content)
+    if judged[1]:
+        lines += ["", "the bar of mixed batches", _aligned(judged)]
+    return lines
 
 
 def _row_table(content: Content, rows: Sequence[Row]) -> Table:
@@ -339,7 +362,29 @@ def markdown(content: Content) -> str:
         # All variants of all cells of a grid are in the JSON.
         keys = ["plain", "packed", "fused"] if is_grid(rows) else content["variants"]
         lines += [f"### {title}", "", _piped(rates_table(content, rows, keys)), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_mixed_markdown(content)])
+
+
+def _mixed_markdown(content: Content) -> list[str]:
+    groups_of_mixed = segmented_report.groups(content)
+    if not groups_of_mixed:
+        return []
+    lines = ["## Batches that mix adapters", "", segmented_report.HOW, ""]
+    lines += [_piped(_variants_table(content["mixed"])), ""]
+    judged = segmented_report.criteria_table(content)
+    if judged[1]:
+        lines += ["### The bar of mixed batches", "", _piped(judged), ""]
+    for title, rows in groups_of_mixed.items():
+        lines += [f"### {title}", "", _piped(segmented_report.ratios_table(content, rows)), ""]
+        lines += ["Median ms.", "", _piped(segmented_report.times_table(content, rows)), ""]
+    return lines
+
+
+def _variants_table(content: Content) -> Table:
+    variants = content["variants"].values()
+    return ["variant", "what it is", "version"], [
+        [v["label"], v["what"], v["version"]] for v in variants
+    ]
 
 
 _COLD_CPU = (
@@ -393,7 +438,7 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
     chosen = parser.parse_args(arguments)
     try:
         content = json.loads(chosen.results.read_text())
-        rows = content["rows"]
+        rows = content["rows"] or segmented_report.rows_of(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(f"{chosen.results} is no report of bench: {error!r}")
     if not rows:

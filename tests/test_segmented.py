@@ -91,8 +91,9 @@ def test_populations(population, m, answering):
 
 
 # vLLM's tests/lora/test_punica_ops.py: (sequences, adapters, rank, hidden size, slices), its
-# prompts of 128 tokens shortened to 16, and hidden sizes of its long list that suit no tile; SGLang's
-# test_chunked_sgmv_backend.py: ranks 8, 16, 32 and 0 together, slices of grouped-query attention.
+# prompts of 128 tokens shortened to 16, and hidden sizes of its long list that suit no tile;
+# SGLang's test_chunked_sgmv_backend.py: ranks 8, 16, 32 and 0 together, slices of grouped-query
+# attention.
 VLLM = [
     *[(batch, adapters, 32, 2049, 1) for batch in (1, 4, 16, 32) for adapters in (1, 8, 32, 128)],
     *[(4, 8, rank, 2049, slices) for rank in (8, 16, 64, 128, 256) for slices in (1, 2, 3)],
