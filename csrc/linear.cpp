@@ -8,6 +8,7 @@
 #include "memory.h"
 #include "panel.h"
 #include "product.h"
+#include "store.h"
 #include "vec.h"
 
 namespace lora_kernels {
@@ -38,22 +39,6 @@ void product_by_parts(int64_t M, int64_t K, int64_t width, const C* a, int64_t l
   for (int64_t k = 0; k < K; k += kPart<C>) {
     const int64_t end = std::min(K, k + kPart<C>);
     product(M, width, padded<C>(end - k), a + k, lda, panel_at(k, end), c, add || k > 0);
-  }
-}
-
-// Row i of out from column j on, where columns are neighbours.
-void store_row(const float* from, int64_t n, const Matrix& out, int64_t i, int64_t j) {
-  const int64_t index = i * out.stride_row + j;
-  if (out.kind == Kind::kFloat) {
-    std::memcpy(static_cast<float*>(out.data) + index, from, n * sizeof(float));
-  } else if (out.kind == Kind::kBFloat16) {
-    auto* to = static_cast<BFloat16*>(out.data) + index;
-    int64_t k = 0;
-    for (; k + kLanes <= n; k += kLanes) store_bfloat16(to + k, load<Vec>(from + k));
-    for (; k < n; ++k) to[k] = BFloat16(from[k]);
-  } else {
-    auto* to = static_cast<Half*>(out.data) + index;
-    for (int64_t k = 0; k < n; ++k) to[k] = Half(from[k]);
   }
 }
 

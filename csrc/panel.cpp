@@ -77,6 +77,30 @@ inline void prefetch(const T* from, int64_t count) {
 
 constexpr int64_t kRowsAhead = 32;
 
+// An inner axis that fills a part of a vector, as the usual ranks do, one column after the other:
+// kParts blocks of columns share a transpose. Part is the vector that one column fills.
+template <typename Part, int kParts, typename C>
+void pack_short(const C* b, int64_t stride_n, int64_t N, int64_t width, C* panel) {
+  constexpr int kSteps = kLanes / kParts;
+  for (int64_t n = 0; n < width; n += kLanes * kParts) {
+    Words rows[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      Part parts[kParts];
+      for (int p = 0; p < kParts; ++p) {
+        const int64_t column = n + p * kLanes + i;
+        parts[p] = column < N ? load<Part>(b + column * stride_n) : Part{};
+      }
+      rows[i] = join(parts);
+    }
+    transpose(rows);
+    for (int p = 0; p < kParts && n + p * kLanes < width; ++p) {
+      C* to = panel + (n + p * kLanes) * kStep<C>;
+      for (int s = 0; s < kSteps; ++s) store(to + s * width * kStep<C>, rows[p * kSteps + s]);
+    }
+  }
+}
+
 // Rows [0, K) of b, of which `reach` may be read ahead, and N columns.
 template <typename C, typename T>
 void pack(const T* b, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, int64_t reach,
@@ -102,6 +126,14 @@ void pack(const T* b, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, 
     return;
   }
   constexpr int64_t kBlock = kLanes * kStride;
+  if constexpr (std::is_same_v<C, T> && kLanes >= 8) {
+    if (stride_k == 1 && K == kBlock / 2) {
+      return pack_short<HalfOfWords, 2>(b, stride_n, N, width, panel);
+    }
+    if (stride_k == 1 && K == kBlock / 4) {
+      return pack_short<QuarterOfWords, 4>(b, stride_n, N, width, panel);
+    }
+  }
   for (int64_t n = 0; n < width; n += kLanes) {
     for (int64_t k = 0; k < K; k += kBlock) {
       Words rows[kLanes];

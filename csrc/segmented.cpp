@@ -8,6 +8,7 @@
 #include "memory.h"
 #include "panel.h"
 #include "product.h"
+#include "store.h"
 
 namespace lora_kernels {
 
@@ -21,20 +22,12 @@ using BitsOf = std::conditional_t<sizeof(C) == 2, uint16_t, uint32_t>;
 // y[i, n:n+cols] = or += from.
 void store_or_add(const float* from, int64_t cols, const Matrix& y, int64_t i, int64_t n,
                   bool add) {
+  if (y.stride_col == 1) return add ? add_row(from, cols, y, i, n) : store_row(from, cols, y, i, n);
   with_type(y.kind, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* to = static_cast<T*>(y.data) + i * y.stride_row + n * y.stride_col;
-    const int64_t stride = y.stride_col;
-    if (stride == 1) {
-      if (add) {
-        for (int64_t j = 0; j < cols; ++j) to[j] = T(static_cast<float>(to[j]) + from[j]);
-      } else {
-        for (int64_t j = 0; j < cols; ++j) to[j] = T(from[j]);
-      }
-    } else {
-      for (int64_t j = 0; j < cols; ++j) {
-        to[j * stride] = T(add ? static_cast<float>(to[j * stride]) + from[j] : from[j]);
-      }
+    for (int64_t j = 0; j < cols; ++j, to += y.stride_col) {
+      *to = T(add ? static_cast<float>(*to) + from[j] : from[j]);
     }
   });
 }

@@ -71,7 +71,26 @@ inline Words interleave(HalfWords a, HalfWords b, std::integer_sequence<int, i..
   return (Words)__builtin_shufflevector(a, b, (kOffset + i / 2 + (i % 2) * 2 * kLanes)...);
 }
 
+template <int... i, typename Part>
+inline auto join(Part a, Part b, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(a, b, i...);
+}
+
 }  // namespace detail
+
+// Half and a quarter of the words of a vector, and the whole of them, in order.
+typedef uint32_t HalfOfWords __attribute__((vector_size(2 * kLanes)));
+typedef uint32_t QuarterOfWords __attribute__((vector_size(kLanes)));
+
+inline Words join(const HalfOfWords (&parts)[2]) {
+  return detail::join(parts[0], parts[1], std::make_integer_sequence<int, kLanes>{});
+}
+
+inline Words join(const QuarterOfWords (&parts)[4]) {
+  using Half = std::make_integer_sequence<int, kLanes / 2>;
+  return join({(HalfOfWords)detail::join(parts[0], parts[1], Half{}),
+               (HalfOfWords)detail::join(parts[2], parts[3], Half{})});
+}
 
 // The pairs (a[j], b[j]) in order, over two vectors.
 inline void interleave(HalfWords a, HalfWords b, Words (&pairs)[2]) {
