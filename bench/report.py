@@ -101,6 +101,8 @@ _LEFT = (
     "layer",
     "population",
     "ours answered by",
+    "what it is",
+    "version",
 )
 
 
@@ -327,11 +329,12 @@ def markdown(content: Content) -> str:
     lines += [
         f"| {v['label']} | {v['what']} | {v['version']} |" for v in content["variants"].values()
     ]
-    lines += [
-        "",
-        f"![time of each variant divided by that of the plain linear]({PICTURE_NAME})",
-        "",
-    ]
+    if content["rows"]:
+        lines += [
+            "",
+            f"![time of each variant divided by that of the plain linear]({PICTURE_NAME})",
+        ]
+    lines += [""]
     if bar.verdicts(content):
         lines += [
             "## The bar",
