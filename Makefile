@@ -47,7 +47,7 @@ demo: $(READY)
 test: $(READY)
 	$(PY) -m pytest tests --doctest-modules lora_kernels
 	@# What is interpreted cannot be compiled, so Triton's interpreter has a process of its own.
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_kernels.py
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_kernels*.py
 
 sanitize: $(READY)
 	$(PY) setup.py -q sanitize

@@ -13,7 +13,7 @@ from .models import (
     warmup,
 )
 from .nn import FusedLoRALinear
-from .plan import Answer, force_plan, last_plan, record_plans
+from .plan import Answer, batch_invariant, force_plan, last_plan, record_plans
 from .segmented import segmented_expand, segmented_lora, segmented_shrink
 from .segments import SegmentTable
 
@@ -25,6 +25,7 @@ __all__ = [
     "LoRAReport",
     "SegmentTable",
     "apply_lora",
+    "batch_invariant",
     "force_plan",
     "last_plan",
     "load_adapter",

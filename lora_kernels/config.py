@@ -7,15 +7,28 @@ from dataclasses import dataclass
 
 from .device import DeviceFacts
 from .problem import ELEMENT_BYTES, Problem
+from .segments import BLOCK_ROWS
 
 # How S reaches the accumulator (module docstring of plan.py). The order is the order in which a
-# tuner tries them. "skinny" is the one kernel of the operators that have no tail to place; "native"
-# are the C++ kernels of csrc/.
-PLANS = ("in_loop", "tail", "producer", "skinny", "native", "vendor", "reference")
+# tuner tries them. "skinny" is the one kernel of the operators that have no tail to place; "decode"
+# and "grouped" are those of a batch that mixes adapters; "native" are the C++ kernels of csrc/.
+PLANS = (
+    "in_loop",
+    "tail",
+    "producer",
+    "skinny",
+    "decode",
+    "grouped",
+    "native",
+    "vendor",
+    "reference",
+)
 
 # Plans whose work is done by Triton kernels with tiles; the others take no numbers.
-TILED_PLANS = ("in_loop", "tail", "producer", "skinny")
+TILED_PLANS = ("in_loop", "tail", "producer", "skinny", "decode", "grouped")
+SEGMENTED_PLANS = ("decode", "grouped")
 SKINNY_OPS = ("lora_shrink", "lora_linear_dab")
+DECODE_OPS = ("segmented_lora", "segmented_lora_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +53,8 @@ class Config:
     programs: int = 0
     descriptors: bool = False
     block_r: int = 0
+    # columns that one program of the decode plan expands
+    chunk: int = 0
 
 
 def block_r(config: Config, r: int) -> int:
@@ -53,7 +68,7 @@ def block_r(config: Config, r: int) -> int:
     whole = max(16, 1 << max(r - 1, 0).bit_length())
     if config.plan == "tail":
         return min(whole, 32)
-    if config.plan == "skinny":
+    if config.plan in ("skinny", *SEGMENTED_PLANS):
         return min(whole, config.block_r or whole)
     return max(whole, 32) if config.plan == "in_loop" and config.block_m == 16 else whole
 
@@ -62,6 +77,11 @@ def shared_memory(config: Config, problem: Problem) -> int:
     """Bytes that the software pipeline keeps of the operands of its main loop."""
     size = ELEMENT_BYTES[problem.dtype]
     rank = block_r(config, problem.r)
+    if problem.slots:
+        adapter = ELEMENT_BYTES[problem.adapter_dtype]
+        shrink = config.block_k * (config.block_m * size + rank * adapter)
+        expand = rank * (config.block_m * size + config.block_n * adapter)
+        return config.num_stages * max(shrink, expand)
     if problem.op == "lora_linear_dab":
         # In float32 the transposed tile has a place of its own.
         stages = config.num_stages + (size == 4)
@@ -95,8 +115,6 @@ def _tiled_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) 
     skinny = problem.op in SKINNY_OPS
     if facts.kind != "cuda":
         return "Triton's kernels run on GPUs"
-    if problem.slots:
-        return "there is no kernel for it yet"
     if not facts.triton:
         return "Triton is not installed"
     if _sm(facts.arch) < 80:
@@ -105,6 +123,10 @@ def _tiled_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) 
         return "there is no kernel for it yet"
     if problem.dtype == "float64" or problem.adapter_dtype == "float64":
         return "float64 is computed by the reference"
+    if (problem.slots > 0) != (config.plan in SEGMENTED_PLANS):
+        return f"{problem.op} mixes {'' if problem.slots else 'no '}adapters"
+    if problem.slots:
+        return _segmented_invalid_reason(config, problem, facts)
     if skinny != (config.plan == "skinny"):
         return f"{problem.op} has {'no tail to place' if skinny else 'a tail to place'}"
     if config.plan == "in_loop" and problem.dropout:
@@ -121,6 +143,56 @@ def _tiled_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) 
     return _register_reason(config, problem, facts)
 
 
+def _segmented_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str | None:
+    if config.plan == "decode":
+        if problem.op not in DECODE_OPS:
+            return f"{problem.op} is no shrink followed by an expand"
+        if problem.dropout:
+            return "it is for inference, and has no dropout"
+        if problem.m > MOST_DECODE_ROWS:
+            return f"its partial sums grow with the rows, of which it takes {MOST_DECODE_ROWS}"
+        if config.chunk and _decode_room(config, problem) > MOST_DECODE_ROOM:
+            return f"its partial sums would take more than {MOST_DECODE_ROOM} bytes"
+    if config.block_m == 0:
+        return None
+    if config.block_m != BLOCK_ROWS:
+        return f"the schedule has blocks of {BLOCK_ROWS} rows"
+    if facts.shared_memory and shared_memory(config, problem) > facts.shared_memory - 1024:
+        return f"its stages do not fit {facts.shared_memory} bytes of shared memory"
+    # What spills, by the ahead-of-time report (sm_80, sm_90, sm_100; 2026-11).
+    rank, columns = block_r(config, problem.r), config.block_n
+    backward = problem.op in ("segmented_lora_dx", _DAB)
+    if (backward and columns * rank > 64 * 64) or (problem.op == _DAB and columns > 64):
+        return _REGISTERS
+    if _sm(facts.arch) == 1000:
+        return None
+    if config.plan == "decode" and (columns, config.block_k) == (64, 64):
+        return _REGISTERS
+    if problem.dtype == "float32" and (config.num_warps == 4) != (problem.op == _DAB):
+        return _REGISTERS
+    half = problem.dtype != "float32"
+    if half and problem.op == _DAB and family(facts.arch) == "sm_100":
+        if rank > 32:
+            return _REGISTERS
+    elif half and problem.aligned and config.block_k == 32:
+        return _REGISTERS
+    loaded = max(config.block_m, rank) * config.block_k, columns * max(rank, config.block_m)
+    # Without 16-byte rows every element loaded has an address of its own.
+    if not problem.aligned and max(loaded) > 2048:
+        return _REGISTERS
+    return None
+
+
+def _decode_room(config: Config, problem: Problem) -> int:
+    """Bytes of partial sums: of every row block, chunk of columns and share of K."""
+    blocks = -(-problem.m // BLOCK_ROWS) * 2 + min(problem.m, problem.slots)
+    chunks = problem.n // config.chunk + problem.slices
+    rank = block_r(config, problem.r)
+    width = -(-problem.r // rank) * rank
+    return blocks * chunks * config.split_k * BLOCK_ROWS * width * 4
+
+
+_DAB = "segmented_lora_dab"
 _REGISTERS = "its accumulators and addresses do not fit the registers"
 
 
@@ -192,8 +264,35 @@ _FLOAT_TILES = ((32, 32, 16, 4, 1),)
 _SHRINK_TILES = ((64, 64, 64, 4, 3), (16, 128, 64, 4, 3), (64, 32, 64, 8, 1), (32, 32, 32, 4, 1))
 _DAB_TILES = ((64, 64, 128, 4, 3), (32, 128, 64, 4, 3), (32, 64, 64, 8, 1), (32, 32, 32, 4, 1))
 
+# (block_n, block_k, block_r, warps, stages) of the segmented operators: for half types, then for
+# rows or stacks that are not aligned; and for float32.
+_SEGMENTED_TILES = ((128, 64, 64, 4, 3), (64, 64, 64, 4, 3), (64, 32, 32, 4, 1))
+_SEGMENTED_FLOAT_TILES = ((32, 32, 32, 8, 1), (32, 32, 32, 4, 1))
+
+# How the decode plan deals out work, for FIELD's table T2 (8 adapters of rank 32, half types): the
+# predicted microseconds of qkv, gate_up and down on an H200, a launch at 2 and an arrival at 1, if
+# memory gives 4.1 TB/s, the L2 5.5 TB/s and one program takes in 40 GB/s (guesses all three):
+#
+#   the whole shrink in every chunk of 512 columns (no split)    10    21    23
+#   one chunk a slice: its last arriver expands all of it        18    24    11
+#   chunks of 1024, K dealt out by 512                            8    15     9
+#   chunks of 2048, K dealt out by 512                            9    11     9
+#
+# The first reads A again for every chunk, from a cache that does not keep up with 100 MB; the
+# second leaves B to one program a slice and adapter. The best plans published there take 15, 22
+# and 11.
+_DECODE_CHUNKS = (2048, 1024, 512)
+_DECODE_SHARE = 512
+# Of a shrink over row blocks, which are many, only a long K is dealt out (a guess).
+_GROUPED_SHARE = 2048
+
 # Above this many rows a column of tiles is no longer one tile, and splitting K is not for speed.
 SMALL_M = 64
+MOST_DECODE_ROWS = 256
+# Little beside a model, and enough for 64 rows of 64 adapters of rank 64 in any layer of FIELD's.
+MOST_DECODE_ROOM = 256 << 20
+# What stands for any number of rows where the choice may not depend on it.
+MANY_ROWS = 1 << 20
 
 
 def family(arch: str) -> str:
@@ -210,6 +309,9 @@ def tiled_configs(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:
     """Every shipped tile as a configuration for ``problem``, valid or not."""
     half = ELEMENT_BYTES[problem.dtype] == 2
     processors = max(facts.processors, 1)
+    if problem.slots:
+        yield from _segmented_configs(problem)
+        return
     if problem.op == "lora_shrink":
         for block_m, block_k, rank, warps, stages in _SHRINK_TILES if half else _SHRINK_TILES[-1:]:
             blocks = -(-problem.m // block_m) * -(-problem.r // rank)
@@ -246,6 +348,30 @@ def tiled_configs(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:
                     processors,
                     descriptors,
                 )
+
+
+def _segmented_configs(problem: Problem) -> Iterator[Config]:
+    """For few rows the decode plan comes first. Nothing but that order depends on the rows: within
+    a plan a row has the same bits in every batch."""
+    half = ELEMENT_BYTES[problem.dtype] == 2
+    tiles = _SEGMENTED_TILES if half else _SEGMENTED_FLOAT_TILES
+    # dX sums over N, and over each slice by itself.
+    inner = problem.n // problem.slices if problem.op == "segmented_lora_dx" else problem.k
+    grouped, decode = [], []
+    for block_n, block_k, rank, warps, stages in tiles:
+        split = max(1, min(inner // _GROUPED_SHARE, 8))
+        grouped.append(
+            Config("grouped", BLOCK_ROWS, block_n, block_k, 0, split, warps, stages, block_r=rank)
+        )
+        split = max(1, min(inner // _DECODE_SHARE, 16))
+        decode += [
+            Config(
+                "decode", BLOCK_ROWS, block_n, block_k, 0, split, warps, stages,
+                block_r=rank, chunk=chunk,
+            )
+            for chunk in _DECODE_CHUNKS
+        ]  # fmt: skip
+    yield from (*decode, *grouped) if problem.m <= SMALL_M else (*grouped, *decode)
 
 
 def _split(blocks: int, steps: int, processors: int) -> int:

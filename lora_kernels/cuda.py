@@ -45,9 +45,13 @@ def run_kernel(
     """Launch the kernel of ``op`` with ``config``; a plan by its name alone gets the planner's
     numbers."""
     # Triton is imported by the first launch, not by importing the package.
-    from .kernels import linear_bwd, linear_fwd
+    from .kernels import linear_bwd, linear_fwd, segmented, segmented_bwd, segmented_decode
 
     config = with_numbers(config, problem, known)
+    if problem.slots:
+        module = segmented_decode if config.plan == "decode" else segmented
+        module = segmented_bwd if op == "segmented_lora_dab" else module
+        return getattr(module, op)(*args, **kwargs, config=config)
     if op in SKINNY_OPS:
         kernel = linear_fwd.lora_shrink if op == "lora_shrink" else linear_bwd.lora_linear_dab
         return kernel(*args, **kwargs, config=config)
@@ -76,4 +80,6 @@ def with_numbers(config: Config, problem: Problem, known: DeviceFacts) -> Config
     ]
     if not valid:
         raise ValueError(f"no tile of plan {config.plan!r} can compute {problem} on {known.name}")
+    if problem.slots:
+        return valid[0]
     return min(valid, key=lambda c: plan.estimate_us(c, problem, known))

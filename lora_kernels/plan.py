@@ -6,6 +6,8 @@ The plans, one contract (how S reaches the accumulator of the base product):
   store (p = 0);
 - ``tail``      a skinny shrink writes S, the GEMM starts with dot(S, B);
 - ``producer``  one persistent launch, tiles that own S for a row block publish it to the others;
+- ``decode``    a batch that mixes adapters, of few rows: shrink and expand in one launch;
+- ``grouped``   a batch that mixes adapters: shrink, then expand, by blocks of rows of one adapter;
 - ``native``    the CPU's C++ kernels: tail, then GEMM, in one pass over tiles;
 - ``vendor``    the library's GEMM, then the tail added in place: the floor under every shape;
 - ``reference`` plain torch in float32 or float64: where no backend exists.
@@ -31,7 +33,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .config import PLANS, SKINNY_OPS, Config, block_r, invalid_reason, is_valid, tiled_configs
+from .config import (
+    MANY_ROWS,
+    PLANS,
+    SKINNY_OPS,
+    Config,
+    block_r,
+    invalid_reason,
+    is_valid,
+    tiled_configs,
+)
 from .device import DeviceFacts
 from .problem import ELEMENT_BYTES, Problem
 
@@ -57,6 +68,7 @@ class Answer(NamedTuple):
 _last: Answer | None = None
 _recorders: list[list[Answer]] = []
 _forced: Config | None = None
+_batch_invariant = False
 
 
 def plan(problem: Problem, facts: DeviceFacts) -> Config:
@@ -79,6 +91,9 @@ def plan(problem: Problem, facts: DeviceFacts) -> Config:
                 f"{_forced} was forced and cannot answer {problem} on {facts.name}: {reason}"
             )
         return _forced
+    if _batch_invariant and problem.slots:
+        # One choice for all M, by rule: a measured one holds for a range of M.
+        return heuristic(problem._replace(m=MANY_ROWS), facts)
     return _plan(problem, facts)
 
 
@@ -91,12 +106,17 @@ def _plan(problem: Problem, facts: DeviceFacts) -> Config:
 
 
 def heuristic(problem: Problem, facts: DeviceFacts) -> Config:
-    """Valid everywhere: on a GPU the candidate with the shortest estimate, on a CPU its native
-    kernels, else the library's GEMM where a backend of ours calls it, else the reference."""
+    """Valid everywhere: on a GPU the candidate with the shortest estimate (of those for a batch
+    that mixes adapters the first), on a CPU its native kernels, else the library's GEMM where a
+    backend of ours calls it, else the reference."""
     native, vendor = Config("native"), Config("vendor")
     # The baseline is for machines of which the library knows more than 128-bit vectors (a guess).
     if is_valid(native, problem, facts) and facts.native != "baseline":
         return native
+    if problem.slots:
+        # In their order: nothing is measured that an estimate could weigh.
+        shipped = (c for c in tiled_configs(problem, facts) if is_valid(c, problem, facts))
+        return next(shipped, Config("reference"))
     if not is_valid(vendor, problem, facts):
         return Config("reference")
     tiled = [c for c in tiled_configs(problem, facts) if is_valid(c, problem, facts)]
@@ -214,6 +234,27 @@ def force_plan(choice: str | Config) -> Iterator[None]:
         yield
     finally:
         _forced = previous
+
+
+class batch_invariant:
+    """``lk.batch_invariant(True)``: from now on one plan answers every batch that mixes adapters,
+    so that the bits of a row's adapter delta depend neither on how many rows there are nor on the
+    others (at fixed K, N, r, dtype, device and versions; the base product belongs to the library).
+    On a CPU they never do. In a ``with`` statement the block's end brings back what was before.
+
+    Idea: batch-invariant kernels (He, "Defeating nondeterminism in LLM inference", 2025).
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        global _batch_invariant
+        self._previous, _batch_invariant = _batch_invariant, enabled
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        global _batch_invariant
+        _batch_invariant = self._previous
 
 
 # Tables: one JSON file per device, {"device", "versions", "kernels", "date", "plans": {key:

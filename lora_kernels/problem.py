@@ -168,10 +168,29 @@ def _segmented(
     slices: int,
     adapter: torch.dtype,
     rng: Tensor | None = None,
+    stacks: Sequence[Tensor] = (),
 ) -> Problem:
     dtypes = dtype_name(rows.dtype), dtype_name(adapter)
-    slots = table[1].shape[0]
-    return Problem(op, rows.shape[0], n, k, r, *dtypes, rng is not None, slots=slots, slices=slices)
+    aligned = not rows.is_cuda or all(map(_whole_vectors, (rows, *stacks)))
+    return Problem(
+        op,
+        rows.shape[0],
+        n,
+        k,
+        r,
+        *dtypes,
+        rng is not None,
+        aligned=aligned,
+        slots=table[1].shape[0],
+        slices=slices,
+    )
+
+
+def _whole_vectors(t: Tensor) -> bool:
+    """Whether 16 bytes at a time can be read along the last axis of ``t``."""
+    *steps, last = t.stride()
+    vector = 16 // t.element_size()
+    return last == 1 and not any(step % vector for step in steps) and t.data_ptr() % 16 == 0
 
 
 def _segmented_shrink(
@@ -185,12 +204,13 @@ def _segmented_shrink(
     slices = packed_slices or len(lora_a)
     r = lora_a[0].shape[1] // max(packed_slices, 1)
     k, dtype = x.shape[1], lora_a[0].dtype
-    return _segmented("segmented_shrink", x, slices * r, k, table, r, slices, dtype, rng)
+    return _segmented("segmented_shrink", x, slices * r, k, table, r, slices, dtype, rng, lora_a)
 
 
 def _segmented_expand(s: Tensor, lora_b: Sequence[Tensor], table: Sequence[Tensor]) -> Problem:
     n, (slices, r) = sum(b.shape[1] for b in lora_b), s.shape[1:]
-    return _segmented("segmented_expand", s, n, slices * r, table, r, slices, lora_b[0].dtype)
+    dtype, k = lora_b[0].dtype, slices * r
+    return _segmented("segmented_expand", s, n, k, table, r, slices, dtype, stacks=lora_b)
 
 
 def _segmented_expand_(
@@ -209,7 +229,8 @@ def _segmented_lora(
     dropout_p: float = 0.0,
 ) -> Problem:
     n, r, k = sum(b.shape[1] for b in lora_b), lora_b[0].shape[2], lora_a[0].shape[2]
-    return _segmented("segmented_lora", x, n, k, table, r, len(lora_b), lora_b[0].dtype, rng)
+    stacks, dtype = (*lora_a, *lora_b), lora_b[0].dtype
+    return _segmented("segmented_lora", x, n, k, table, r, len(lora_b), dtype, rng, stacks)
 
 
 def _segmented_lora_(
@@ -243,7 +264,8 @@ def _segmented_lora_dab(
 ) -> Problem:
     dtype = da_dtype or db_dtype or dy.dtype
     n, k, slices = dy.shape[1], 0 if x is None else x.shape[1], len(widths)
-    return _segmented("segmented_lora_dab", dy, n, k, table, r_max, slices, dtype, rng)
+    rows = () if x is None else (x,)
+    return _segmented("segmented_lora_dab", dy, n, k, table, r_max, slices, dtype, rng, rows)
 
 
 PROBLEM_OF: dict[str, Callable[..., Problem]] = {

@@ -20,6 +20,7 @@ covering set of it, each member there for what it costs in registers or in addre
 - fp32: each tile in each plan, aligned and odd.
 - the shrink and dA/dB: each tile at the largest rank it admits masked and not, split and not,
   aligned, odd and strided, fp32 once; ranks 16 and 64 once, masked and aligned.
+- the segmented operators: the docstring of ``aot_segmented.py``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import itertools
 import multiprocessing
 import os
@@ -45,6 +47,7 @@ from lora_kernels import cuda
 from lora_kernels.config import Config, invalid_reason, tiled_configs
 from lora_kernels.device import DeviceFacts
 from lora_kernels.problem import Problem
+from tests import aot_segmented
 
 REPORT = Path(__file__).with_name("aot_report.md")
 # Of the cores, so that the suite finishes in minutes where there are two.
@@ -75,6 +78,9 @@ class Call(NamedTuple):
     config: Config
     problem: Problem
     layout: str  # "aligned", "odd" or "strided"
+    packed: bool = False
+    # which of the call's launches
+    launch: int = -1
 
     @property
     def flags(self) -> str:
@@ -82,6 +88,7 @@ class Call(NamedTuple):
         problem, op = self.problem, self.problem.op
         names = {"lora_linear_fwd": "fwd", "lora_linear_dx": "dx"}
         flags = [names[op]] if op in names else []
+        flags += [op.removeprefix("segmented_")] * (problem.slots > 0) + ["packed"] * self.packed
         flags += ["mask"] * problem.dropout + ["Conv1D"] * problem.fan_in_fan_out
         flags += ["out_scale"] * problem.out_scale + ["descriptors"] * self.config.descriptors
         return " ".join([*flags, self.layout])
@@ -108,7 +115,8 @@ class Row(NamedTuple):
 
 def calls(arch: str) -> list[Call]:
     """The covering set of the module's docstring for one architecture, without repetitions."""
-    return list(dict.fromkeys(itertools.chain(_linear(arch), _skinny(arch))))
+    mixed = itertools.starmap(functools.partial(Call, arch), aot_segmented.calls(FACTS[arch]))
+    return list(dict.fromkeys(itertools.chain(_linear(arch), _skinny(arch), mixed)))
 
 
 def _linear(arch: str) -> Iterator[Call]:
@@ -226,6 +234,8 @@ def _call(arch: str, tile: Config, problem: Problem, layout: str) -> Iterator[Ca
 def arguments(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The operator's own arguments; the tensors are reserved memory that nobody touches."""
     problem, layout = call.problem, call.layout
+    if problem.slots:
+        return (), aot_segmented.arguments(problem, layout, call.packed)
     dtype, adapters = DTYPES[problem.dtype], DTYPES[problem.adapter_dtype]
     m, n, k, r = problem.m, problem.n, problem.k, problem.r
 
@@ -273,7 +283,13 @@ class _Caught(NamedTuple):
 @contextlib.contextmanager
 def _launches() -> Iterator[list[_Caught]]:
     """Inside the block the package's kernels are not run; what they were launched with is kept."""
-    from lora_kernels.kernels import linear_bwd, linear_fwd
+    from lora_kernels.kernels import (
+        linear_bwd,
+        linear_fwd,
+        segmented,
+        segmented_bwd,
+        segmented_decode,
+    )
 
     caught: list[_Caught] = []
 
@@ -286,9 +302,9 @@ def _launches() -> Iterator[list[_Caught]]:
 
     kept = [
         (module, name, function)
-        for module in (linear_fwd, linear_bwd)
+        for module in (linear_fwd, linear_bwd, segmented, segmented_bwd, segmented_decode)
         for name, function in vars(module).items()
-        if name.startswith("_lora") and name.endswith("_kernel")
+        if name.startswith(("_lora", "_segmented")) and name.endswith("_kernel")
     ]
     for module, name, function in kept:
         setattr(module, name, Catcher(function))
@@ -306,7 +322,7 @@ def launch(call: Call) -> _Caught:
         cuda.run_kernel(
             call.problem.op, call.config, call.problem, FACTS[call.arch], *args, **kwargs
         )
-    return caught[-1]
+    return caught[call.launch]
 
 
 def compile_ahead(arch: str, caught: _Caught) -> tuple[Any, dict[str, Any]]:
@@ -541,7 +557,9 @@ def predicted(row: Row) -> list[int]:
     def product(rows: int, columns: int, depth: int) -> int:
         return instructions(arch, rows, columns, depth, warps, dtype)
 
-    if row.kernel == "_lora_shrink_kernel":
+    if row.call.problem.slots:
+        loops = [product(*sizes) for sizes in aot_segmented.products(row.kernel, c)]
+    elif row.kernel == "_lora_shrink_kernel":
         loops = [product(c["BLOCK_M"], c["BLOCK_R"], c["BLOCK_K"])]
     elif row.kernel == "_lora_linear_dab_kernel":
         # dA, then dB
@@ -599,7 +617,7 @@ def table_rows(rows: list[Row]) -> list[str]:
         tile = f"{sizes} w{config.num_warps} s{config.num_stages}"
         tile += f" split {config.split_k}" * (config.split_k > 1)
         kernel = row.kernel.removeprefix("_").removesuffix("_kernel")
-        plan = "" if config.plan == "skinny" else f" {config.plan}"
+        plan = "" if config.plan in ("skinny", "grouped", "decode") else f" {config.plan}"
         loops = [" + ".join(f"{n} {name}" for name, n in loop.items()) for loop in row.loops]
         cells = (
             f"{kernel}{plan}",

@@ -8,8 +8,9 @@ import os
 
 import aot
 import pytest
+import torch
 
-from lora_kernels import config, ops
+from lora_kernels import config, cuda, ops
 from lora_kernels.problem import Problem
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -83,6 +84,38 @@ def test_every_shipped_tile_is_compiled(arch):
                             and c.config.descriptors == tile.descriptors
                             for c in chosen
                         ), tile
+
+
+@pytest.mark.parametrize("op", ["lora_linear_dab", "segmented_lora_dab"])
+def test_gradients_of_two_dtypes_compile(op):
+    """A in float32 and B in the rows' dtype: the interpreter has no types that could disagree."""
+    call = next(c for c in aot.calls("sm_80") if c.problem.op == op)
+    args, kwargs = aot.arguments(call)
+    kwargs |= {"da_dtype": torch.float32, "db_dtype": torch.bfloat16}
+    with aot._launches() as caught:
+        cuda.run_kernel(op, call.config, call.problem, aot.FACTS["sm_80"], *args, **kwargs)
+    with aot._quiet():
+        compiled, _ = aot.compile_ahead("sm_80", caught[-1])
+    assert compiled.asm["cubin"]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_tile_of_a_mixed_batch_is_compiled(arch):
+    chosen = [c for c in aot.calls(arch) if c.problem.slots]
+    assert {c.problem.op for c in chosen} == set(ops.SEGMENTED_OPERATORS)
+    assert {c.config.plan for c in chosen} == {"grouped", "decode"}
+    for op in ops.SEGMENTED_OPERATORS:
+        for dtype, aligned in (("float32", True), ("bfloat16", True), ("bfloat16", False)):
+            problem = Problem(op, 50, 3072, 4096, 256, dtype, dtype, aligned=aligned, slots=8)
+            for tile in config.tiled_configs(problem._replace(slices=3), aot.FACTS[arch]):
+                if config.invalid_reason(tile, problem, aot.FACTS[arch]) is None:
+                    halves = tile.plan == "grouped" and op in config.DECODE_OPS
+                    assert halves or any(
+                        (c.config.plan, c.config.block_n, c.config.block_k, c.config.num_warps)
+                        == (tile.plan, tile.block_n, tile.block_k, tile.num_warps)
+                        and c.problem.op == op
+                        for c in chosen
+                    ), tile
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -2,6 +2,7 @@
 op."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,16 @@ from lora_kernels import ops
 from lora_kernels.config import candidates
 from lora_kernels.device import facts
 from lora_kernels.problem import PROBLEM_OF
+from lora_kernels.segments import SegmentTable
 from lora_kernels.testing import Case, assert_within_budget, check, naive
+from lora_kernels.testing_segmented import SegmentedCase, check_segmented
+from lora_kernels.testing_segmented import naive as naive_segmented
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 CASE = Case(300, 530, 200, 40, device="cuda")
+MIXED = SegmentedCase(150, 520, (530, 64, 200), (33, 0, 1, 8, 64, 16), device="cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -164,3 +169,120 @@ def test_compiled_layer_runs_the_kernels():
             y = compiled(x)
         assert {a.backend for a in answers} == {"cuda"}
         assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("m", [0, 1, 33, 150, 1000])
+@pytest.mark.parametrize("op", ops.SEGMENTED_OPERATORS)
+def test_every_candidate_of_the_planner_for_a_mixed_batch(op, m, dropout_p, dtype):
+    whole = {"k": 512, "widths": (256, 64), "ranks": (16, 0, 256, 8, 32), "packed": True}
+    single = {"adapter_dtype": torch.float32, "layout": "strided"}
+    for changes in ({}, whole, single):
+        case = replace(MIXED, m=m, dtype=dtype, dropout_p=dropout_p, **changes)
+        problem = PROBLEM_OF[op](**case.draw().arguments(op))
+        tried = set()
+        for config in candidates(problem, facts("cuda")):
+            backend = "reference" if config.plan == "reference" else "cuda"
+            with lk.force_plan(config):
+                check_segmented(op, getattr(ops, op), case, backend=backend)
+            tried.add(config.plan)
+        assert "grouped" in tried
+
+
+@pytest.mark.parametrize("plan", ["grouped", "decode"])
+@pytest.mark.parametrize("op", ["segmented_lora", "segmented_lora_"])
+def test_graph_replay_takes_another_mapping(op, plan):
+    """The table is refilled in place between replays, with other slots, ranks and scales."""
+    case = replace(MIXED, m=64, dtype=torch.bfloat16, ranks=(16, 0, 32, 8, 64, 16), r_max=64)
+    inputs = case.draw()
+    arguments = inputs.arguments(op)
+
+    def run():
+        with lk.force_plan(plan):
+            return getattr(ops, op)(**arguments)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    for seed, ranks in ((1, (8, 64, 0, 33, 16, 1)), (2, (1, 1, 2, 0, 3, 5))):
+        fresh = replace(case, seed=seed, ranks=ranks).draw()
+        for name in ("x", "y"):
+            getattr(inputs, name).copy_(getattr(fresh, name))
+        if "y" in arguments:
+            arguments["y"].copy_(fresh.y)
+        for mine, other in zip(
+            inputs.lora_a + inputs.lora_b, fresh.lora_a + fresh.lora_b, strict=True
+        ):
+            mine.copy_(other)
+        seg = fresh.seg
+        inputs.seg.update_(seg.slot_of_row, seg.rank_of_slot, seg.scale_of_slot, validate=False)
+        graph.replay()
+        ours = [arguments["y"]] if results is None else results
+        exact = naive_segmented(fresh, op, torch.float64)
+        eager = naive_segmented(fresh, op, torch.bfloat16)
+        for number, result in enumerate(ours):
+            assert_within_budget(f"{op} {number}", result, eager[number], exact[number])
+        bare = fresh.bare()
+        assert torch.equal(ours[0][bare], fresh.y[bare] if results is None else 0 * fresh.y[bare])
+
+
+def test_a_schedule_built_inside_a_graph():
+    slots = torch.tensor([0, -1, 1, 1], device="cuda")
+    ranks = torch.tensor([4, 8], device="cuda")
+    seg = SegmentTable.from_rows(slots, ranks, torch.ones(2, device="cuda"))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        seg.update_(slots, ranks, validate=False)
+    slots.copy_(torch.tensor([1, 0, -1, 1]))
+    graph.replay()
+    assert seg.order.tolist() == [1, 0, 3, 2]
+    assert seg.start_of_slot.tolist() == [0, 1, 3]
+
+
+@pytest.mark.parametrize("plan", ["grouped", "decode"])
+def test_a_row_has_the_same_bits_in_every_batch(plan):
+    inputs = replace(MIXED, dtype=torch.bfloat16).draw()
+
+    def delta(rows):
+        table = inputs.seg
+        seg = SegmentTable.from_rows(
+            table.slot_of_row[rows], table.rank_of_slot, table.scale_of_slot
+        )
+        return ops.segmented_lora(inputs.x[rows], inputs.lora_a, inputs.lora_b, seg.tensors())[0]
+
+    with lk.force_plan(plan):
+        whole = delta(torch.arange(150, device="cuda"))
+        for rows in ([149], [3, 77], list(range(149, -1, -2))):
+            rows = torch.tensor(rows, device="cuda")
+            assert torch.equal(delta(rows), whole[rows])
+    with lk.batch_invariant(True):
+        whole = delta(torch.arange(150, device="cuda"))
+        assert torch.equal(delta(torch.tensor([7], device="cuda")), whole[7:8])
+
+
+@pytest.mark.parametrize("plan", ["grouped", "decode"])
+def test_stacks_of_more_than_two_to_the_31_elements(plan):
+    k, n, r, slots = 8192, 8192, 64, 2**31 // (8192 * 64) + 8
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free memory")
+    small = SegmentedCase(33, k, (n,), (r, r), torch.bfloat16, device="cuda").draw()
+    a = torch.full((slots, r, k), float("nan"), dtype=torch.bfloat16, device="cuda")
+    b = torch.full((slots, n, r), float("nan"), dtype=torch.bfloat16, device="cuda")
+    a[-1], b[-1] = small.lora_a[0][0], small.lora_b[0][0]
+    ranks = torch.full((slots,), r)
+    scales = small.seg.scale_of_slot[:1].expand(slots)
+    rows = small.seg.slot_of_row
+    seg = SegmentTable.from_rows(
+        torch.where(rows == 0, slots - 1, -1), ranks, scales, device="cuda"
+    )
+    with lk.force_plan(plan):
+        y, _ = ops.segmented_lora(small.x, [a], [b], seg.tensors())
+    exact = naive_segmented(small, "segmented_lora", torch.float64)
+    eager = naive_segmented(small, "segmented_lora", torch.bfloat16)
+    assert_within_budget("the last slot", y, eager[0], exact[0])

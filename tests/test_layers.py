@@ -20,7 +20,7 @@ LAYERS = [
     {"models", "serving", "integrations"},
 ]
 # Above everything, for users and tests.
-TOP = {"__init__", "__main__", "testing"}
+TOP = {"__init__", "__main__", "testing", "testing_segmented"}
 
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names} | dict.fromkeys(
     TOP, len(LAYERS)

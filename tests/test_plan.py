@@ -231,6 +231,87 @@ def test_forced_plans():
     assert lk.last_plan().plan == plan.heuristic(lk.last_plan().problem, device.facts("cpu")).plan
 
 
+def mixed(**changes):
+    usual = {"op": "segmented_lora", "m": 32, "slots": 8, "slices": 3, "n": 10240, "k": 4096}
+    return problem(**(usual | {"r": 32, "adapter_dtype": "bfloat16"} | changes))
+
+
+@pytest.mark.parametrize("facts", [CPU, *GPUS, UNKNOWN], ids=lambda facts: facts.name)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("op", ops.SEGMENTED_OPERATORS)
+def test_mixed_batches_get_a_valid_plan(facts, dtype, op):
+    for m, dropout, aligned, r in itertools.product(
+        (0, 1, 64, 65, 5000), (False, True), (False, True), (1, 32, 256)
+    ):
+        asked = mixed(op=op, m=m, dropout=dropout, aligned=aligned, r=r, dtype=dtype)
+        asked = asked._replace(adapter_dtype=dtype if dtype == "float64" else "float32")
+        chosen = plan.plan(asked, facts)
+        assert invalid_reason(chosen, asked, facts) is None
+        assert chosen in set(candidates(asked, facts))
+        kernels = facts in (HOPPER, AMPERE, INSTINCT, TOMORROW) and dtype != "float64"
+        few = op in config.DECODE_OPS and m <= config.SMALL_M and not dropout
+        expected = ("decode" if few else "grouped") if kernels else "reference"
+        assert chosen.plan == expected
+
+
+@pytest.mark.parametrize(
+    ("chosen", "changes", "reason"),
+    [
+        ("decode", {"op": "segmented_lora_dx"}, "no shrink followed by an expand"),
+        ("decode", {"dropout": True}, "no dropout"),
+        ("decode", {"m": 257}, "grow with the rows"),
+        ("vendor", {}, "no call that mixes adapters"),
+        ("tail", {}, "mixes adapters"),
+        ("grouped", {"slots": 0, "op": "lora_linear_fwd"}, "mixes no adapters"),
+        (
+            Config("decode", 32, 128, 64, split_k=16, block_r=64, chunk=512),
+            {"m": 256, "slots": 256, "r": 256},
+            "bytes",
+        ),
+        (Config("grouped", 16, 64, 64), {}, "blocks of 32 rows"),
+        (Config("grouped", 32, 128, 64, num_stages=40), {}, "bytes of shared memory"),
+    ],
+)
+def test_what_a_mixed_batch_cannot_be_answered_by(chosen, changes, reason):
+    chosen = Config(chosen) if isinstance(chosen, str) else chosen
+    assert reason in invalid_reason(chosen, mixed(**changes), HOPPER)
+
+
+def test_the_split_of_a_mixed_batch_does_not_depend_on_the_rows():
+    for name in ("grouped", "decode"):
+        found = {
+            frozenset(c for c in candidates(mixed(m=m), HOPPER) if c.plan == name)
+            for m in (1, 17, 64, 200)
+        }
+        assert len(found) == 1
+
+
+def test_batch_invariance_pins_one_plan():
+    def chosen():
+        return {plan.plan(mixed(m=m), HOPPER) for m in (1, 16, 64, 65, 300, 8192)}
+
+    path = plan.cache_directory() / plan.table_name(HOPPER)
+    measured = Config("decode", 32, 128, 64, split_k=2, num_warps=4, num_stages=3, chunk=512)
+    plan.write_table(path, HOPPER, {mixed(m=16).bucketed().key(): {"config": measured}})
+    assert measured in chosen()
+    assert {c.plan for c in chosen()} == {"decode", "grouped"}
+    with lk.batch_invariant(True):
+        (pinned,) = chosen()
+        assert pinned.plan == "grouped"
+        with lk.batch_invariant(False):
+            assert len(chosen()) > 1
+        assert chosen() == {pinned}
+        with lk.force_plan("decode"):
+            assert plan.plan(mixed(), HOPPER).plan == "decode"
+        assert plan.plan(mixed(), CPU).plan == "reference"
+        assert plan.plan(problem(), HOPPER) == plan.heuristic(problem(), HOPPER)
+    assert len(chosen()) > 1
+    lk.batch_invariant(True)
+    assert chosen() == {pinned}
+    lk.batch_invariant(False)
+    assert len(chosen()) > 1
+
+
 def test_recorders_nest_and_see_all_threads():
     inputs = Case(3, 4, 5, 2).draw()
 

@@ -18,9 +18,19 @@ def dropout_keep(rng_ptr, row, col, threshold, BLOCK_M: tl.constexpr, BLOCK_K: t
     ``row`` and ``col`` are the tile's first row and column; ``col`` is a multiple of 8, and so is
     the logical col0 in ``rng``: one Philox block decides eight neighbouring columns.
     """
+    rows = row + tl.arange(0, BLOCK_M)
+    return dropout_keep_rows(rng_ptr, 0, rows, col, threshold, BLOCK_M, BLOCK_K)
+
+
+@triton.jit
+def dropout_keep_rows(
+    rng_ptr, stream, rows, col, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """The same for ``rows`` [BLOCK_M] that need not be neighbours, with ``stream`` added to the
+    offset in ``rng``."""
     seed = tl.load(rng_ptr)
-    offset = tl.load(rng_ptr + 1)
-    rows = (tl.load(rng_ptr + 2) + row + tl.arange(0, BLOCK_M)).to(tl.uint32)
+    offset = tl.load(rng_ptr + 1) + stream
+    rows = (tl.load(rng_ptr + 2) + rows).to(tl.uint32)
     col_blocks = ((tl.load(rng_ptr + 3) + col) // 8 + tl.arange(0, BLOCK_K // 8)).to(tl.uint32)
     c0 = tl.broadcast_to(rows[:, None], [BLOCK_M, BLOCK_K // 8])
     c1 = tl.broadcast_to(col_blocks[None, :], [BLOCK_M, BLOCK_K // 8])

@@ -119,14 +119,15 @@ def _lora_linear_dab_kernel(
         if of_x:
             if NEED_A:
                 # da is [R, K]
-                out = da_ptr + offs_r.to(tl.int64)[None, :] * K + offs_c[:, None]
+                # Not one name for both: the two may be of different dtypes.
+                da_out = da_ptr + offs_r.to(tl.int64)[None, :] * K + offs_c[:, None]
                 inside = (offs_c < K)[:, None] & (offs_r < R)[None, :]
-                tl.store(out, acc.to(da_ptr.dtype.element_ty), mask=inside)
+                tl.store(da_out, acc.to(da_ptr.dtype.element_ty), mask=inside)
         else:
             if NEED_B:
-                out = db_ptr + offs_c.to(tl.int64)[:, None] * R + offs_r[None, :]
+                db_out = db_ptr + offs_c.to(tl.int64)[:, None] * R + offs_r[None, :]
                 inside = (offs_c < N)[:, None] & (offs_r < R)[None, :]
-                tl.store(out, acc.to(db_ptr.dtype.element_ty), mask=inside)
+                tl.store(db_out, acc.to(db_ptr.dtype.element_ty), mask=inside)
             if NEED_BIAS:
                 # Of the parts of the rank one brings it.
                 mask_n = offs_c < tl.where(part == 0, N, 0)
