@@ -101,7 +101,9 @@ def combinations(operators):
                     yield op, variant, dtype
 
 
-@pytest.mark.parametrize(("op", "variant", "dtype"), combinations(ops.SEGMENTED_OPERATORS), ids=str)
+@pytest.mark.parametrize(
+    ("op", "variant", "dtype"), [*combinations(ops.SEGMENTED_OPERATORS)], ids=str
+)
 def test_grouped(op, variant, dtype):
     case = replace(SIZE, dtype=dtype, **VARIANTS[variant])
     check_segmented(op, launch(op, CONFIGS["grouped"]), case)
@@ -114,7 +116,7 @@ def test_grouped_without_a_split(op):
 
 
 @pytest.mark.parametrize(
-    ("op", "variant", "dtype"), combinations(["segmented_lora", "segmented_lora_"]), ids=str
+    ("op", "variant", "dtype"), [*combinations(["segmented_lora", "segmented_lora_"])], ids=str
 )
 def test_decode(op, variant, dtype):
     case = replace(SIZE, **({"m": 70, "dtype": dtype} | VARIANTS[variant]))
