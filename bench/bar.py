@@ -47,6 +47,7 @@ def _criteria(dtype: str, forward_mean: float, peft: dict[str, float]) -> tuple[
         Criterion(dtype, "training", "fused", "plain", "worst"),
         Criterion(dtype, "training", "peft", "fused", "mean", peft.get("training"), True),
         Criterion(dtype, "training", "always", "plain", "mean"),
+        Criterion(dtype, "training", "peft", "always", "mean", peft.get("training"), True),
     )
 
 
