@@ -62,7 +62,9 @@ def _supported() -> tuple[str, ...]:
     # ATen's own judgement: ATEN_CPU_CAPABILITY, which holds its kernels back, holds ours back too.
     capability = torch.backends.cpu.get_cpu_capability()
     if capability.startswith("AVX512"):
-        return ISAS if torch.cpu._is_avx512_bf16_supported() else ISAS[:3]
+        # Not among what torch promises to keep.
+        dots = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        return ISAS if dots else ISAS[:3]
     return ISAS[:2] if capability == "AVX2" else ISAS[:1]
 
 
