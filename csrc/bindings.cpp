@@ -234,11 +234,6 @@ std::tuple<Tensor, Tensor> lora_linear_dx(const Tensor& dy, const Tensor& weight
                             std::nullopt, packed);
 }
 
-// A gradient in a dtype that is stored directly; others are cast from float32 at the end.
-Tensor gradient(at::IntArrayRef sizes, const Tensor& like, at::ScalarType dtype) {
-  return at::empty(sizes, like.options().dtype(kind_or_none(dtype) ? dtype : at::kFloat));
-}
-
 std::tuple<Tensor, Tensor, Tensor> lora_linear_dab(const Tensor& dy, const OptionalTensor& x,
                                                    const OptionalTensor& s, const OptionalTensor& d,
                                                    const OptionalTensor& rng, double dropout_p,
@@ -264,19 +259,19 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_dab(const Tensor& dy, const Optio
       TORCH_CHECK_VALUE(x_rows.rows == rows.rows && tail.rows == rows.rows,
                         "dy, x and d differ in rows: ", dy.sizes(), ", ", x->sizes(), ", ",
                         d->sizes());
-      da = gradient({tail.cols, x_rows.cols}, dy, *da_dtype);
+      da = at::empty({tail.cols, x_rows.cols}, stored_as(dy, *da_dtype));
       reductions[count++] = {tail, x_rows, pointer(mask), matrix(da, "da"), {}};
     }
     if (db_dtype) {
       const Matrix tail = matrix(*s, "s");
       TORCH_CHECK_VALUE(tail.rows == rows.rows, "dy and s differ in rows: ", dy.sizes(), ", ",
                         s->sizes());
-      db = gradient({rows.cols, tail.cols}, dy, *db_dtype);
+      db = at::empty({rows.cols, tail.cols}, stored_as(dy, *db_dtype));
       reductions[count++] = {
           tail, matrix(scaled, "dy"), nullptr, matrix(db, "db").transposed(), {}};
     }
     if (dbias_dtype) {
-      dbias = gradient({rows.cols}, dy, *dbias_dtype);
+      dbias = at::empty({rows.cols}, stored_as(dy, *dbias_dtype));
       const Matrix sums = matrix(dbias.unsqueeze(0), "dbias");
       if (db_dtype && !out_scale) {
         reductions[count - 1].sums = sums;

@@ -69,6 +69,11 @@ inline Tensor adapter(const Tensor& t, at::ScalarType rows) {
   return read ? t : t.to(rows);
 }
 
+// Of a gradient: its dtype if that is stored directly, else float32, which is cast at the end.
+inline at::TensorOptions stored_as(const Tensor& like, at::ScalarType dtype) {
+  return like.options().dtype(kind_or_none(dtype) ? dtype : at::kFloat);
+}
+
 // Calls f with a null pointer of what rows of this dtype are multiplied in.
 template <typename F>
 auto with_compute_type(const Tensor& rows, F f) {

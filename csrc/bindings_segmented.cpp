@@ -1,75 +1,19 @@
 // The boundary of the segmented operators.
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <numeric>
 #include <tuple>
 #include <vector>
 
-#include "bindings.h"
-#include "segmented.h"
+#include "batch.h"
 
 namespace lora_kernels {
 
 namespace {
 
-using at::TensorList;
-
-// SegmentTable.tensors(), read: the segments of a batch, and the rows grouped by them.
-struct Batch {
-  std::vector<Segment> segments;
-  const int32_t* order;
-  const int64_t* logical_row;
-  int64_t live = 0;  // rows with an adapter
-  int64_t slots;
-
-  Batch(TensorList table, int64_t M, int64_t r_max) {
-    TORCH_CHECK_VALUE(table.size() == 8, "table must be SegmentTable.tensors(), 8 tensors, got ",
-                      table.size());
-    for (const Tensor& t : table) {
-      TORCH_CHECK_VALUE(t.is_cpu() && t.is_contiguous() && t.dim() == 1,
-                        "the table must hold contiguous vectors on the CPU");
-    }
-    slots = table[1].size(0);
-    TORCH_CHECK_VALUE(table[2].size(0) == slots && table[5].size(0) == slots + 1 &&
-                          table[4].size(0) == table[0].size(0) &&
-                          table[3].size(0) == table[0].size(0),
-                      "the vectors of the table do not fit each other");
-    const int32_t* ranks = table[1].const_data_ptr<int32_t>();
-    const float* scales = table[2].const_data_ptr<float>();
-    logical_row = table[3].const_data_ptr<int64_t>();
-    order = table[4].const_data_ptr<int32_t>();
-    const int32_t* start = table[5].const_data_ptr<int32_t>();
-    live = start[slots];
-    TORCH_CHECK_VALUE(live <= table[4].size(0), "the table's start_of_slot ends beyond its order");
-    for (int64_t i = 0; i < live; ++i) {
-      TORCH_CHECK_VALUE(order[i] >= 0 && order[i] < M, "row ", order[i],
-                        " of the table has an adapter and x has ", M, " rows");
-    }
-    for (int64_t slot = 0; slot < slots; ++slot) {
-      if (start[slot] == start[slot + 1]) continue;
-      TORCH_CHECK_VALUE(ranks[slot] >= 0 && ranks[slot] <= r_max, "slot ", slot, " has rank ",
-                        ranks[slot], " and the adapters have room for ", r_max);
-      segments.push_back(
-          {slot, start[slot], start[slot + 1] - start[slot], ranks[slot], scales[slot]});
-    }
-  }
-
-  // The logical rows in the order of the segments, and of all of them.
-  std::vector<int64_t> logical() const {
-    std::vector<int64_t> rows(live);
-    for (int64_t i = 0; i < live; ++i) rows[i] = logical_row[order[i]];
-    return rows;
-  }
-};
-
 // Fills the last four of SegmentTable.tensors() from the first two.
 void segment_schedule_(TensorList table, int64_t block_rows) {
-  TORCH_CHECK_VALUE(table.size() == 8, "table must be SegmentTable.tensors(), 8 tensors, got ",
-                    table.size());
-  const int64_t M = table[0].size(0), slots = table[1].size(0), blocks = table[6].size(0);
+  const int64_t slots = slots_of(table), M = table[0].size(0), blocks = table[6].size(0);
   for (const int i : {0, 1, 4, 5, 6, 7}) {
     TORCH_CHECK_VALUE(table[i].is_cpu() && table[i].is_contiguous() && table[i].dim() == 1 &&
                           table[i].scalar_type() == at::kInt,
@@ -77,7 +21,7 @@ void segment_schedule_(TensorList table, int64_t block_rows) {
   }
   TORCH_CHECK_VALUE(table[4].size(0) == M && table[5].size(0) == slots + 1 &&
                         table[7].size(0) == blocks &&
-                        blocks >= (M + block_rows - 1) / block_rows + std::min(M, slots),
+                        blocks >= ceil_div(M, block_rows) + std::min(M, slots),
                     "the vectors of the table do not fit each other");
   const int32_t* slot_of_row = table[0].const_data_ptr<int32_t>();
   for (int64_t i = 0; i < M; ++i) {
@@ -88,165 +32,6 @@ void segment_schedule_(TensorList table, int64_t block_rows) {
            table[4].mutable_data_ptr<int32_t>(), table[5].mutable_data_ptr<int32_t>(),
            table[6].mutable_data_ptr<int32_t>(), table[7].mutable_data_ptr<int32_t>());
 }
-
-Matrix part(const Tensor& stack, int64_t slot, int64_t row, int64_t rows, int64_t cols) {
-  const auto kind = kind_or_none(stack.scalar_type());
-  const int64_t size = stack.element_size();
-  char* data = static_cast<char*>(const_cast<void*>(stack.const_data_ptr()));
-  data += (slot * stack.stride(0) + row * stack.stride(1)) * size;
-  return {data, *kind, rows, cols, stack.stride(1), stack.stride(2)};
-}
-
-// The adapters of a call: one stack a slice, or all slices in one, packed by live rank.
-struct Stacks {
-  std::vector<Tensor> tensors;
-  int64_t packed_slices;
-
-  Stacks(TensorList given, const char* name, at::ScalarType rows, int64_t slots, int64_t packed)
-      : packed_slices(packed) {
-    TORCH_CHECK_VALUE(!given.empty() && (packed == 0 || given.size() == 1), name,
-                      " must hold a tensor a slice, or one with packed_slices");
-    for (const Tensor& t : given) {
-      TORCH_CHECK_VALUE(t.dim() == 3 && t.size(0) == slots, name, " must be [", slots,
-                        ", ., .], got ", t.sizes());
-      TORCH_CHECK_VALUE(t.is_cpu() && t.layout() == at::kStrided, name,
-                        " must be a plain CPU tensor");
-      tensors.push_back(adapter(t, rows));
-      TORCH_CHECK_TYPE(kind_or_none(tensors.back().scalar_type()), name,
-                       " must be a floating tensor, got ", t.scalar_type());
-    }
-  }
-
-  int64_t slices() const { return packed_slices ? packed_slices : tensors.size(); }
-  int64_t r_max() const { return tensors[0].size(1) / std::max<int64_t>(1, packed_slices); }
-  int64_t cols() const { return tensors[0].size(2); }
-
-  // A [rank, K] of one segment and slice.
-  Matrix a(const Segment& segment, int64_t slice) const {
-    const int64_t row = packed_slices ? slice * segment.rank : 0;
-    return part(tensors[packed_slices ? 0 : slice], segment.slot, row, segment.rank, cols());
-  }
-  // B [N, rank].
-  Matrix b(const Segment& segment, int64_t slice) const {
-    return part(tensors[slice], segment.slot, 0, tensors[slice].size(1), segment.rank);
-  }
-};
-
-// Where the columns of each slice begin, and where the last ends.
-std::vector<int64_t> offsets(const Stacks& b) {
-  std::vector<int64_t> first(1, 0);
-  for (const Tensor& t : b.tensors) first.push_back(first.back() + t.size(1));
-  return first;
-}
-
-DropoutMask of_slice(DropoutMask mask, int64_t slice) {
-  mask.offset += static_cast<uint64_t>(slice);
-  return mask;
-}
-
-// The rows of a batch in the order of its segments, as operands of a product: one copy for all
-// slices, or one each where a mask or the columns differ.
-template <typename C>
-struct Gathered {
-  std::vector<Tensor> copies;
-  std::vector<Rows<C>> all;
-
-  Gathered(const Matrix& x, const Batch& batch, const std::vector<int64_t>& begin,
-           const std::vector<int64_t>& end, const std::optional<DropoutMask>& mask,
-           const std::vector<int64_t>& logical, const at::TensorOptions& options) {
-    for (size_t j = 0; j < begin.size(); ++j) {
-      if (j > 0 && !mask && begin[j] == begin[0] && end[j] == end[0]) {
-        all.push_back(all[0]);
-        continue;
-      }
-      const int64_t K = end[j] - begin[j], ld = padded<C>(K);
-      copies.push_back(
-          at::empty({batch.live, ld}, options.dtype(c10::CppTypeToScalarType<C>::value)));
-      C* data = copies.back().template mutable_data_ptr<C>();
-      DropoutMask own;
-      if (mask) own = of_slice(*mask, j);
-      gather_rows(x, batch.order, batch.live, begin[j], end[j], mask ? &own : nullptr,
-                  logical.data(), data, ld);
-      all.push_back({data, batch.live, K, ld});
-    }
-  }
-
-  Rows<C> of(const Segment& segment, int64_t slice) const {
-    const Rows<C>& rows = all[slice];
-    return {rows.data + segment.first * rows.ld, segment.rows, rows.K, rows.ld};
-  }
-};
-
-// S or D: [M, n, r_max] for the caller, and its live part as rows of products.
-template <typename C>
-struct Shrunk {
-  Tensor s, live;
-  std::vector<int64_t> first;  // of the live rows of segment i, slice j, at i * n + j
-  int64_t n;
-
-  template <typename Operand>
-  Shrunk(const Batch& batch, const Gathered<C>& x, int64_t M, int64_t slices, int64_t r_max,
-         double keep, Operand operand, const at::TensorOptions& options)
-      : n(slices) {
-    s = at::zeros({M, n, r_max}, options);
-    reserve(batch, options);
-    std::vector<Shrink<C>> jobs;
-    for (size_t i = 0; i < batch.segments.size(); ++i) {
-      const Segment& segment = batch.segments[i];
-      for (int64_t j = 0; j < n; ++j) {
-        const Matrix to = {s.element_size() * j * r_max + static_cast<char*>(s.mutable_data_ptr()),
-                           *kind_or_none(s.scalar_type()),
-                           M,
-                           segment.rank,
-                           n * r_max,
-                           1};
-        jobs.push_back({x.of(segment, j), operand(segment, j),
-                        static_cast<float>(segment.scale / keep), nullptr, to,
-                        batch.order + segment.first,
-                        live.template mutable_data_ptr<C>() + first[i * n + j]});
-      }
-    }
-    shrink(jobs.data(), jobs.size());
-  }
-
-  // From an S that was computed before.
-  Shrunk(const Batch& batch, const Tensor& given) : s(given), n(given.size(1)) {
-    reserve(batch, given.options());
-    C* data = live.template mutable_data_ptr<C>();
-    for (size_t i = 0; i < batch.segments.size(); ++i) {
-      const Segment& segment = batch.segments[i];
-      for (int64_t j = 0; j < n; ++j) {
-        const Matrix from = {static_cast<char*>(const_cast<void*>(s.const_data_ptr())) +
-                                 s.element_size() * j * s.stride(1),
-                             *kind_or_none(s.scalar_type()),
-                             s.size(0),
-                             segment.rank,
-                             s.stride(0),
-                             s.stride(2)};
-        gather_rows<C>(from, batch.order + segment.first, segment.rows, 0, segment.rank, nullptr,
-                       nullptr, data + first[i * n + j], padded<C>(segment.rank));
-      }
-    }
-  }
-
-  Rows<C> rows(const Batch& batch, size_t i, int64_t j) const {
-    const Segment& segment = batch.segments[i];
-    return {live.const_data_ptr<C>() + first[i * n + j], segment.rows, segment.rank,
-            padded<C>(segment.rank)};
-  }
-
- private:
-  void reserve(const Batch& batch, const at::TensorOptions& options) {
-    int64_t total = 0;
-    for (const Segment& segment : batch.segments) {
-      for (int64_t j = 0; j < n; ++j) {
-        first.push_back(total);
-        total += segment.rows * padded<C>(segment.rank);
-      }
-    }
-    live = at::empty({total}, options.dtype(c10::CppTypeToScalarType<C>::value));
-  }
-};
 
 Matrix columns_of(const Tensor& y, int64_t begin, int64_t cols) {
   Matrix m = matrix(y, "y");
@@ -291,7 +76,7 @@ std::vector<int64_t> repeated(int64_t value, int64_t count) {
 template <typename C>
 Shrunk<C> shrink_rows(const Tensor& x, const Stacks& a, const Batch& batch,
                       const std::optional<DropoutMask>& mask, double dropout_p) {
-  const std::vector<int64_t> logical = batch.logical();
+  const std::vector<int64_t> logical = batch.logical(mask.has_value());
   const Gathered<C> rows(matrix(x, "x"), batch, repeated(0, a.slices()),
                          repeated(x.size(1), a.slices()), mask, logical, x.options());
   return Shrunk<C>(
@@ -318,7 +103,7 @@ Tensor segmented_shrink(const Tensor& x, TensorList lora_a, TensorList table, in
                         const OptionalTensor& rng, double dropout_p) {
   at::AutoDispatchBelowADInplaceOrView guard;
   matrix(x, "x");
-  const Stacks a(lora_a, "lora_a", x.scalar_type(), table[1].size(0), packed_slices);
+  const Stacks a(lora_a, "lora_a", x.scalar_type(), slots_of(table), packed_slices);
   check_a(x, a);
   const Batch batch(table, x.size(0), a.r_max());
   const auto mask = dropout_mask(rng, dropout_p);
@@ -329,7 +114,7 @@ Tensor segmented_shrink(const Tensor& x, TensorList lora_a, TensorList table, in
 }
 
 void expand_given(const Tensor& y, const Tensor& s, TensorList lora_b, TensorList table, bool add) {
-  const Stacks b(lora_b, "lora_b", s.scalar_type(), table[1].size(0), 0);
+  const Stacks b(lora_b, "lora_b", s.scalar_type(), slots_of(table), 0);
   check_b(b, s.size(1), s.size(2));
   const Batch batch(table, s.size(0), s.size(2));
   with_compute_type(s, [&](auto* type) {
@@ -358,7 +143,7 @@ std::tuple<Tensor, Tensor> lora(const Tensor& x, TensorList lora_a, TensorList l
                                 TensorList table, int64_t packed_slices, const OptionalTensor& rng,
                                 double dropout_p, const OptionalTensor& out) {
   matrix(x, "x");
-  const int64_t slots = table[1].size(0);
+  const int64_t slots = slots_of(table);
   const Stacks a(lora_a, "lora_a", x.scalar_type(), slots, packed_slices);
   const Stacks b(lora_b, "lora_b", x.scalar_type(), slots, 0);
   check_a(x, a);
@@ -397,7 +182,7 @@ std::tuple<Tensor, Tensor> segmented_lora_dx(const Tensor& dy, TensorList lora_a
                                              const OptionalTensor& rng, double dropout_p) {
   at::AutoDispatchBelowADInplaceOrView guard;
   matrix(dy, "dy");
-  const int64_t slots = table[1].size(0);
+  const int64_t slots = slots_of(table);
   const Stacks a(lora_a, "lora_a", dy.scalar_type(), slots, packed_slices);
   const Stacks b(lora_b, "lora_b", dy.scalar_type(), slots, 0);
   check_b(b, a.slices(), a.r_max());
@@ -410,7 +195,7 @@ std::tuple<Tensor, Tensor> segmented_lora_dx(const Tensor& dy, TensorList lora_a
   Tensor dx = at::empty({dy.size(0), a.cols()}, dy.options());
   return with_compute_type(dy, [&](auto* type) {
     using C = std::remove_pointer_t<decltype(type)>;
-    const std::vector<int64_t> logical = batch.logical();
+    const std::vector<int64_t> logical = batch.logical(mask.has_value());
     const Gathered<C> rows(matrix(dy, "dy"), batch, {first.begin(), first.end() - 1},
                            {first.begin() + 1, first.end()}, std::nullopt, logical, dy.options());
     const Shrunk<C> d(
@@ -451,24 +236,21 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> segmented_lora_dab(
   std::vector<int64_t> first(1, 0);
   for (const int64_t width : widths) first.push_back(first.back() + width);
   TORCH_CHECK_VALUE(first.back() == dy.size(1), "widths ", widths, " do not fit dy ", dy.sizes());
-  const auto stored = [&](at::ScalarType dtype) {
-    return dy.options().dtype(kind_or_none(dtype) ? dtype : at::kFloat);
-  };
   std::vector<Tensor> da, db;
   if (da_dtype) {
     const int64_t rows = packed_slices ? n * r_max : r_max;
     for (int64_t j = 0; j < (packed_slices ? 1 : n); ++j) {
-      da.push_back(at::zeros({batch.slots, rows, x->size(1)}, stored(*da_dtype)));
+      da.push_back(at::zeros({batch.slots, rows, x->size(1)}, stored_as(dy, *da_dtype)));
     }
   }
   if (db_dtype) {
     for (const int64_t width : widths) {
-      db.push_back(at::zeros({batch.slots, width, r_max}, stored(*db_dtype)));
+      db.push_back(at::zeros({batch.slots, width, r_max}, stored_as(dy, *db_dtype)));
     }
   }
   with_compute_type(dy, [&](auto* type) {
     using C = std::remove_pointer_t<decltype(type)>;
-    const std::vector<int64_t> logical = batch.logical();
+    const std::vector<int64_t> logical = batch.logical(mask.has_value());
     std::optional<Gathered<C>> x_rows, dy_rows;
     std::optional<Shrunk<C>> s_rows, d_rows;
     if (da_dtype) {
@@ -490,13 +272,11 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> segmented_lora_dab(
       const Segment& segment = batch.segments[i];
       for (int64_t j = 0; j < n; ++j) {
         if (da_dtype) {
-          const int64_t row = packed_slices ? j * segment.rank : 0;
-          reductions.push_back(
-              {as_matrix(d_rows->rows(batch, i, j)),
-               as_matrix(x_rows->of(segment, j)),
-               nullptr,
-               part(da[packed_slices ? 0 : j], segment.slot, row, segment.rank, x->size(1)),
-               {}});
+          reductions.push_back({as_matrix(d_rows->rows(batch, i, j)),
+                                as_matrix(x_rows->of(segment, j)),
+                                nullptr,
+                                part_of_a(da, packed_slices, segment, j),
+                                {}});
         }
         if (db_dtype) {
           const Matrix out = part(db[j], segment.slot, 0, widths[j], segment.rank);

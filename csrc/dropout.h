@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace lora_kernels {
 
@@ -17,6 +18,10 @@ struct DropoutMask {
 };
 
 uint32_t dropout_threshold(double dropout_p);
+
+// The unsigned integer as wide as T: dropout copies bits.
+template <typename T>
+using BitsOf = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
 
 // out[i, j] = x[i, j] where the mask keeps it, else +0, for rows on all of torch's threads.
 // Bits is the unsigned integer as wide as the dtype (uint16_t, uint32_t, uint64_t): a kept element

@@ -17,29 +17,11 @@ namespace {
 
 thread_local Scratch tile_scratch, rows_scratch, panel_scratch, tail_scratch;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The unsigned integer as wide as C, for dropout, which copies bits.
-template <typename C>
-using BitsOf = std::conditional_t<sizeof(C) == 2, uint16_t, uint32_t>;
-
 template <typename C>
 C* drop_rows(C* rows, int64_t M, int64_t K, int64_t ld, int64_t row, int64_t col,
              const DropoutMask& mask) {
   drop(reinterpret_cast<BitsOf<C>*>(rows), M, K, ld, row, col, mask);
   return rows;
-}
-
-// c[M, kPanel] (+)= x[:, k0:k1] b over parts of the inner axis; `panel_at(k0, k1)` gives the
-// panel's rows k0 to k1.
-template <typename C, typename PanelAt>
-void product_by_parts(int64_t M, int64_t K, int64_t width, const C* a, int64_t lda,
-                      PanelAt panel_at, float* c, bool add) {
-  if (K == 0 && !add) std::fill(c, c + M * kPanel, 0.0f);
-  for (int64_t k = 0; k < K; k += kPart<C>) {
-    const int64_t end = std::min(K, k + kPart<C>);
-    product(M, width, padded<C>(end - k), a + k, lda, panel_at(k, end), c, add || k > 0);
-  }
 }
 
 float rounded(float value, Kind kind) {
@@ -98,14 +80,13 @@ namespace {
 constexpr int64_t kFewRows = 32;
 constexpr int64_t kShrinkRows = 48;
 
-template <typename C>
 struct ShrinkPlan {
   Matrix b;  // [K, r]
   int64_t panels, parts;
   int64_t block, blocks;  // rows of a task
   int64_t first_piece, first_block;
-  C* packed;    // of many rows
-  float* sums;  // of few rows: [panels][parts][M][kPanel]
+  bool few;
+  int64_t offset;  // of its panels, or with few rows of its sums [panels][parts][M][kPanel]
 };
 
 // Rows of S from their float32 sums, a tile a panel of the rank.
@@ -142,7 +123,8 @@ Rows<C> masked_part(const Shrink<C>& job, int64_t first, int64_t M, int64_t k, i
 }
 
 template <typename C>
-void shrink_block(const Shrink<C>& job, const ShrinkPlan<C>& plan, int64_t first, int64_t M) {
+void shrink_block(const Shrink<C>& job, const ShrinkPlan& plan, const C* packed, int64_t first,
+                  int64_t M) {
   const int64_t K = job.x.K, size = plan.block * kPanel;
   float* tiles = tile_scratch.of<float>(plan.panels * size);
   for (int64_t k = 0; k == 0 || k < K; k += kPart<C>) {
@@ -150,7 +132,7 @@ void shrink_block(const Shrink<C>& job, const ShrinkPlan<C>& plan, int64_t first
     const Rows<C> rows = masked_part(job, first, M, k, depth);
     for (int64_t p = 0; p < plan.panels; ++p) {
       const int64_t n = p * kPanel, width = panel_width(plan.b.cols - n);
-      const C* panel = plan.packed + n * padded<C>(K) + k * width;
+      const C* panel = packed + n * padded<C>(K) + k * width;
       product(M, width, depth, rows.data, rows.ld, panel, tiles + p * size, k > 0);
     }
   }
@@ -171,56 +153,47 @@ template <typename C>
 void shrink(const Shrink<C>* jobs, int64_t count) {
   if (count == 0) return;
   const int64_t threads = at::get_num_threads();
-  std::unique_ptr<ShrinkPlan<C>[]> plans(new ShrinkPlan<C>[count]);
+  std::unique_ptr<ShrinkPlan[]> plans(new ShrinkPlan[count]);
   int64_t pieces = 0, blocks = 0, packed_total = 0, sums_total = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const Shrink<C>& job = jobs[i];
-    ShrinkPlan<C>& plan = plans[i];
-    const int64_t M = job.x.M, r = job.a.rows;
-    plan.b = job.a.transposed();
+    const int64_t M = jobs[i].x.M, K = jobs[i].x.K, r = jobs[i].a.rows;
+    ShrinkPlan& plan = plans[i];
+    plan.b = jobs[i].a.transposed();
     plan.panels = M > 0 ? panels(r) : 0;
-    plan.parts = std::max<int64_t>(1, ceil_div(job.x.K, kPart<C>));
-    plan.block = ceil_div(std::max<int64_t>(M, 1), threads * ceil_div(M, threads * kShrinkRows));
-    if (M <= kFewRows) plan.block = std::max<int64_t>(M, 1);
+    plan.parts = std::max<int64_t>(1, ceil_div(K, kPart<C>));
+    plan.few = M <= kFewRows;
+    plan.block = plan.few ? kFewRows : ceil_div(M, threads * ceil_div(M, threads * kShrinkRows));
     plan.blocks = ceil_div(M, plan.block);
     plan.first_piece = pieces;
     plan.first_block = blocks;
     pieces += plan.panels * plan.parts;
     blocks += plan.blocks;
-    if (M > kFewRows) packed_total += packed_size<C>(job.x.K, r);
-    if (M <= kFewRows) sums_total += plan.panels * plan.parts * M * kPanel;
+    int64_t& total = plan.few ? sums_total : packed_total;
+    plan.offset = total;
+    total += plan.few ? plan.panels * plan.parts * M * kPanel : packed_size<C>(K, r);
   }
   auto packed = allocate<C>(packed_total);
   auto sums = allocate<float>(sums_total);
-  C* next_packed = packed.get();
-  float* next_sums = sums.get();
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t M = jobs[i].x.M;
-    plans[i].packed = next_packed;
-    plans[i].sums = next_sums;
-    if (M > kFewRows) next_packed += packed_size<C>(jobs[i].x.K, jobs[i].a.rows);
-    if (M <= kFewRows) next_sums += plans[i].panels * plans[i].parts * M * kPanel;
-  }
 
   // Pieces of the adapters are packed, and with few rows multiplied at once.
   at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const auto& plan =
-          plan_of(plans.get(), count, t, [](const ShrinkPlan<C>& p) { return p.first_piece; });
+          plan_of(plans.get(), count, t, [](const ShrinkPlan& p) { return p.first_piece; });
       const Shrink<C>& job = jobs[&plan - plans.get()];
       const int64_t M = job.x.M, K = job.x.K, piece = t - plan.first_piece;
       const int64_t p = piece % plan.panels, part = piece / plan.panels;
       const int64_t n = p * kPanel, k = part * kPart<C>, k_end = std::min(K, k + kPart<C>);
       const int64_t width = panel_width(plan.b.cols - n), depth = padded<C>(k_end - k);
-      if (M > kFewRows) {
-        pack_panel(plan.b, k, k_end, n, plan.packed + n * padded<C>(K) + k * width);
+      if (!plan.few) {
+        pack_panel(plan.b, k, k_end, n, packed.get() + plan.offset + n * padded<C>(K) + k * width);
         continue;
       }
       C* panel = panel_scratch.of<C>(kPart<C> * kPanel);
       pack_panel(plan.b, k, k_end, n, panel);
       const Rows<C> rows = masked_part(job, 0, M, k, depth);
       product(M, width, depth, rows.data, rows.ld, panel,
-              plan.sums + (p * plan.parts + part) * M * kPanel, false);
+              sums.get() + plan.offset + (p * plan.parts + part) * M * kPanel, false);
     }
     release_products();
   });
@@ -228,21 +201,22 @@ void shrink(const Shrink<C>* jobs, int64_t count) {
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const auto& plan =
-          plan_of(plans.get(), count, t, [](const ShrinkPlan<C>& p) { return p.first_block; });
+          plan_of(plans.get(), count, t, [](const ShrinkPlan& p) { return p.first_block; });
       const Shrink<C>& job = jobs[&plan - plans.get()];
       const int64_t M = job.x.M, first = (t - plan.first_block) * plan.block;
-      if (M > kFewRows) {
-        shrink_block(job, plan, first, std::min(plan.block, M - first));
+      if (!plan.few) {
+        shrink_block(job, plan, packed.get() + plan.offset, first, std::min(plan.block, M - first));
         continue;
       }
+      float* own = sums.get() + plan.offset;
       const int64_t size = M * kPanel;
       for (int64_t p = 0; p < plan.panels; ++p) {
-        float* tile = plan.sums + p * plan.parts * size;
+        float* tile = own + p * plan.parts * size;
         for (int64_t part = 1; part < plan.parts; ++part) {
           for (int64_t i = 0; i < size; ++i) tile[i] += tile[part * size + i];
         }
       }
-      finish_shrink(plan.sums, plan.parts * size, 0, M, job);
+      finish_shrink(own, plan.parts * size, 0, M, job);
     }
     release_products();
   });
@@ -275,13 +249,13 @@ void tail_product(const TailProduct<C>& p) {
       if (r > 0) {
         if (fresh) pack_panel(p.b, 0, r, n, tail);
         product_by_parts(
-            rows, r, width, p.s.data + first * p.s.ld, p.s.ld,
+            rows, width, r, p.s.data + first * p.s.ld, p.s.ld,
             [&](int64_t k, int64_t) { return tail + k * width; }, tile, false);
         if (p.mask) drop_rows(tile, rows, cols, kPanel, first, n, *p.mask);
       }
       const C* panel = p.packed ? p.packed + n * padded<C>(K) : own;
       product_by_parts(
-          rows, K, width, p.x.data + first * p.x.ld, p.x.ld,
+          rows, width, K, p.x.data + first * p.x.ld, p.x.ld,
           [&](int64_t k, int64_t k_end) {
             if (own && fresh) pack_panel(p.w, k, k_end, n, own + k * width);
             return panel + k * width;
@@ -336,7 +310,7 @@ void reduce(const Reduction<C>* reductions, int64_t count) {
                     cols = std::min<int64_t>(kPanel, x.cols - n);
       float* tile = tile_scratch.of<float>(plan.rows * kPanel);
       product_by_parts(
-          plan.rows, x.rows, panel_width(x.cols - n), plan.tails.get(), plan.ld,
+          plan.rows, panel_width(x.cols - n), x.rows, plan.tails.get(), plan.ld,
           [&, &x = x, &mask = mask](int64_t m, int64_t m_end) {
             if (mask) {
               C* copy = rows_scratch.of<C>(kPart<C> * kPanel);

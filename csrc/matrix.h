@@ -13,6 +13,8 @@ namespace lora_kernels {
 using c10::BFloat16;
 using c10::Half;
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 enum class Kind { kFloat, kBFloat16, kHalf };
 
 // Calls f with a null pointer of the type that `kind` names.
@@ -52,7 +54,7 @@ constexpr int kStep = std::is_same_v<C, BFloat16> ? 2 : 1;
 
 template <typename C>
 constexpr int64_t padded(int64_t k) {
-  return (k + kStep<C> - 1) / kStep<C> * kStep<C>;
+  return ceil_div(k, kStep<C>) * kStep<C>;
 }
 
 }  // namespace lora_kernels

@@ -13,16 +13,16 @@ namespace lora_kernels {
 constexpr int kPanel = 64;
 constexpr int kPanelUnit = 16;
 
-inline int64_t panels(int64_t cols) { return (cols + kPanel - 1) / kPanel; }
+inline int64_t panels(int64_t cols) { return ceil_div(cols, kPanel); }
 
 inline int64_t panel_width(int64_t cols) {
-  return std::min<int64_t>(kPanel, (cols + kPanelUnit - 1) / kPanelUnit * kPanelUnit);
+  return std::min<int64_t>(kPanel, ceil_div(cols, kPanelUnit) * kPanelUnit);
 }
 
 // Elements of all panels of a matrix [K, N] together; panel p begins at p * kPanel * padded<C>(K).
 template <typename C>
 int64_t packed_size(int64_t K, int64_t N) {
-  return padded<C>(K) * ((N + kPanelUnit - 1) / kPanelUnit * kPanelUnit);
+  return padded<C>(K) * ceil_div(N, kPanelUnit) * kPanelUnit;
 }
 
 // Rows [k0, k1) of columns [n0, n0 + kPanel) of b [K, N], rounded to C, as

@@ -1,6 +1,7 @@
 // The one inner loop under every kernel: rows times a panel, into a float32 tile in cache.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "matrix.h"
@@ -32,6 +33,17 @@ void product(int64_t M, int64_t width, int64_t K, const float* a, int64_t lda, c
              float* c, bool add);
 void product(int64_t M, int64_t width, int64_t K, const BFloat16* a, int64_t lda, const BFloat16* b,
              float* c, bool add);
+
+// c = or += a b for any K, by parts; `panel_at(k, k_end)` gives the panel's rows k to k_end.
+template <typename C, typename PanelAt>
+void product_by_parts(int64_t M, int64_t width, int64_t K, const C* a, int64_t lda,
+                      PanelAt panel_at, float* c, bool add) {
+  if (K == 0 && !add) std::fill(c, c + M * kPanel, 0.0f);
+  for (int64_t k = 0; k < K; k += kPart<C>) {
+    const int64_t end = std::min(K, k + kPart<C>);
+    product(M, width, padded<C>(end - k), a + k, lda, panel_at(k, end), c, add || k > 0);
+  }
+}
 
 // To be called by a thread that is done with products: gives AMX's tiles back.
 void release_products();

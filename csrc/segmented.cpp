@@ -16,9 +16,6 @@ namespace {
 
 thread_local Scratch sum_scratch, part_scratch, panel_scratch;
 
-template <typename C>
-using BitsOf = std::conditional_t<sizeof(C) == 2, uint16_t, uint32_t>;
-
 // y[i, n:n+cols] = or += from.
 void store_or_add(const float* from, int64_t cols, const Matrix& y, int64_t i, int64_t n,
                   bool add) {
@@ -80,7 +77,7 @@ void expand(const Expand<C>* jobs, int64_t count) {
   // Of one job all row blocks of a panel come one after the other, so that it is packed once.
   std::vector<int64_t> first_task(count + 1, 0);
   const auto row_blocks = [&](const Expand<C>& job) {
-    return (job.contributions[0].s.M + kRowBlock - 1) / kRowBlock;
+    return ceil_div(job.contributions[0].s.M, kRowBlock);
   };
   for (int64_t i = 0; i < count; ++i) {
     first_task[i + 1] = first_task[i] + panels(jobs[i].y.cols) * row_blocks(jobs[i]);
@@ -117,10 +114,9 @@ void expand(const Expand<C>* jobs, int64_t count) {
         const auto& [s, b, mask] = job.contributions[c];
         // A mask is for its own product alone, not for what was summed before it.
         float* tile = mask && c > 0 ? part_scratch.of<float>(kRowBlock * kPanel) : sum;
-        for (int64_t k = 0; k < s.K; k += kPart<C>) {
-          product(M, width, padded<C>(std::min(kPart<C>, s.K - k)), s.data + first * s.ld + k, s.ld,
-                  panel + k * width, tile, k > 0 || (c > 0 && tile == sum));
-        }
+        product_by_parts(
+            M, width, s.K, s.data + first * s.ld, s.ld,
+            [&](int64_t k, int64_t) { return panel + k * width; }, tile, c > 0 && tile == sum);
         if (mask) {
           drop(reinterpret_cast<uint32_t*>(tile), M, cols, kPanel, 0, n, *mask,
                job.logical + first);
