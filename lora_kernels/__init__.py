@@ -14,11 +14,13 @@ from .models import (
 )
 from .nn import FusedLoRALinear
 from .plan import Answer, batch_invariant, force_plan, last_plan, record_plans
-from .segmented import segmented_expand, segmented_lora, segmented_shrink
+from .pointers import AdapterPointers
+from .segmented import segmented_expand, segmented_linear, segmented_lora, segmented_shrink
 from .segments import SegmentTable
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterPointers",
     "Answer",
     "FusedLoRALinear",
     "LoRAConfig",
@@ -35,6 +37,7 @@ __all__ = [
     "record_plans",
     "save_adapter",
     "segmented_expand",
+    "segmented_linear",
     "segmented_lora",
     "segmented_shrink",
     "unmerge_adapter",

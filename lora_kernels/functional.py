@@ -319,6 +319,11 @@ def _check(
         raise ValueError(f"bias must be [N] = [{n}], not {list(bias.shape)}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}")
+    return compute_dtype(x, weight)
+
+
+def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Autocast's dtype where autocast is on, else the one that x and weight must share."""
     if ops.autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     if x.dtype != weight.dtype:

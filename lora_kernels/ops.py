@@ -24,6 +24,9 @@ The segmented operators take, one tensor for each of n slices,
     y, dy      [M, sum N_j]    the slices side by side
     s, d       [M, n, r_max]   zero beyond the live rank
 
+    weight                     [sum N_j, K], the slices one below the other
+    pointers   int64 [S, n, 5] ``AdapterPointers.table``: adapters by address, for engines
+
     packed                     the weight in the layout of the CPU's kernels, which read it in the
                                weight's place; for everybody else weight is the operand
 """
@@ -48,6 +51,7 @@ _GRADIENTS = "ScalarType? da_dtype=None, ScalarType? db_dtype=None, ScalarType? 
 
 _TABLE = "Tensor[] table, int packed_slices=0"
 _SEGMENTED = f"Tensor[] lora_a, Tensor[] lora_b, {_TABLE}"
+_SEGMENTED_BASE = "bool fan_in_fan_out=False, Tensor? packed=None"
 
 _SCHEMAS = {
     "lora_shrink": f"(Tensor x, Tensor lora_a, Tensor scale, {_DROPOUT}) -> Tensor s",
@@ -65,6 +69,18 @@ _SCHEMAS = {
     "segmented_lora": f"(Tensor x, {_SEGMENTED}, {_DROPOUT}) -> (Tensor delta, Tensor s)",
     "segmented_lora_": f"(Tensor(a!) y, Tensor x, {_SEGMENTED}) -> ()",
     "segmented_lora_dx": f"(Tensor dy, {_SEGMENTED}, {_DROPOUT}) -> (Tensor dx, Tensor d)",
+    "segmented_lora_pointers_": (
+        "(Tensor(a!) y, Tensor x, Tensor pointers, Tensor[] table, int[] widths, int r_max, "
+        "ScalarType dtype) -> ()"
+    ),
+    "segmented_linear_fwd": (
+        f"(Tensor x, Tensor weight, {_SEGMENTED}, Tensor? bias=None, {_DROPOUT}, {_SEGMENTED_BASE})"
+        " -> (Tensor y, Tensor s)"
+    ),
+    "segmented_linear_dx": (
+        f"(Tensor dy, Tensor weight, {_SEGMENTED}, {_DROPOUT}, {_SEGMENTED_BASE}) "
+        "-> (Tensor dx, Tensor d)"
+    ),
     "segmented_lora_dab": (
         "(Tensor dy, Tensor? x, Tensor? s, Tensor? d, Tensor[] table, int[] widths, int r_max, "
         f"int packed_slices=0, {_DROPOUT}, ScalarType? da_dtype=None, ScalarType? db_dtype=None) "
@@ -122,6 +138,9 @@ segmented_expand = torch.ops.lora_kernels.segmented_expand.default
 segmented_expand_ = torch.ops.lora_kernels.segmented_expand_.default
 segmented_lora = torch.ops.lora_kernels.segmented_lora.default
 segmented_lora_ = torch.ops.lora_kernels.segmented_lora_.default
+segmented_lora_pointers_ = torch.ops.lora_kernels.segmented_lora_pointers_.default
+segmented_linear_fwd = torch.ops.lora_kernels.segmented_linear_fwd.default
+segmented_linear_dx = torch.ops.lora_kernels.segmented_linear_dx.default
 segmented_lora_dx = torch.ops.lora_kernels.segmented_lora_dx.default
 segmented_lora_dab = torch.ops.lora_kernels.segmented_lora_dab.default
 
@@ -247,6 +266,54 @@ def _(
     packed_slices: int = 0,
     rng: Tensor | None = None,
     dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    dx = dy.new_empty(dy.shape[0], lora_a[0].shape[2])
+    return dx, dy.new_empty(dy.shape[0], len(lora_b), lora_b[0].shape[2])
+
+
+@torch.library.register_fake("lora_kernels::segmented_lora_pointers_", lib=_library)
+def _(
+    y: Tensor,
+    x: Tensor,
+    pointers: Tensor,
+    table: list[Tensor],
+    widths: list[int],
+    r_max: int,
+    dtype: torch.dtype,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("lora_kernels::segmented_linear_fwd", lib=_library)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    table: list[Tensor],
+    packed_slices: int = 0,
+    bias: Tensor | None = None,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    fan_in_fan_out: bool = False,
+    packed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape[0], sum(b.shape[1] for b in lora_b))
+    return y, x.new_empty(x.shape[0], len(lora_b), lora_b[0].shape[2])
+
+
+@torch.library.register_fake("lora_kernels::segmented_linear_dx", lib=_library)
+def _(
+    dy: Tensor,
+    weight: Tensor,
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    table: list[Tensor],
+    packed_slices: int = 0,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    fan_in_fan_out: bool = False,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dx = dy.new_empty(dy.shape[0], lora_a[0].shape[2])
     return dx, dy.new_empty(dy.shape[0], len(lora_b), lora_b[0].shape[2])

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+_DX = ("lora_linear_dx", "segmented_linear_dx")
+
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -37,12 +39,12 @@ class Problem(NamedTuple):
     @property
     def columns(self) -> int:
         """The width of the result of a product with the base: N, and K for dX."""
-        return self.k if self.op == "lora_linear_dx" else self.n
+        return self.k if self.op in _DX else self.n
 
     @property
     def inner(self) -> int:
         """The axis that this product sums over: K, and N for dX."""
-        return self.n if self.op == "lora_linear_dx" else self.k
+        return self.n if self.op in _DX else self.k
 
     def bucketed(self) -> Problem:
         """The key of the tables: N and K exact, M rounded up to a power of two, r to a multiple of
@@ -248,6 +250,56 @@ def _segmented_lora_dx(dy: Tensor, *args: Any, **kwargs: Any) -> Problem:
     return _segmented_lora(dy, *args, **kwargs)._replace(op="segmented_lora_dx")
 
 
+def _segmented_lora_pointers_(
+    y: Tensor,
+    x: Tensor,
+    pointers: Tensor,
+    table: Sequence[Tensor],
+    widths: Sequence[int],
+    r_max: int,
+    dtype: torch.dtype,
+) -> Problem:
+    # What the table points to begins on whole vectors.
+    op, n, k = "segmented_lora_pointers_", sum(widths), x.shape[1]
+    return _segmented(op, x, n, k, table, r_max, len(widths), dtype)
+
+
+def _segmented_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    table: Sequence[Tensor],
+    packed_slices: int = 0,
+    bias: Tensor | None = None,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    fan_in_fan_out: bool = False,
+    packed: Tensor | None = None,
+) -> Problem:
+    n, r, k = sum(b.shape[1] for b in lora_b), lora_b[0].shape[2], lora_a[0].shape[2]
+    stacks, dtype = (weight, *lora_a, *lora_b), lora_b[0].dtype
+    found = _segmented("segmented_linear_fwd", x, n, k, table, r, len(lora_b), dtype, rng, stacks)
+    return found._replace(fan_in_fan_out=fan_in_fan_out)
+
+
+def _segmented_linear_dx(
+    dy: Tensor,
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    table: Sequence[Tensor],
+    packed_slices: int = 0,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    fan_in_fan_out: bool = False,
+    packed: Tensor | None = None,
+) -> Problem:
+    return _segmented_linear_fwd(
+        dy, weight, lora_a, lora_b, table, packed_slices, None, rng, dropout_p, fan_in_fan_out
+    )._replace(op="segmented_linear_dx")
+
+
 def _segmented_lora_dab(
     dy: Tensor,
     x: Tensor | None,
@@ -279,5 +331,8 @@ PROBLEM_OF: dict[str, Callable[..., Problem]] = {
     "segmented_lora": _segmented_lora,
     "segmented_lora_": _segmented_lora_,
     "segmented_lora_dx": _segmented_lora_dx,
+    "segmented_lora_pointers_": _segmented_lora_pointers_,
+    "segmented_linear_fwd": _segmented_linear_fwd,
+    "segmented_linear_dx": _segmented_linear_dx,
     "segmented_lora_dab": _segmented_lora_dab,
 }

@@ -28,7 +28,8 @@ and a B of its own. For each slice
 
 Rows of slot -1 and slots of rank 0 have no adapter: their S, D, delta and dX are zero, and an
 in-place sum leaves them as they are. What lies in unused slots and beyond the live rank is never
-read. Slice number j draws its mask with offset + j.
+read. Slice number j draws its mask with offset + j. With the base linear under them,
+``segmented_linear``, Y = x W^T + bias + delta and dX = dY W + that sum, each with one rounding.
 
 ``table`` is ``SegmentTable.tensors()``. ``packed_slices`` = n says that the only tensor of
 ``lora_a`` [S, n*r_max, K] holds slice j of a slot in rows j*r to (j+1)*r of its live rank r.
@@ -36,6 +37,7 @@ read. Slice number j draws its mask with offset + j.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -335,16 +337,16 @@ def segmented_lora_(
     segmented_expand_(y, segmented_shrink(x, lora_a, table, packed_slices), lora_b, table)
 
 
-def segmented_lora_dx(
+def _tails(
     dy: Tensor,
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     table: Sequence[Tensor],
-    packed_slices: int = 0,
-    rng: Tensor | None = None,
-    dropout_p: float = 0.0,
+    packed_slices: int,
+    rng: Tensor | None,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """dY [M, sum of N_j] -> dX [M,K] and D [M,n,r_max]."""
+    """The sum over the slices of mask*(D A) in the accumulator's dtype, [M,K], and D."""
     acc = accumulate_dtype(dy.dtype)
     k, r_max = lora_a[0].shape[2], lora_b[0].shape[2]
     d = dy.new_zeros(dy.shape[0], len(lora_b), r_max)
@@ -361,7 +363,63 @@ def segmented_lora_dx(
         mask = _mask(rng, j, table, dx, dropout_p)
         dx += tail if mask is None else torch.where(mask, tail, 0)
         first += b.shape[1]
+    return dx, d
+
+
+def segmented_lora_dx(
+    dy: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    table: Sequence[Tensor],
+    packed_slices: int = 0,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """dY [M, sum of N_j] -> dX [M,K] and D [M,n,r_max]."""
+    dx, d = _tails(dy, lora_a, lora_b, table, packed_slices, rng, dropout_p)
     return dx.to(dy.dtype), d
+
+
+def segmented_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    table: Sequence[Tensor],
+    packed_slices: int = 0,
+    bias: Tensor | None = None,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    fan_in_fan_out: bool = False,
+    packed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Y [M, sum of N_j] = x W^T + bias + delta with one rounding, and S; weight [sum of N_j, K]."""
+    acc = accumulate_dtype(x.dtype)
+    s = segmented_shrink(x, lora_a, table, packed_slices, rng, dropout_p)
+    w = weight.to(acc)
+    y = x.to(acc) @ (w if fan_in_fan_out else w.t()) + _delta(s, lora_b, table)
+    if bias is not None:
+        y = y + bias.to(acc)
+    return y.to(x.dtype), s
+
+
+def segmented_linear_dx(
+    dy: Tensor,
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    table: Sequence[Tensor],
+    packed_slices: int = 0,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    fan_in_fan_out: bool = False,
+    packed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dX [M,K] = dY W + the sum over the slices of mask*(D A) with one rounding, and D."""
+    acc = accumulate_dtype(dy.dtype)
+    tails, d = _tails(dy, lora_a, lora_b, table, packed_slices, rng, dropout_p)
+    w = weight.to(acc)
+    return (dy.to(acc) @ (w.t() if fan_in_fan_out else w) + tails).to(dy.dtype), d
 
 
 def segmented_lora_dab(
@@ -408,3 +466,38 @@ def segmented_lora_dab(
                 db[j][slot, :, :rank] = (columns.t() @ s[rows, j, :rank].to(acc)).to(db_dtype)
         first += width
     return da, db
+
+
+def segmented_lora_pointers_(
+    y: Tensor,
+    x: Tensor,
+    pointers: Tensor,
+    table: Sequence[Tensor],
+    widths: Sequence[int],
+    r_max: int,
+    dtype: torch.dtype,
+) -> None:
+    """``y += delta`` with adapters by address (:class:`lora_kernels.pointers.AdapterPointers`), on
+    a CPU alone, whose addresses this process can read."""
+    if x.device.type != "cpu":
+        raise NotImplementedError(f"no kernel reads adapters by address on {x.device}")
+    ranks = torch.minimum(table[1], pointers[:, :, 4].amin(1).to(table[1].dtype))
+    a = [x.new_zeros(len(ranks), r_max, x.shape[1], dtype=dtype) for _ in widths]
+    b = [x.new_zeros(len(ranks), width, r_max, dtype=dtype) for width in widths]
+    for slot, row in enumerate(pointers.tolist()):
+        for j, (address_a, step_a, address_b, step_b, _) in enumerate(row):
+            rank = int(ranks[slot])
+            a[j][slot, :rank] = _at(address_a, (rank, x.shape[1]), step_a, dtype)
+            b[j][slot, :, :rank] = _at(address_b, (widths[j], rank), step_b, dtype)
+    s = segmented_shrink(x, a, [table[0], ranks, *table[2:]])
+    segmented_expand_(y, s, b, [table[0], ranks, *table[2:]])
+
+
+def _at(address: int, shape: tuple[int, int], step: int, dtype: torch.dtype) -> Tensor:
+    """The matrix of this shape at an address, its rows ``step`` elements apart."""
+    rows, cols = shape
+    if rows == 0 or cols == 0:
+        return torch.empty(shape, dtype=dtype)
+    elements = (rows - 1) * step + cols
+    memory = (ctypes.c_char * (elements * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, (step, 1))

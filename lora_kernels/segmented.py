@@ -1,4 +1,5 @@
-"""``segmented_lora`` and its halves: adapters of a mixed batch, every row with its own."""
+"""``segmented_lora``, its halves, and ``segmented_linear`` with the base linear under it: adapters
+of a mixed batch, every row with its own."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
-from .functional import check_rng, draw_rng, rows_of
+from .functional import Packed, check_rng, compute_dtype, draw_rng, rows_of
+from .pointers import AdapterPointers
+from .segmented_autograd import Call, SegmentedLinear, SegmentedLoRA
 from .segments import SegmentTable
 
 Stack = Tensor | Sequence[Tensor]
@@ -18,8 +20,8 @@ Stack = Tensor | Sequence[Tensor]
 
 def segmented_lora(
     x: Tensor,
-    lora_a: Stack,
-    lora_b: Stack,
+    lora_a: Stack | AdapterPointers,
+    lora_b: Stack | None,
     seg: SegmentTable,
     out: Tensor | None = None,
     *,
@@ -39,7 +41,8 @@ def segmented_lora(
             are those of ``seg``: as many as its last batch had, or up to its capacity.
         lora_a: [S, r_max, K], A of every slot, or a sequence of such tensors, one for each slice
             (query, key and value of one input). Any floating dtype; rounded to x's on use.
-        lora_b: [S, N, r_max], or a sequence, one for each slice; widths N may differ.
+        lora_b: [S, N, r_max], or a sequence, one for each slice; widths N may differ. None if
+            ``lora_a`` is an :class:`AdapterPointers`, which takes the place of both (with ``out``).
         seg: the slot of each row, and the live rank and the scale of each slot. Compute and memory
             traffic follow live ranks; what lies beyond them, or in unused slots, is never read.
         out: None: a new tensor, in which rows without an adapter are zero. A tensor [..., sum of
@@ -72,23 +75,88 @@ def segmented_lora(
             [ 0.,  0.,  0.],
             [ 4.,  4.,  4.]])
     """
+    dropping = training and dropout_p > 0.0
+    if isinstance(lora_a, AdapterPointers):
+        return _by_address(x, lora_a, seg, out, lora_b is None and not dropping)
     a, b, packed = _stacks(lora_a, lora_b, output_slices)
     _check(x, seg, a, b, packed, dropout_p)
     rows = rows_of(x, x.dtype)
-    if not training or dropout_p == 0.0:
-        rng, dropout_p = None, 0.0
-    else:
-        rng = draw_rng(x.device) if rng is None else check_rng(rng, x.device)
+    rng, dropout_p = _dropout(rng, dropout_p if dropping else 0.0, x.device)
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *a, *b))
     if out is not None:
-        _check_out(out, x, b, differentiable, rng)
-        y = out.view(-1, out.shape[-1]) if out.dim() != 2 else out
-        ops.segmented_lora_(y, rows, a, b, seg.tensors(), packed)
+        _check_out(out, x, [t.shape[1] for t in b], differentiable, rng)
+        ops.segmented_lora_(_rows_of_out(out), rows, a, b, seg.tensors(), packed)
         return out
     if differentiable:
-        y = _SegmentedLoRA.apply(rows, seg.tensors(), packed, rng, dropout_p, len(b), *a, *b)
+        call = Call(seg.tensors(), packed, dropout_p, False, x.dtype, (None, None))
+        y = SegmentedLoRA.apply(rows, rng, call, len(b), *a, *b)
     else:
         y, _ = ops.segmented_lora(rows, a, b, seg.tensors(), packed, rng, dropout_p)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def segmented_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Stack,
+    lora_b: Stack,
+    seg: SegmentTable,
+    bias: Tensor | None = None,
+    *,
+    output_slices: Sequence[int] | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    fan_in_fan_out: bool = False,
+    rng: Tensor | None = None,
+    packed: Packed = (None, None),
+) -> Tensor:
+    """``x W^T + bias`` and, for every row with an adapter, ``scale * (x A^T) B^T`` of its own, in
+    one pass with one rounding: a linear layer of a batch that mixes adapters.
+
+    Args:
+        x: [..., K] as for :func:`segmented_lora`; under autocast it is cast as by ``F.linear``.
+        weight: [sum of N, K] in x's dtype, the slices one below the other; or [K, sum of N] with
+            ``fan_in_fan_out``.
+        bias: [sum of N] or None, any floating dtype.
+        packed: see :func:`lora_kernels.lora_linear`.
+
+    The other arguments, the gradients and what is raised are :func:`segmented_lora`'s; ``weight``
+    and ``bias`` get a gradient if they require one. Rows without an adapter are the base linear's.
+
+    Returns:
+        [..., sum of N] in the compute dtype.
+
+    >>> import torch
+    >>> seg = SegmentTable.from_rows([0, -1], rank_of_slot=[1], scale_of_slot=[10.0])
+    >>> weight, lora_a, lora_b = torch.ones(3, 4), torch.ones(1, 1, 4), torch.ones(1, 3, 1)
+    >>> segmented_linear(torch.ones(2, 4), weight, lora_a, lora_b, seg)
+    tensor([[44., 44., 44.],
+            [ 4.,  4.,  4.]])
+    """
+    a, b, packed_slices = _stacks(lora_a, lora_b, output_slices)
+    _check(x, seg, a, b, packed_slices, dropout_p)
+    _check_base(x, weight, bias, sum(t.shape[1] for t in b), fan_in_fan_out)
+    dtype = compute_dtype(x, weight)
+    if weight.dtype != dtype:
+        packed = (None, None)
+    rng, dropout_p = _dropout(rng, dropout_p if training else 0.0, x.device)
+    inputs = (x, weight, *a, *b, *([] if bias is None else [bias]))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        call = Call(seg.tensors(), packed_slices, dropout_p, fan_in_fan_out, dtype, packed)
+        return SegmentedLinear.apply(x, weight, bias, rng, call, len(b), *a, *b)
+    y, _ = ops.segmented_linear_fwd(
+        rows_of(x, dtype),
+        weight.to(dtype),
+        a,
+        b,
+        seg.tensors(),
+        packed_slices,
+        bias,
+        rng,
+        dropout_p,
+        fan_in_fan_out,
+        packed[0],
+    )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -118,66 +186,52 @@ def segmented_expand(
     with torch.no_grad():
         if out is None:
             return ops.segmented_expand(s, b, seg.tensors())
-        _check_out(out, s[:, 0], b, False, None)
+        _check_out(out, s[:, 0], [t.shape[1] for t in b], False, None)
         ops.segmented_expand_(out, s, b, seg.tensors())
         return out
 
 
-class _SegmentedLoRA(torch.autograd.Function):
-    """Forward and backward of one call. Saves x as rows, S, the stacks and the table: a table that
-    is refilled in place before the backward makes that raise."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        table: list[Tensor],
-        packed_slices: int,
-        rng: Tensor | None,
-        dropout_p: float,
-        slices: int,
-        *stacks: Tensor,
-    ) -> Tensor:
-        a, b = stacks[:-slices], stacks[-slices:]
-        y, s = ops.segmented_lora(x, a, b, table, packed_slices, rng, dropout_p)
-        need_x, *_ = ctx.needs_input_grad
-        need = ctx.needs_input_grad[-len(stacks) :]
-        ctx.need_a, ctx.need_b = any(need[:-slices]), any(need[-slices:])
-        ctx.save_for_backward(
-            x if ctx.need_a else None, s if ctx.need_b else None, rng, *table, *stacks
+def _by_address(
+    x: Tensor, pointers: AdapterPointers, seg: SegmentTable, out: Tensor | None, plain: bool
+) -> Tensor:
+    """:func:`segmented_lora` with adapters by address."""
+    if out is None or not plain:
+        raise ValueError("AdapterPointers are for serving: lora_b=None, out=, and no dropout")
+    _check_tensor("x", x, x.device)
+    _check_table(x, seg, x.numel() // max(x.shape[-1], 1))
+    if x.shape[-1] != pointers.in_features or seg.slots != pointers.slots:
+        raise ValueError(
+            f"x is {list(x.shape)} and the table has {seg.slots} slots, the pointers are for "
+            f"[..., {pointers.in_features}] and {pointers.slots} slots"
         )
-        ctx.packed_slices, ctx.dropout_p, ctx.slices = packed_slices, dropout_p, slices
-        ctx.table_size = len(table)
-        return y
+    if pointers.device != x.device:
+        raise ValueError(f"the pointers are on {pointers.device}, x on {x.device}")
+    differentiable = torch.is_grad_enabled() and x.requires_grad
+    _check_out(out, x, pointers.widths, differentiable, None)
+    ops.segmented_lora_pointers_(
+        _rows_of_out(out),
+        rows_of(x, x.dtype),
+        pointers.table,
+        seg.tensors(),
+        pointers.widths,
+        pointers.max_rank,
+        pointers.dtype,
+    )
+    return out
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, s, rng, *rest = ctx.saved_tensors
-        table, stacks = rest[: ctx.table_size], rest[ctx.table_size :]
-        a, b = stacks[: -ctx.slices], stacks[-ctx.slices :]
-        need = ctx.needs_input_grad
-        dx = d = None
-        if need[0] or ctx.need_a:
-            dx, d = ops.segmented_lora_dx(dy, a, b, table, ctx.packed_slices, rng, ctx.dropout_p)
-        gradients: list[Tensor | None] = [None] * len(stacks)
-        if ctx.need_a or ctx.need_b:
-            da, db = ops.segmented_lora_dab(
-                dy,
-                x,
-                s,
-                d,
-                table,
-                [t.shape[1] for t in b],
-                a[0].shape[1] // max(ctx.packed_slices, 1),
-                ctx.packed_slices,
-                rng,
-                ctx.dropout_p,
-                a[0].dtype if ctx.need_a else None,
-                b[0].dtype if ctx.need_b else None,
-            )
-            gradients = [*(da or [None] * len(a)), *(db or [None] * len(b))]
-        return (dx if need[0] else None, *[None] * 5, *gradients)
+
+def _dropout(
+    rng: Tensor | None, dropout_p: float, device: torch.device
+) -> tuple[Tensor | None, float]:
+    """The operators' rng and probability; a mask is drawn where there is dropout, and none is
+    given."""
+    if dropout_p == 0.0:
+        return None, 0.0
+    return draw_rng(device) if rng is None else check_rng(rng, device), dropout_p
+
+
+def _rows_of_out(out: Tensor) -> Tensor:
+    return out.view(-1, out.shape[-1]) if out.dim() != 2 else out
 
 
 def _list(stack: Stack) -> list[Tensor]:
@@ -185,9 +239,11 @@ def _list(stack: Stack) -> list[Tensor]:
 
 
 def _stacks(
-    lora_a: Stack, lora_b: Stack, output_slices: Sequence[int] | None
+    lora_a: Stack, lora_b: Stack | None, output_slices: Sequence[int] | None
 ) -> tuple[list[Tensor], list[Tensor], int]:
     """A and B one tensor a slice, and the number of slices that A packs by live rank (or 0)."""
+    if lora_b is None:
+        raise TypeError("lora_b may be None with AdapterPointers only")
     a, b = _list(lora_a), _list(lora_b)
     if output_slices is None:
         if len(a) != len(b) or not a:
@@ -240,6 +296,22 @@ def _check_b(x: Tensor, b: list[Tensor], seg: SegmentTable, r_max: int) -> None:
         _check_rank("lora_b", r_max, seg)
 
 
+def _check_base(
+    x: Tensor, weight: Tensor, bias: Tensor | None, n: int, fan_in_fan_out: bool
+) -> None:
+    _check_tensor("weight", weight, x.device)
+    shape = (x.shape[-1], n) if fan_in_fan_out else (n, x.shape[-1])
+    if weight.shape != shape:
+        raise ValueError(
+            f"weight must be {list(shape)}, as x {list(x.shape)} and lora_b say, not "
+            f"{list(weight.shape)}"
+        )
+    if bias is not None:
+        _check_tensor("bias", bias, x.device)
+        if bias.shape != (n,):
+            raise ValueError(f"bias must be [{n}], not {list(bias.shape)}")
+
+
 def _check_tensor(name: str, tensor: Any, device: torch.device) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -266,9 +338,9 @@ def _check_table(x: Tensor, seg: SegmentTable, rows: int | None = None) -> None:
 
 
 def _check_out(
-    out: Tensor, x: Tensor, b: list[Tensor], differentiable: bool, rng: Tensor | None
+    out: Tensor, x: Tensor, widths: list[int], differentiable: bool, rng: Tensor | None
 ) -> None:
-    width = sum(t.shape[1] for t in b)
+    width = sum(widths)
     if out.shape != (*x.shape[:-1], width):
         raise ValueError(f"out must be {[*x.shape[:-1], width]}, as x says, not {list(out.shape)}")
     if out.dtype != x.dtype or out.device != x.device:

@@ -15,6 +15,9 @@ from . import _native
 # prefill's tile empty, 64 most of a decode's (a guess until it is measured on a GPU).
 BLOCK_ROWS = 32
 
+# Of ``SegmentTable.tensors()``.
+TABLE_TENSORS = 8
+
 Ints = Tensor | Sequence[int]
 Floats = Tensor | Sequence[float]
 

@@ -7,6 +7,7 @@ nobody may read: beyond the live ranks and in the slots without rows or rank.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from . import reference
 from .plan import record_plans
+from .pointers import AdapterPointers
 from .segments import SegmentTable
 from .testing import LAYOUTS, Arguments, assert_within_budget, poisoned_memory
 
@@ -37,6 +39,10 @@ class SegmentedCase:
     layout: str = "contiguous"
     # rows that the table has room for beyond those of the batch
     spare: int = 0
+    # of the base linear under the adapters; with weight 0 only the adapters are seen
+    fan_in_fan_out: bool = False
+    bias: bool = False
+    weight: float = 1.0
     device: str = "cpu"
     seed: int = 0
 
@@ -77,13 +83,18 @@ class SegmentedCase:
         if self.layout != "contiguous":
             lora_a = [_inside_nan(t) for t in lora_a]
             lora_b = [_inside_nan(t) for t in lora_b]
+        total = sum(self.widths)
+        weight = normal(total, self.k) * (self.weight / self.k**0.5)
+        if self.fan_in_fan_out:
+            weight = weight.t().contiguous()
         rng = None
         if self.dropout_p:
             rng = torch.tensor([-(2**61) - self.seed, 2**33 - 2, 3, 24], device=self.device)
-        total = sum(self.widths)
         return SegmentedInputs(
             case=self,
             seg=seg,
+            weight=weight.to(self.dtype),
+            bias=normal(total).to(self.dtype) if self.bias else None,
             x=layout(normal(self.m, self.k).to(self.dtype)),
             dy=layout(normal(self.m, total).to(self.dtype)),
             y=layout(normal(self.m, total).to(self.dtype)),
@@ -97,6 +108,8 @@ class SegmentedCase:
 class SegmentedInputs:
     case: SegmentedCase
     seg: SegmentTable
+    weight: Tensor
+    bias: Tensor | None
     x: Tensor
     dy: Tensor
     y: Tensor
@@ -112,6 +125,26 @@ class SegmentedInputs:
         """Rows without an adapter, bool [M]: of slot -1, and of slots of rank 0."""
         slots = self.seg.slot_of_row[: self.case.m].long()
         return (slots < 0) | (self.seg.rank_of_slot[slots.clamp(min=0)] == 0)
+
+    @functools.cached_property
+    def pointers(self) -> AdapterPointers:
+        """The live adapters by address, each with memory of its own that lives as long as this."""
+        case, r = self.case, self.lora_b[0].shape[2]
+        dtype = self.lora_b[0].dtype
+        pointers = AdapterPointers(
+            len(case.ranks), case.k, case.widths, r, dtype=dtype, device=case.device
+        )
+        for slot, rank in enumerate(case.ranks):
+            if rank:
+                a = [self.slice_of_a(slot, j).clone() for j in range(len(case.widths))]
+                pointers.set_(slot, a, [b[slot, :, :rank].clone() for b in self.lora_b])
+        return pointers
+
+    def slice_of_a(self, slot: int, j: int) -> Tensor:
+        """A [rank, K] of a slot and slice."""
+        rank = self.case.ranks[slot]
+        at = slice(j * rank, (j + 1) * rank) if self.case.packed else slice(rank)
+        return self.lora_a[0 if self.case.packed else j][slot, at]
 
     def arguments(self, op: str) -> Arguments:
         """The keyword arguments of ``op``; S and D as the forward and dX would hand them over, and
@@ -129,6 +162,21 @@ class SegmentedInputs:
             return both | {"x": self.x, "y": y}
         if op == "segmented_lora_dx":
             return both | dropout | {"dy": self.dy}
+        base: Arguments = {"weight": self.weight, "fan_in_fan_out": self.case.fan_in_fan_out}
+        if op == "segmented_linear_fwd":
+            return both | dropout | base | {"x": self.x, "bias": self.bias}
+        if op == "segmented_linear_dx":
+            return both | dropout | base | {"dy": self.dy}
+        if op == "segmented_lora_pointers_":
+            return {
+                "y": y,
+                "x": self.x,
+                "pointers": self.pointers.table,
+                "table": table,
+                "widths": self.pointers.widths,
+                "r_max": self.pointers.max_rank,
+                "dtype": self.pointers.dtype,
+            }
         s = reference.segmented_shrink(self.x, **a, **dropout)
         if op == "segmented_lora_dab":
             _, d = reference.segmented_lora_dx(self.dy, **both, **dropout)
@@ -175,7 +223,7 @@ def naive(inputs: SegmentedInputs, op: str, dtype: torch.dtype) -> list[Tensor]:
         c = seg.scale_of_slot[slot].item() / (1 - case.dropout_p)
         for j in range(n):
             at = slice(j * rank, (j + 1) * rank) if case.packed else slice(rank)
-            a = inputs.lora_a[0 if case.packed else j][slot, at].to(dtype)
+            a = inputs.slice_of_a(slot, j).to(dtype)
             b = inputs.lora_b[j][slot, :, :rank].to(dtype)
             mask = x.new_ones(len(rows), k, dtype=torch.bool)
             if inputs.rng is not None:
@@ -199,6 +247,12 @@ def naive(inputs: SegmentedInputs, op: str, dtype: torch.dtype) -> list[Tensor]:
         return [delta, s]
     if op == "segmented_expand":
         return [delta]
+    weight = inputs.weight.t() if case.fan_in_fan_out else inputs.weight
+    if op == "segmented_linear_fwd":
+        y = x @ weight.to(dtype).t() + delta
+        return [y if inputs.bias is None else y + inputs.bias.to(dtype), s]
+    if op == "segmented_linear_dx":
+        return [dy @ weight.to(dtype) + dx, d]
     if op == "segmented_lora_dx":
         return [dx, d]
     if op == "segmented_lora_dab":
@@ -229,15 +283,27 @@ def check_segmented(
             flat += [result] if isinstance(result, Tensor) else list(result)
     for number, (ours, one, other) in enumerate(zip(flat, eager, exact, strict=True)):
         assert_within_budget(f"{op} {case} result {number}", ours, one, other)
+        if op in ("segmented_linear_fwd", "segmented_linear_dx") and not number:
+            # The base linear's rows are never zero.
+            continue
         if op != "segmented_lora_dab":
             bare = inputs.bare()
             expected = inputs.y[bare] if results is None else torch.zeros_like(ours[bare])
             assert torch.equal(ours[bare], expected), f"{op} {case}: a row without an adapter"
-            if op in ("segmented_shrink", "segmented_lora_dx", "segmented_lora") and number:
+            if op in _WITH_TAIL and number:
                 assert not ours[other == 0].any(), f"{op} {case}: beyond the live rank"
         else:
             assert not ours[other == 0].any(), f"{op} {case}: a gradient of what no row used"
     return flat
+
+
+# Operators whose second result is S or D.
+_WITH_TAIL = (
+    "segmented_lora_dx",
+    "segmented_lora",
+    "segmented_linear_fwd",
+    "segmented_linear_dx",
+)
 
 
 def _inside_nan(stack: Tensor) -> Tensor:

@@ -12,10 +12,20 @@ import lora_kernels
 PACKAGE = Path(lora_kernels.__file__).parent
 
 LAYERS = [
-    {"reference", "problem", "config", "device", "segments", "vendor", "_native", "kernels"},
+    {
+        "reference",
+        "problem",
+        "config",
+        "device",
+        "segments",
+        "pointers",
+        "vendor",
+        "_native",
+        "kernels",
+    },
     {"cuda", "cpu", "plan", "tune"},
     {"ops"},
-    {"functional", "segmented"},
+    {"functional", "segmented", "segmented_autograd"},
     {"nn", "packed"},
     {"models", "serving", "integrations"},
 ]
