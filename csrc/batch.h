@@ -3,8 +3,10 @@
 #pragma once
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "bindings.h"
@@ -21,48 +23,68 @@ inline int64_t slots_of(TensorList table) {
   return table[1].size(0);
 }
 
-// SegmentTable.tensors(), read: the segments of a batch, and the rows grouped by them.
+// SegmentTable.tensors(), read: the segments of a batch of M rows, and the rows grouped by them.
 struct Batch {
   std::vector<Segment> segments;
-  const int32_t* order;
+  std::vector<int32_t> order;  // [M]; those without an adapter come last
   const int64_t* logical_row;
   int64_t live = 0;  // rows with an adapter
   int64_t slots;
 
-  Batch(TensorList table, int64_t M, int64_t r_max) {
+  // `most` [slots], if given: the ranks of the adapters that there are, to which ranks are cut.
+  Batch(TensorList table, int64_t M, int64_t r_max, const std::vector<int64_t>* most = nullptr) {
     slots = slots_of(table);
-    for (const Tensor& t : table) {
-      TORCH_CHECK_VALUE(t.is_cpu() && t.is_contiguous() && t.dim() == 1,
+    constexpr at::ScalarType kTypes[] = {at::kInt, at::kInt, at::kFloat, at::kLong,
+                                         at::kInt, at::kInt, at::kInt,   at::kInt};
+    for (size_t i = 0; i < table.size(); ++i) {
+      TORCH_CHECK_VALUE(table[i].is_cpu() && table[i].is_contiguous() && table[i].dim() == 1,
                         "the table must hold contiguous vectors on the CPU");
+      TORCH_CHECK_TYPE(table[i].scalar_type() == kTypes[i], "vector ", i, " of the table must be ",
+                       kTypes[i], ", got ", table[i].scalar_type());
     }
+    const int64_t room = table[0].size(0);
     TORCH_CHECK_VALUE(table[2].size(0) == slots && table[5].size(0) == slots + 1 &&
-                          table[4].size(0) == table[0].size(0) &&
-                          table[3].size(0) == table[0].size(0),
+                          table[4].size(0) == room && table[3].size(0) == room,
                       "the vectors of the table do not fit each other");
+    TORCH_CHECK_VALUE(M <= room, "x has ", M, " rows and the table has room for ", room);
     const int32_t* ranks = table[1].const_data_ptr<int32_t>();
     const float* scales = table[2].const_data_ptr<float>();
     logical_row = table[3].const_data_ptr<int64_t>();
-    order = table[4].const_data_ptr<int32_t>();
+    const int32_t* given = table[4].const_data_ptr<int32_t>();
     const int32_t* start = table[5].const_data_ptr<int32_t>();
-    live = start[slots];
-    TORCH_CHECK_VALUE(live <= table[4].size(0), "the table's start_of_slot ends beyond its order");
-    for (int64_t i = 0; i < live; ++i) {
-      TORCH_CHECK_VALUE(order[i] >= 0 && order[i] < M, "row ", order[i],
-                        " of the table has an adapter and x has ", M, " rows");
-    }
+
+    std::vector<bool> has(M, false);
+    order.reserve(M);
     for (int64_t slot = 0; slot < slots; ++slot) {
       if (start[slot] == start[slot + 1]) continue;
-      TORCH_CHECK_VALUE(ranks[slot] >= 0 && ranks[slot] <= r_max, "slot ", slot, " has rank ",
-                        ranks[slot], " and the adapters have room for ", r_max);
-      segments.push_back(
-          {slot, start[slot], start[slot + 1] - start[slot], ranks[slot], scales[slot]});
+      TORCH_CHECK_VALUE(
+          0 <= start[slot] && start[slot] < start[slot + 1] && start[slot + 1] <= room,
+          "start_of_slot of slot ", slot, " does not fit the table's order");
+      const int64_t rank = most ? std::min<int64_t>(ranks[slot], (*most)[slot]) : ranks[slot];
+      TORCH_CHECK_VALUE(rank >= 0 && rank <= r_max, "slot ", slot, " has rank ", rank,
+                        " and the adapters have room for ", r_max);
+      const int64_t rows = start[slot + 1] - start[slot];
+      for (int64_t i = start[slot]; i < start[slot + 1]; ++i) {
+        TORCH_CHECK_VALUE(given[i] >= 0 && given[i] < M, "row ", given[i],
+                          " of the table has an adapter and x has ", M, " rows");
+        TORCH_CHECK_VALUE(!has[given[i]] || rank == 0, "row ", given[i],
+                          " has two places in the table's order");
+        has[given[i]] = has[given[i]] || rank > 0;
+      }
+      if (rank == 0) continue;
+      segments.push_back({slot, live, rows, rank, scales[slot]});
+      order.insert(order.end(), given + start[slot], given + start[slot + 1]);
+      live += rows;
+    }
+    for (int64_t i = 0; i < M; ++i) {
+      if (!has[i]) order.push_back(static_cast<int32_t>(i));
     }
   }
 
   // The mask's rows in the order of the segments; without a mask nobody asks for them.
   std::vector<int64_t> logical(bool masked) const {
-    std::vector<int64_t> rows(live);
-    for (int64_t i = 0; masked && i < live; ++i) rows[i] = logical_row[order[i]];
+    std::vector<int64_t> rows(masked ? order.size() : 0);
+    for (size_t i = 0; i < rows.size(); ++i) rows[i] = logical_row[order[i]];
     return rows;
   }
 };
@@ -106,6 +128,12 @@ struct Stacks {
   int64_t slices() const { return packed_slices ? packed_slices : tensors.size(); }
   int64_t r_max() const { return tensors[0].size(1) / std::max<int64_t>(1, packed_slices); }
   int64_t cols() const { return tensors[0].size(2); }
+  // Of the slices of B.
+  std::vector<int64_t> widths() const {
+    std::vector<int64_t> all;
+    for (const Tensor& t : tensors) all.push_back(t.size(1));
+    return all;
+  }
 
   Matrix a(const Segment& segment, int64_t slice) const {
     return part_of_a(tensors, packed_slices, segment, slice);
@@ -116,12 +144,71 @@ struct Stacks {
   }
 };
 
-// Where the columns of each slice begin, and where the last ends.
-inline std::vector<int64_t> offsets(const Stacks& b) {
-  std::vector<int64_t> first(1, 0);
-  for (const Tensor& t : b.tensors) first.push_back(first.back() + t.size(1));
-  return first;
-}
+// Adapters by address: see pointers.py for the table, int64 [slots, n, 5].
+struct Pointers {
+  const int64_t* table;
+  int64_t n, in_features;
+  at::IntArrayRef widths;
+  at::ScalarType dtype, rows;
+  std::vector<int64_t> ranks;             // of the slots
+  mutable std::vector<Tensor> converted;  // what packing does not read as it is
+
+  Pointers(const Tensor& given, at::IntArrayRef widths, int64_t in_features, int64_t r_max,
+           at::ScalarType dtype, at::ScalarType rows, int64_t slots)
+      : n(widths.size()), in_features(in_features), widths(widths), dtype(dtype), rows(rows) {
+    TORCH_CHECK_TYPE(given.scalar_type() == at::kLong, "pointers must be int64, got ",
+                     given.scalar_type());
+    TORCH_CHECK_TYPE(at::isFloatingType(dtype), "dtype must be a floating one, got ", dtype);
+    TORCH_CHECK_VALUE(given.is_cpu() && given.is_contiguous() && given.dim() == 3 && n > 0 &&
+                          given.size(0) == slots && given.size(1) == n && given.size(2) == 5,
+                      "pointers must be a contiguous CPU tensor [", slots, ", ", n, ", 5], got ",
+                      given.sizes());
+    table = given.const_data_ptr<int64_t>();
+    const int64_t size = at::elementSize(dtype);
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      ranks.push_back(r_max);
+      for (int64_t j = 0; j < n; ++j) {
+        const auto [a, step_a, b, step_b, rank] = at(slot, j);
+        TORCH_CHECK_VALUE(rank >= 0 && rank <= r_max, "the pointers of slot ", slot,
+                          " are of rank ", rank, " and r_max is ", r_max);
+        TORCH_CHECK_VALUE(rank == 0 || (a && b && step_a >= in_features && step_b >= rank),
+                          "the pointers of slot ", slot, ", rank ", rank,
+                          ", have a null address or rows that overlap");
+        TORCH_CHECK_VALUE(rank == 0 || (a % size == 0 && b % size == 0), "the pointers of slot ",
+                          slot, " are not to elements of ", dtype);
+        ranks.back() = std::min(ranks.back(), rank);
+      }
+    }
+  }
+
+  int64_t slices() const { return n; }
+  Matrix a(const Segment& segment, int64_t slice) const {
+    const Entry entry = at(segment.slot, slice);
+    return matrix_at(entry.a, segment.rank, in_features, entry.step_a);
+  }
+  Matrix b(const Segment& segment, int64_t slice) const {
+    const Entry entry = at(segment.slot, slice);
+    return matrix_at(entry.b, widths[slice], segment.rank, entry.step_b);
+  }
+
+ private:
+  struct Entry {
+    int64_t a, step_a, b, step_b, rank;
+  };
+
+  Entry at(int64_t slot, int64_t slice) const {
+    const int64_t* entry = table + (slot * n + slice) * 5;
+    return {entry[0], entry[1], entry[2], entry[3], entry[4]};
+  }
+
+  Matrix matrix_at(int64_t address, int64_t n_rows, int64_t cols, int64_t step) const {
+    void* data = reinterpret_cast<void*>(address);
+    if (read_as_it_is(dtype, rows)) return {data, *kind_or_none(dtype), n_rows, cols, step, 1};
+    converted.push_back(
+        at::from_blob(data, {n_rows, cols}, {step, 1}, at::TensorOptions(dtype)).to(rows));
+    return matrix(converted.back(), "an adapter");
+  }
+};
 
 inline DropoutMask of_slice(DropoutMask mask, int64_t slice) {
   mask.offset += static_cast<uint64_t>(slice);
@@ -129,35 +216,56 @@ inline DropoutMask of_slice(DropoutMask mask, int64_t slice) {
 }
 
 // The rows of a batch in the order of its segments, as operands of a product: one copy for all
-// slices, or one each where a mask or the columns differ.
+// slices where none has a mask; or x itself, if its rows lie in that order.
 template <typename C>
 struct Gathered {
   std::vector<Tensor> copies;
-  std::vector<Rows<C>> all;
+  Rows<C> whole{};              // every column without a mask, unless nobody asks for it
+  std::vector<Rows<C>> slices;  // columns [begin[j], end[j])
 
+  // With `base`, of the rows without an adapter too.
   Gathered(const Matrix& x, const Batch& batch, const std::vector<int64_t>& begin,
            const std::vector<int64_t>& end, const std::optional<DropoutMask>& mask,
-           const std::vector<int64_t>& logical, const at::TensorOptions& options) {
+           const std::vector<int64_t>& logical, const at::TensorOptions& options, bool base) {
+    if (base || !mask) whole = copy(x, batch, base ? x.rows : batch.live, 0, x.cols, {}, options);
     for (size_t j = 0; j < begin.size(); ++j) {
-      if (j > 0 && !mask && begin[j] == begin[0] && end[j] == end[0]) {
-        all.push_back(all[0]);
+      const int64_t K = end[j] - begin[j], last = begin[j] + padded<C>(K);
+      // A pair at the end of a slice must not hold what follows the slice.
+      if (!mask && (last == end[j] || (end[j] == x.cols && last <= whole.ld))) {
+        slices.push_back({whole.data + begin[j], batch.live, K, whole.ld});
         continue;
       }
-      const int64_t K = end[j] - begin[j], ld = padded<C>(K);
-      copies.push_back(
-          at::empty({batch.live, ld}, options.dtype(c10::CppTypeToScalarType<C>::value)));
-      C* data = copies.back().template mutable_data_ptr<C>();
-      DropoutMask own;
+      std::optional<DropoutMask> own;
       if (mask) own = of_slice(*mask, j);
-      gather_rows(x, batch.order, batch.live, begin[j], end[j], mask ? &own : nullptr,
-                  logical.data(), data, ld);
-      all.push_back({data, batch.live, K, ld});
+      slices.push_back(copy(x, batch, batch.live, begin[j], end[j], own, options, logical.data()));
     }
   }
 
   Rows<C> of(const Segment& segment, int64_t slice) const {
-    const Rows<C>& rows = all[slice];
+    const Rows<C>& rows = slices[slice];
     return {rows.data + segment.first * rows.ld, segment.rows, rows.K, rows.ld};
+  }
+
+ private:
+  Rows<C> copy(const Matrix& x, const Batch& batch, int64_t count, int64_t c0, int64_t c1,
+               const std::optional<DropoutMask>& mask, const at::TensorOptions& options,
+               const int64_t* logical = nullptr) {
+    const int64_t K = c1 - c0, ld = padded<C>(K);
+    if (!mask && c0 == 0 && c1 == x.cols && are_rows<C>(x) && in_a_row(batch.order, count)) {
+      const int64_t first = count > 0 ? batch.order[0] : 0;
+      return {static_cast<const C*>(x.data) + first * x.stride_row, count, K, x.stride_row};
+    }
+    copies.push_back(at::empty({count, ld}, options.dtype(c10::CppTypeToScalarType<C>::value)));
+    C* data = copies.back().template mutable_data_ptr<C>();
+    gather_rows(x, batch.order.data(), count, c0, c1, pointer(mask), logical, data, ld);
+    return {data, count, K, ld};
+  }
+
+  static bool in_a_row(const std::vector<int32_t>& order, int64_t count) {
+    for (int64_t i = 1; i < count; ++i) {
+      if (order[i] != order[0] + i) return false;
+    }
+    return true;
   }
 };
 
@@ -180,7 +288,7 @@ struct Shrunk {
       for (int64_t j = 0; j < n; ++j) {
         jobs.push_back({x.of(segment, j), operand(segment, j),
                         static_cast<float>(segment.scale / keep), nullptr, slice(j, segment.rank),
-                        batch.order + segment.first,
+                        batch.order.data() + segment.first,
                         live.template mutable_data_ptr<C>() + first[i * n + j]});
       }
     }
@@ -194,7 +302,7 @@ struct Shrunk {
     for (size_t i = 0; i < batch.segments.size(); ++i) {
       const Segment& segment = batch.segments[i];
       for (int64_t j = 0; j < n; ++j) {
-        gather_rows<C>(slice(j, segment.rank), batch.order + segment.first, segment.rows, 0,
+        gather_rows<C>(slice(j, segment.rank), batch.order.data() + segment.first, segment.rows, 0,
                        segment.rank, nullptr, nullptr, data + first[i * n + j],
                        padded<C>(segment.rank));
       }
@@ -224,6 +332,28 @@ struct Shrunk {
       }
     }
     live = at::empty({total}, options.dtype(c10::CppTypeToScalarType<C>::value));
+  }
+};
+
+// The tails of a batch's segments: of each slice, S or D times `operand(segment, slice)` in the
+// columns from columns[slice] on.
+template <typename C>
+struct Tails {
+  std::vector<Tail<C>> tails;
+  std::vector<TailedRows<C>> segments;
+
+  template <typename Operand>
+  Tails(const Batch& batch, const Shrunk<C>& s, Operand operand,
+        const std::vector<int64_t>& columns, const std::vector<DropoutMask>& masks) {
+    tails.reserve(batch.segments.size() * s.n);
+    for (size_t i = 0; i < batch.segments.size(); ++i) {
+      const Segment& segment = batch.segments[i];
+      segments.push_back({segment.first, segment.rows, tails.data() + tails.size(), s.n});
+      for (int64_t j = 0; j < s.n; ++j) {
+        tails.push_back({s.rows(batch, i, j), operand(segment, j), columns[j],
+                         masks.empty() ? nullptr : &masks[j]});
+      }
+    }
   }
 };
 

@@ -78,25 +78,6 @@ Tensor masked_elsewhere(const Tensor& x, const Tensor& rng, double /*dropout_p*/
                     x.layout(), ") and rng on ", rng.device(), " (", rng.layout(), ")");
 }
 
-void check_shape(const Tensor& t, const char* name, int64_t rows, int64_t cols) {
-  TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, " must be [",
-                    rows, ", ", cols, "], got ", t.sizes());
-}
-
-void check_vector(const OptionalTensor& t, const char* name, int64_t n) {
-  TORCH_CHECK_VALUE(!t || (t->dim() == 1 && t->size(0) == n), name, " must be [", n, "], got ",
-                    t->sizes());
-}
-
-// A vector [n] in contiguous float32, or nothing.
-OptionalTensor vector(const OptionalTensor& t, const char* name, int64_t n) {
-  check_vector(t, name, n);
-  if (!t) return std::nullopt;
-  return t->to(at::kFloat).contiguous();
-}
-
-const float* pointer(const OptionalTensor& t) { return t ? t->const_data_ptr<float>() : nullptr; }
-
 float factor(const Tensor& scale, double dropout_p) {
   TORCH_CHECK_TYPE(scale.scalar_type() == at::kFloat, "scale must be float32, got ",
                    scale.scalar_type());
@@ -109,9 +90,7 @@ template <typename C>
 Rows<C> as_rows(const Tensor& x, const char* name, Tensor& copy) {
   const Matrix m = matrix(x, name);
   const int64_t ld = padded<C>(m.cols);
-  if (m.kind == kind_of<C> && (m.stride_col == 1 || m.cols == 1) && ld == m.cols) {
-    return {static_cast<const C*>(m.data), m.rows, m.cols, m.stride_row};
-  }
+  if (are_rows<C>(m)) return {static_cast<const C*>(m.data), m.rows, m.cols, m.stride_row};
   copy = at::empty({m.rows, ld}, x.options().dtype(c10::CppTypeToScalarType<C>::value));
   C* data = copy.mutable_data_ptr<C>();
   copy_all_rows(m, data, ld);
@@ -176,21 +155,14 @@ std::tuple<Tensor, Tensor> shrink_and_product(
   Tensor y = at::empty({M, N}, x.options());
   return with_compute_type(x, [&](auto* type) {
     using C = std::remove_pointer_t<decltype(type)>;
-    const C* panels = nullptr;
-    if (packed) {
-      TORCH_CHECK_VALUE(packed->scalar_type() == c10::CppTypeToScalarType<C>::value &&
-                            packed->is_contiguous() &&
-                            packed->numel() == packed_size<C>(w.size(0), N),
-                        "packed is not of a weight with these sizes and dtype");
-      panels = packed->const_data_ptr<C>();
-    }
+    const C* panels = panels_of<C>(packed, w.size(0), N);
     Tensor copy;
     const Rows<C> rows = as_rows<C>(x, "the rows", copy);
     const Shrunk<C> s(rows, matrix(a_read, "an adapter"), scale, rows_mask, x.options());
-    if (M > 0 && N > 0) {
-      tail_product<C>({rows, matrix(w, "weight"), panels, s.rows(), matrix(b_read, "an adapter"),
-                       tail_mask, pointer(out_scale), pointer(bias), matrix(y, "y")});
-    }
+    const Tail<C> tail = {s.rows(), matrix(b_read, "an adapter"), 0, tail_mask};
+    const TailedRows<C> all = {0, M, &tail, 1};
+    tail_product<C>({rows, matrix(w, "weight"), panels, &all, 1, nullptr, nullptr,
+                     pointer(out_scale), pointer(bias), matrix(y, "y"), false});
     return std::make_tuple(y, s.s);
   });
 }

@@ -7,6 +7,7 @@
 
 #include "dropout.h"
 #include "matrix.h"
+#include "panel.h"
 
 namespace lora_kernels {
 
@@ -62,11 +63,54 @@ inline Matrix matrix(const Tensor& t, const char* name) {
       const_cast<void*>(t.const_data_ptr()), *kind, t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }
 
-// An adapter's matrix in a type that packing reads: the rows' own, or float32 for bfloat16 rows.
+// Whether packing reads an adapter's matrix as it is: of the rows' own type, or float32 for
+// bfloat16 rows. Others are first rounded to the rows' type.
+inline bool read_as_it_is(at::ScalarType adapter, at::ScalarType rows) {
+  return adapter == rows || (rows == at::kBFloat16 && adapter == at::kFloat);
+}
+
 inline Tensor adapter(const Tensor& t, at::ScalarType rows) {
-  const bool read =
-      t.scalar_type() == rows || (rows == at::kBFloat16 && t.scalar_type() == at::kFloat);
-  return read ? t : t.to(rows);
+  return read_as_it_is(t.scalar_type(), rows) ? t : t.to(rows);
+}
+
+inline void check_shape(const Tensor& t, const char* name, int64_t rows, int64_t cols) {
+  TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, " must be [",
+                    rows, ", ", cols, "], got ", t.sizes());
+}
+
+inline void check_vector(const OptionalTensor& t, const char* name, int64_t n) {
+  TORCH_CHECK_VALUE(!t || (t->dim() == 1 && t->size(0) == n), name, " must be [", n, "], got ",
+                    t->sizes());
+  TORCH_CHECK_TYPE(!t || t->is_floating_point(), name, " must be a floating tensor, got ",
+                   t->scalar_type());
+}
+
+// A vector [n] in contiguous float32, or nothing.
+inline OptionalTensor vector(const OptionalTensor& t, const char* name, int64_t n) {
+  check_vector(t, name, n);
+  if (!t) return std::nullopt;
+  return t->to(at::kFloat).contiguous();
+}
+
+inline const float* pointer(const OptionalTensor& t) {
+  return t ? t->const_data_ptr<float>() : nullptr;
+}
+
+// The panels of a weight [K, N] that were packed before, or null.
+template <typename C>
+const C* panels_of(const OptionalTensor& packed, int64_t K, int64_t N) {
+  if (!packed) return nullptr;
+  TORCH_CHECK_VALUE(packed->scalar_type() == c10::CppTypeToScalarType<C>::value &&
+                        packed->is_contiguous() && packed->numel() == packed_size<C>(K, N),
+                    "packed is not of a weight with these sizes and dtype");
+  return packed->const_data_ptr<C>();
+}
+
+// Rows that products read where they lie: of their type, neighbours along the inner axis, and
+// nothing to be padded.
+template <typename C>
+bool are_rows(const Matrix& m) {
+  return m.kind == kind_of<C> && (m.stride_col == 1 || m.cols == 1) && padded<C>(m.cols) == m.cols;
 }
 
 // Of a gradient: its dtype if that is stored directly, else float32, which is cast at the end.

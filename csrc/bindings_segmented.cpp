@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "batch.h"
@@ -33,62 +34,39 @@ void segment_schedule_(TensorList table, int64_t block_rows) {
            table[6].mutable_data_ptr<int32_t>(), table[7].mutable_data_ptr<int32_t>());
 }
 
-Matrix columns_of(const Tensor& y, int64_t begin, int64_t cols) {
-  Matrix m = matrix(y, "y");
-  m.data = static_cast<char*>(m.data) + begin * m.stride_col * y.element_size();
-  m.cols = cols;
-  return m;
+// Where the columns of each slice begin, and where the last ends.
+std::vector<int64_t> offsets(at::IntArrayRef widths) {
+  std::vector<int64_t> first(1, 0);
+  for (const int64_t width : widths) first.push_back(first.back() + width);
+  return first;
 }
 
-// Rows without an adapter, which no segment writes.
-void zero_others(const Batch& batch, const Tensor& y) {
-  std::vector<bool> has(y.size(0), false);
-  for (int64_t i = 0; i < batch.live; ++i) has[batch.order[i]] = true;
-  for (int64_t i = 0; i < y.size(0); ++i) {
-    if (!has[i]) y.select(0, i).zero_();
-  }
+std::vector<int64_t> begins(const std::vector<int64_t>& offsets) {
+  return {offsets.begin(), offsets.end() - 1};
 }
 
-// Every slice of every segment into columns of its own: y = or += S B^T.
-template <typename C>
-void expand_slices(const Batch& batch, const Shrunk<C>& s, const Stacks& b, const Tensor& y,
-                   bool add) {
-  const std::vector<int64_t> first = offsets(b);
-  std::vector<Contribution<C>> contributions;
-  std::vector<Expand<C>> jobs;
-  contributions.reserve(batch.segments.size() * s.n);
-  for (size_t i = 0; i < batch.segments.size(); ++i) {
-    const Segment& segment = batch.segments[i];
-    for (int64_t j = 0; j < s.n; ++j) {
-      contributions.push_back({s.rows(batch, i, j), b.b(segment, j).transposed(), nullptr});
-      jobs.push_back({&contributions.back(), 1, batch.order + segment.first, nullptr,
-                      columns_of(y, first[j], first[j + 1] - first[j]), add});
-    }
-  }
-  expand(jobs.data(), jobs.size());
-  if (!add) zero_others(batch, y);
+std::vector<int64_t> ends(const std::vector<int64_t>& offsets) {
+  return {offsets.begin() + 1, offsets.end()};
 }
 
 std::vector<int64_t> repeated(int64_t value, int64_t count) {
   return std::vector<int64_t>(count, value);
 }
 
-template <typename C>
-Shrunk<C> shrink_rows(const Tensor& x, const Stacks& a, const Batch& batch,
-                      const std::optional<DropoutMask>& mask, double dropout_p) {
-  const std::vector<int64_t> logical = batch.logical(mask.has_value());
-  const Gathered<C> rows(matrix(x, "x"), batch, repeated(0, a.slices()),
-                         repeated(x.size(1), a.slices()), mask, logical, x.options());
-  return Shrunk<C>(
-      batch, rows, x.size(0), a.slices(), a.r_max(), 1.0 - dropout_p,
-      [&](const Segment& segment, int64_t j) { return a.a(segment, j); }, x.options());
+void check_rows(const Tensor& y, const char* name, const Tensor& like, int64_t N) {
+  TORCH_CHECK_VALUE(y.dim() == 2 && y.size(0) == like.size(0) && y.size(1) == N, name, " must be [",
+                    like.size(0), ", ", N, "], got ", y.sizes());
+  TORCH_CHECK_TYPE(y.scalar_type() == like.scalar_type(), name, " must be ", like.scalar_type(),
+                   ", got ", y.scalar_type());
+  matrix(y, name);
 }
 
-void check_a(const Tensor& x, const Stacks& a) {
+void check_a(const Stacks& a, int64_t K) {
   for (const Tensor& t : a.tensors) {
-    TORCH_CHECK_VALUE(t.size(2) == x.size(1) && t.size(1) == a.tensors[0].size(1) &&
+    TORCH_CHECK_VALUE(t.size(2) == K && t.size(1) == a.tensors[0].size(1) &&
                           t.size(1) % a.slices() * a.packed_slices == 0,
-                      "lora_a ", t.sizes(), " does not fit x ", x.sizes());
+                      "lora_a ", t.sizes(), " does not fit K = ", K, " and ", a.slices(),
+                      " slices");
   }
 }
 
@@ -99,126 +77,261 @@ void check_b(const Stacks& b, int64_t slices, int64_t r_max) {
   }
 }
 
-Tensor segmented_shrink(const Tensor& x, TensorList lora_a, TensorList table, int64_t packed_slices,
-                        const OptionalTensor& rng, double dropout_p) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  matrix(x, "x");
-  const Stacks a(lora_a, "lora_a", x.scalar_type(), slots_of(table), packed_slices);
-  check_a(x, a);
-  const Batch batch(table, x.size(0), a.r_max());
-  const auto mask = dropout_mask(rng, dropout_p);
+// A weight [K, N] under the adapters, with what belongs to it.
+struct Base {
+  Tensor weight;
+  OptionalTensor bias, packed;
+
+  Base(const Tensor& rows, const Tensor& given, int64_t K, int64_t N, bool transposed,
+       const OptionalTensor& bias, const OptionalTensor& packed)
+      : bias(vector(bias, "bias", N)), packed(packed) {
+    check_shape(given, "weight", transposed ? N : K, transposed ? K : N);
+    TORCH_CHECK_TYPE(rows.scalar_type() == given.scalar_type(), "the rows are ", rows.scalar_type(),
+                     " and weight is ", given.scalar_type());
+    weight = transposed ? given.t() : given;
+    matrix(weight, "weight");
+    with_compute_type(
+        rows, [&](auto* type) { panels_of<std::remove_pointer_t<decltype(type)>>(packed, K, N); });
+  }
+};
+
+// y = x w + bias + the tails, with `add` y += the tails, of rows in the order of the batch.
+template <typename C>
+void multiply(const Batch& batch, const Rows<C>& x, const Base* base, const Tails<C>& tails,
+              const std::vector<int64_t>& logical, const Tensor& y, bool add) {
+  TailProduct<C> p = {};
+  p.x = {nullptr, batch.live, 0, 0};
+  if (base) {
+    p.x = x;
+    p.w = matrix(base->weight, "weight");
+    p.packed = panels_of<C>(base->packed, p.w.rows, p.w.cols);
+    p.bias = pointer(base->bias);
+  }
+  p.segments = tails.segments.data();
+  p.count = static_cast<int64_t>(tails.segments.size());
+  p.rows = batch.order.data();
+  p.logical = logical.empty() ? nullptr : logical.data();
+  p.y = matrix(y, "y");
+  p.add = add;
+  tail_product(p);
+  if (base || add) return;
+  for (int64_t i = batch.live; i < y.size(0); ++i) y.select(0, batch.order[i]).zero_();
+}
+
+// The tails of a forward: S times B in the columns of each slice.
+template <typename C, typename Adapters>
+Tails<C> tails_of(const Batch& batch, const Shrunk<C>& s, const Adapters& b,
+                  at::IntArrayRef widths) {
+  return Tails<C>(batch, s,
+                  [&](const Segment& segment, int64_t j) { return b.b(segment, j).transposed(); },
+                  begins(offsets(widths)), {});
+}
+
+// x for every slice, in the order of the batch, and S.
+template <typename C>
+struct ShrunkRows {
+  std::vector<int64_t> logical;
+  Gathered<C> x;
+  Shrunk<C> s;
+
+  template <typename Adapters>
+  ShrunkRows(const Tensor& rows, const Adapters& a, int64_t r_max, const Batch& batch,
+             const std::optional<DropoutMask>& mask, double dropout_p, bool base)
+      : logical(batch.logical(mask.has_value())),
+        x(matrix(rows, "x"), batch, repeated(0, a.slices()), repeated(rows.size(1), a.slices()),
+          mask, logical, rows.options(), base),
+        s(
+            batch, x, rows.size(0), a.slices(), r_max, 1.0 - dropout_p,
+            [&](const Segment& segment, int64_t j) { return a.a(segment, j); }, rows.options()) {}
+};
+
+// y = or += x w + bias + S B^T; S is returned.
+template <typename Adapters>
+Tensor forward(const Tensor& x, const Base* base, const Adapters& a, const Adapters& b,
+               at::IntArrayRef widths, int64_t r_max, const Batch& batch,
+               const std::optional<DropoutMask>& mask, double dropout_p, const Tensor& y,
+               bool add) {
   return with_compute_type(x, [&](auto* type) {
     using C = std::remove_pointer_t<decltype(type)>;
-    return shrink_rows<C>(x, a, batch, mask, dropout_p).s;
+    const ShrunkRows<C> rows(x, a, r_max, batch, mask, dropout_p, base != nullptr);
+    multiply(batch, rows.x.whole, base, tails_of(batch, rows.s, b, widths), {}, y, add);
+    return rows.s.s;
   });
 }
 
-void expand_given(const Tensor& y, const Tensor& s, TensorList lora_b, TensorList table, bool add) {
-  const Stacks b(lora_b, "lora_b", s.scalar_type(), slots_of(table), 0);
-  check_b(b, s.size(1), s.size(2));
-  const Batch batch(table, s.size(0), s.size(2));
-  with_compute_type(s, [&](auto* type) {
-    using C = std::remove_pointer_t<decltype(type)>;
-    expand_slices<C>(batch, Shrunk<C>(batch, s), b, y, add);
-  });
-}
-
-Tensor segmented_expand(const Tensor& s, TensorList lora_b, TensorList table) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  TORCH_CHECK_VALUE(s.dim() == 3, "s must be [M, n, r_max], got ", s.sizes());
-  int64_t N = 0;
-  for (const Tensor& t : lora_b) N += t.size(1);
-  Tensor y = at::empty({s.size(0), N}, s.options());
-  expand_given(y, s, lora_b, table, false);
-  return y;
-}
-
-void segmented_expand_(const Tensor& y, const Tensor& s, TensorList lora_b, TensorList table) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  TORCH_CHECK_VALUE(s.dim() == 3, "s must be [M, n, r_max], got ", s.sizes());
-  expand_given(y, s, lora_b, table, true);
-}
-
-std::tuple<Tensor, Tensor> lora(const Tensor& x, TensorList lora_a, TensorList lora_b,
-                                TensorList table, int64_t packed_slices, const OptionalTensor& rng,
-                                double dropout_p, const OptionalTensor& out) {
-  matrix(x, "x");
-  const int64_t slots = slots_of(table);
-  const Stacks a(lora_a, "lora_a", x.scalar_type(), slots, packed_slices);
-  const Stacks b(lora_b, "lora_b", x.scalar_type(), slots, 0);
-  check_a(x, a);
-  check_b(b, a.slices(), a.r_max());
-  const Batch batch(table, x.size(0), a.r_max());
-  const auto mask = dropout_mask(rng, dropout_p);
-  const int64_t N = offsets(b).back();
-  const Tensor y = out ? *out : at::empty({x.size(0), N}, x.options());
-  TORCH_CHECK_VALUE(y.dim() == 2 && y.size(0) == x.size(0) && y.size(1) == N &&
-                        y.scalar_type() == x.scalar_type(),
-                    "y must be ", x.scalar_type(), " [", x.size(0), ", ", N, "], got ",
-                    y.scalar_type(), " ", y.sizes());
-  return with_compute_type(x, [&](auto* type) {
-    using C = std::remove_pointer_t<decltype(type)>;
-    const Shrunk<C> s = shrink_rows<C>(x, a, batch, mask, dropout_p);
-    expand_slices<C>(batch, s, b, y, out.has_value());
-    return std::make_tuple(y, s.s);
-  });
-}
-
-std::tuple<Tensor, Tensor> segmented_lora(const Tensor& x, TensorList lora_a, TensorList lora_b,
-                                          TensorList table, int64_t packed_slices,
-                                          const OptionalTensor& rng, double dropout_p) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return lora(x, lora_a, lora_b, table, packed_slices, rng, dropout_p, std::nullopt);
-}
-
-void segmented_lora_(const Tensor& y, const Tensor& x, TensorList lora_a, TensorList lora_b,
-                     TensorList table, int64_t packed_slices) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  lora(x, lora_a, lora_b, table, packed_slices, std::nullopt, 0.0, y);
-}
-
-std::tuple<Tensor, Tensor> segmented_lora_dx(const Tensor& dy, TensorList lora_a, TensorList lora_b,
-                                             TensorList table, int64_t packed_slices,
-                                             const OptionalTensor& rng, double dropout_p) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  matrix(dy, "dy");
-  const int64_t slots = slots_of(table);
-  const Stacks a(lora_a, "lora_a", dy.scalar_type(), slots, packed_slices);
-  const Stacks b(lora_b, "lora_b", dy.scalar_type(), slots, 0);
-  check_b(b, a.slices(), a.r_max());
-  const std::vector<int64_t> first = offsets(b);
-  TORCH_CHECK_VALUE(dy.size(1) == first.back(), "dy must be [M, ", first.back(), "], got ",
-                    dy.sizes());
-  const Batch batch(table, dy.size(0), a.r_max());
-  const auto mask = dropout_mask(rng, dropout_p);
+// dX = dY w + the sum over the slices of mask * (D A), and D.
+std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Base* base, const Stacks& a,
+                                    const Stacks& b, const Batch& batch,
+                                    const std::optional<DropoutMask>& mask, double dropout_p) {
   const int64_t n = a.slices();
+  const std::vector<int64_t> columns = offsets(b.widths());
   Tensor dx = at::empty({dy.size(0), a.cols()}, dy.options());
   return with_compute_type(dy, [&](auto* type) {
     using C = std::remove_pointer_t<decltype(type)>;
     const std::vector<int64_t> logical = batch.logical(mask.has_value());
-    const Gathered<C> rows(matrix(dy, "dy"), batch, {first.begin(), first.end() - 1},
-                           {first.begin() + 1, first.end()}, std::nullopt, logical, dy.options());
+    const Gathered<C> rows(matrix(dy, "dy"), batch, begins(columns), ends(columns), std::nullopt,
+                           logical, dy.options(), base != nullptr);
     const Shrunk<C> d(
         batch, rows, dy.size(0), n, a.r_max(), 1.0 - dropout_p,
         [&](const Segment& segment, int64_t j) { return b.b(segment, j).transposed(); },
         dy.options());
     std::vector<DropoutMask> masks;
     for (int64_t j = 0; mask && j < n; ++j) masks.push_back(of_slice(*mask, j));
-    std::vector<Contribution<C>> contributions;
-    std::vector<Expand<C>> jobs;
-    contributions.reserve(batch.segments.size() * n);
-    for (size_t i = 0; i < batch.segments.size(); ++i) {
-      const Segment& segment = batch.segments[i];
-      for (int64_t j = 0; j < n; ++j) {
-        contributions.push_back({d.rows(batch, i, j), a.a(segment, j), mask ? &masks[j] : nullptr});
-      }
-      jobs.push_back({&contributions[i * n], n, batch.order + segment.first,
-                      logical.data() + segment.first, matrix(dx, "dx"), false});
-    }
-    expand(jobs.data(), jobs.size());
-    zero_others(batch, dx);
+    const Tails<C> tails(
+        batch, d, [&](const Segment& segment, int64_t j) { return a.a(segment, j); },
+        repeated(0, n), masks);
+    multiply(batch, rows.whole, base, tails, logical, dx, false);
     return std::make_tuple(dx, d.s);
   });
+}
+
+Tensor segmented_shrink(const Tensor& x, TensorList lora_a, TensorList table, int64_t packed_slices,
+                        const OptionalTensor& rng, double dropout_p) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  matrix(x, "x");
+  const Stacks a(lora_a, "lora_a", x.scalar_type(), slots_of(table), packed_slices);
+  check_a(a, x.size(1));
+  const Batch batch(table, x.size(0), a.r_max());
+  const auto mask = dropout_mask(rng, dropout_p);
+  return with_compute_type(x, [&](auto* type) {
+    using C = std::remove_pointer_t<decltype(type)>;
+    return ShrunkRows<C>(x, a, a.r_max(), batch, mask, dropout_p, false).s.s;
+  });
+}
+
+void expand_given(const Tensor& y, const Tensor& s, const Stacks& b, TensorList table, bool add) {
+  const Batch batch(table, s.size(0), s.size(2));
+  with_compute_type(s, [&](auto* type) {
+    using C = std::remove_pointer_t<decltype(type)>;
+    const Shrunk<C> given(batch, s);
+    multiply<C>(batch, {}, nullptr, tails_of(batch, given, b, b.widths()), {}, y, add);
+  });
+}
+
+Stacks expanded_by(const Tensor& s, TensorList lora_b, TensorList table) {
+  TORCH_CHECK_VALUE(s.dim() == 3, "s must be [M, n, r_max], got ", s.sizes());
+  TORCH_CHECK_TYPE(kind_or_none(s.scalar_type()), "s must be float32, bfloat16 or float16, got ",
+                   s.scalar_type());
+  Stacks b(lora_b, "lora_b", s.scalar_type(), slots_of(table), 0);
+  check_b(b, s.size(1), s.size(2));
+  return b;
+}
+
+Tensor segmented_expand(const Tensor& s, TensorList lora_b, TensorList table) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Stacks b = expanded_by(s, lora_b, table);
+  Tensor y = at::empty({s.size(0), offsets(b.widths()).back()}, s.options());
+  expand_given(y, s, b, table, false);
+  return y;
+}
+
+void segmented_expand_(const Tensor& y, const Tensor& s, TensorList lora_b, TensorList table) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Stacks b = expanded_by(s, lora_b, table);
+  check_rows(y, "y", s, offsets(b.widths()).back());
+  expand_given(y, s, b, table, true);
+}
+
+// The stacks of a call and the batch that uses them, checked against rows x [M, K].
+struct Call {
+  Stacks a, b;
+  Batch batch;
+  std::optional<DropoutMask> mask;
+  int64_t K, N;
+
+  Call(const Tensor& rows, TensorList lora_a, TensorList lora_b, TensorList table,
+       int64_t packed_slices, const OptionalTensor& rng, double dropout_p)
+      : a(lora_a, "lora_a", rows.scalar_type(), slots_of(table), packed_slices),
+        b(lora_b, "lora_b", rows.scalar_type(), slots_of(table), 0),
+        batch(table, rows.size(0), a.r_max()),
+        mask(dropout_mask(rng, dropout_p)),
+        K(a.cols()),
+        N(offsets(b.widths()).back()) {
+    check_a(a, K);
+    check_b(b, a.slices(), a.r_max());
+  }
+};
+
+Call call_of_x(const Tensor& x, TensorList lora_a, TensorList lora_b, TensorList table,
+               int64_t packed_slices, const OptionalTensor& rng, double dropout_p) {
+  matrix(x, "x");
+  Call call(x, lora_a, lora_b, table, packed_slices, rng, dropout_p);
+  TORCH_CHECK_VALUE(x.size(1) == call.K, "x must be [M, ", call.K, "], got ", x.sizes());
+  return call;
+}
+
+Call call_of_dy(const Tensor& dy, TensorList lora_a, TensorList lora_b, TensorList table,
+                int64_t packed_slices, const OptionalTensor& rng, double dropout_p) {
+  matrix(dy, "dy");
+  Call call(dy, lora_a, lora_b, table, packed_slices, rng, dropout_p);
+  TORCH_CHECK_VALUE(dy.size(1) == call.N, "dy must be [M, ", call.N, "], got ", dy.sizes());
+  return call;
+}
+
+std::tuple<Tensor, Tensor> segmented_lora(const Tensor& x, TensorList lora_a, TensorList lora_b,
+                                          TensorList table, int64_t packed_slices,
+                                          const OptionalTensor& rng, double dropout_p) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Call call = call_of_x(x, lora_a, lora_b, table, packed_slices, rng, dropout_p);
+  Tensor y = at::empty({x.size(0), call.N}, x.options());
+  Tensor s = forward(x, nullptr, call.a, call.b, call.b.widths(), call.a.r_max(), call.batch,
+                     call.mask, dropout_p, y, false);
+  return {y, s};
+}
+
+void segmented_lora_(const Tensor& y, const Tensor& x, TensorList lora_a, TensorList lora_b,
+                     TensorList table, int64_t packed_slices) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Call call = call_of_x(x, lora_a, lora_b, table, packed_slices, std::nullopt, 0.0);
+  check_rows(y, "y", x, call.N);
+  forward(x, nullptr, call.a, call.b, call.b.widths(), call.a.r_max(), call.batch, std::nullopt,
+          0.0, y, true);
+}
+
+void segmented_lora_pointers_(const Tensor& y, const Tensor& x, const Tensor& pointers,
+                              TensorList table, at::IntArrayRef widths, int64_t r_max,
+                              at::ScalarType dtype) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  matrix(x, "x");
+  const Pointers adapters(pointers, widths, x.size(1), r_max, dtype, x.scalar_type(),
+                          slots_of(table));
+  const Batch batch(table, x.size(0), r_max, &adapters.ranks);
+  check_rows(y, "y", x, offsets(widths).back());
+  forward(x, nullptr, adapters, adapters, widths, r_max, batch, std::nullopt, 0.0, y, true);
+}
+
+std::tuple<Tensor, Tensor> segmented_lora_dx(const Tensor& dy, TensorList lora_a, TensorList lora_b,
+                                             TensorList table, int64_t packed_slices,
+                                             const OptionalTensor& rng, double dropout_p) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Call call = call_of_dy(dy, lora_a, lora_b, table, packed_slices, rng, dropout_p);
+  return backward(dy, nullptr, call.a, call.b, call.batch, call.mask, dropout_p);
+}
+
+std::tuple<Tensor, Tensor> segmented_linear_fwd(const Tensor& x, const Tensor& weight,
+                                                TensorList lora_a, TensorList lora_b,
+                                                TensorList table, int64_t packed_slices,
+                                                const OptionalTensor& bias,
+                                                const OptionalTensor& rng, double dropout_p,
+                                                bool fan_in_fan_out, const OptionalTensor& packed) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Call call = call_of_x(x, lora_a, lora_b, table, packed_slices, rng, dropout_p);
+  const Base base(x, weight, call.K, call.N, !fan_in_fan_out, bias, packed);
+  Tensor y = at::empty({x.size(0), call.N}, x.options());
+  Tensor s = forward(x, &base, call.a, call.b, call.b.widths(), call.a.r_max(), call.batch,
+                     call.mask, dropout_p, y, false);
+  return {y, s};
+}
+
+std::tuple<Tensor, Tensor> segmented_linear_dx(const Tensor& dy, const Tensor& weight,
+                                               TensorList lora_a, TensorList lora_b,
+                                               TensorList table, int64_t packed_slices,
+                                               const OptionalTensor& rng, double dropout_p,
+                                               bool fan_in_fan_out, const OptionalTensor& packed) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Call call = call_of_dy(dy, lora_a, lora_b, table, packed_slices, rng, dropout_p);
+  const Base base(dy, weight, call.N, call.K, fan_in_fan_out, std::nullopt, packed);
+  return backward(dy, &base, call.a, call.b, call.batch, call.mask, dropout_p);
 }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> segmented_lora_dab(
@@ -233,8 +346,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> segmented_lora_dab(
   const Batch batch(table, dy.size(0), r_max);
   const auto mask = dropout_mask(rng, dropout_p);
   const int64_t n = widths.size();
-  std::vector<int64_t> first(1, 0);
-  for (const int64_t width : widths) first.push_back(first.back() + width);
+  const std::vector<int64_t> first = offsets(widths);
   TORCH_CHECK_VALUE(first.back() == dy.size(1), "widths ", widths, " do not fit dy ", dy.sizes());
   std::vector<Tensor> da, db;
   if (da_dtype) {
@@ -255,13 +367,12 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> segmented_lora_dab(
     std::optional<Shrunk<C>> s_rows, d_rows;
     if (da_dtype) {
       x_rows.emplace(matrix(*x, "x"), batch, repeated(0, n), repeated(x->size(1), n), mask, logical,
-                     dy.options());
+                     dy.options(), false);
       d_rows.emplace(batch, *d);
     }
     if (db_dtype) {
-      dy_rows.emplace(matrix(dy, "dy"), batch, std::vector<int64_t>{first.begin(), first.end() - 1},
-                      std::vector<int64_t>{first.begin() + 1, first.end()}, std::nullopt, logical,
-                      dy.options());
+      dy_rows.emplace(matrix(dy, "dy"), batch, begins(first), ends(first), std::nullopt, logical,
+                      dy.options(), false);
       s_rows.emplace(batch, *s);
     }
     const auto as_matrix = [](const Rows<C>& rows) {
@@ -314,6 +425,17 @@ TORCH_LIBRARY_FRAGMENT(lora_kernels_cpu, m) {
       "segmented_lora_dx(Tensor dy, Tensor[] lora_a, Tensor[] lora_b, Tensor[] table, "
       "int packed_slices=0, Tensor? rng=None, float dropout_p=0.0) -> (Tensor, Tensor)");
   m.def(
+      "segmented_lora_pointers_(Tensor(a!) y, Tensor x, Tensor pointers, Tensor[] table, "
+      "int[] widths, int r_max, ScalarType dtype) -> ()");
+  m.def(
+      "segmented_linear_fwd(Tensor x, Tensor weight, Tensor[] lora_a, Tensor[] lora_b, "
+      "Tensor[] table, int packed_slices=0, Tensor? bias=None, Tensor? rng=None, "
+      "float dropout_p=0.0, bool fan_in_fan_out=False, Tensor? packed=None) -> (Tensor, Tensor)");
+  m.def(
+      "segmented_linear_dx(Tensor dy, Tensor weight, Tensor[] lora_a, Tensor[] lora_b, "
+      "Tensor[] table, int packed_slices=0, Tensor? rng=None, float dropout_p=0.0, "
+      "bool fan_in_fan_out=False, Tensor? packed=None) -> (Tensor, Tensor)");
+  m.def(
       "segmented_lora_dab(Tensor dy, Tensor? x, Tensor? s, Tensor? d, Tensor[] table, "
       "int[] widths, int r_max, int packed_slices=0, Tensor? rng=None, float dropout_p=0.0, "
       "ScalarType? da_dtype=None, ScalarType? db_dtype=None) -> (Tensor[], Tensor[])");
@@ -327,6 +449,9 @@ TORCH_LIBRARY_IMPL(lora_kernels_cpu, CPU, m) {
   m.impl("segmented_lora", &segmented_lora);
   m.impl("segmented_lora_", &segmented_lora_);
   m.impl("segmented_lora_dx", &segmented_lora_dx);
+  m.impl("segmented_lora_pointers_", &segmented_lora_pointers_);
+  m.impl("segmented_linear_fwd", &segmented_linear_fwd);
+  m.impl("segmented_linear_dx", &segmented_linear_dx);
   m.impl("segmented_lora_dab", &segmented_lora_dab);
 }
 

@@ -15,7 +15,7 @@ namespace lora_kernels {
 
 namespace {
 
-thread_local Scratch tile_scratch, rows_scratch, panel_scratch, tail_scratch;
+thread_local Scratch tile_scratch, rows_scratch, panel_scratch, tail_scratch, part_scratch;
 
 template <typename C>
 C* drop_rows(C* rows, int64_t M, int64_t K, int64_t ld, int64_t row, int64_t col,
@@ -222,11 +222,83 @@ void shrink(const Shrink<C>* jobs, int64_t count) {
   });
 }
 
+namespace {
+
+// The tails' share of tiles. The panels of a segment are packed when its rows are first met at a
+// panel of columns: tiles come row block by row block, so that this is once a thread.
+template <typename C>
+class TailTiles {
+ public:
+  explicit TailTiles(const TailProduct<C>& product) : p_(product) {}
+
+  // tile [M, kPanel] = the tails of rows [first, first + M), columns [n, n + cols); zero without.
+  void write(int64_t first, int64_t M, int64_t n, int64_t cols, float* tile) {
+    int64_t done = 0;
+    for (int64_t i = 0; i < p_.count; ++i) {
+      const int64_t begin = std::max<int64_t>(0, p_.segments[i].first - first);
+      const int64_t end = std::min(M, p_.segments[i].first + p_.segments[i].rows - first);
+      if (begin >= end) continue;
+      std::fill(tile + done * kPanel, tile + begin * kPanel, 0.0f);
+      write_segment(i, first + begin, end - begin, n, cols, tile + begin * kPanel);
+      done = end;
+    }
+    std::fill(tile + done * kPanel, tile + M * kPanel, 0.0f);
+  }
+
+ private:
+  void write_segment(int64_t i, int64_t first, int64_t M, int64_t n, int64_t cols, float* tile) {
+    const TailedRows<C>& segment = p_.segments[i];
+    int64_t depth = 0;
+    for (int64_t c = 0; c < segment.count; ++c) depth += padded<C>(segment.tails[c].s.K);
+    C* panel = tail_scratch.of<C>(depth * kPanel);
+    const bool fresh = segment_ != i || column_ != n;
+    segment_ = i;
+    column_ = n;
+
+    bool written = false;
+    for (int64_t c = 0; c < segment.count; ++c) {
+      const auto& [s, b, column, mask] = segment.tails[c];
+      const int64_t begin = std::max(n, column), end = std::min(n + cols, column + b.cols);
+      if (begin >= end) continue;
+      if (fresh) {
+        Matrix columns = b;
+        columns.cols = end - column;
+        pack_panel(columns, 0, s.K, begin - column, panel);
+      }
+      // A slice may end within the panel, and a mask is for its own product alone.
+      const bool whole = begin == n && end == n + cols, apart = !whole || (mask && written);
+      if (!whole && !written) std::fill(tile, tile + M * kPanel, 0.0f);
+      float* sums = apart ? part_scratch.of<float>(M * kPanel) : tile;
+      const int64_t width = panel_width(end - begin);
+      product_by_parts(
+          M, width, s.K, s.data + (first - segment.first) * s.ld, s.ld,
+          [&](int64_t k, int64_t) { return panel + k * width; }, sums, written && !apart);
+      if (mask) {
+        drop(reinterpret_cast<uint32_t*>(sums), M, end - begin, kPanel, first, begin, *mask,
+             p_.logical ? p_.logical + first : nullptr);
+      }
+      for (int64_t r = 0; apart && r < M; ++r) {
+        float* to = tile + r * kPanel + begin - n;
+        for (int64_t j = 0; j < end - begin; ++j) to[j] += sums[r * kPanel + j];
+      }
+      written = true;
+      panel += padded<C>(s.K) * width;
+    }
+    if (!written) std::fill(tile, tile + M * kPanel, 0.0f);
+  }
+
+  const TailProduct<C>& p_;
+  int64_t segment_ = -1, column_ = -1;  // whose panels tail_scratch holds
+};
+
+}  // namespace
+
 template <typename C>
 void tail_product(const TailProduct<C>& p) {
   // Rows of a tile: its accumulators and a part's rows stay in the second-level cache.
   constexpr int64_t kRowBlock = 192, kLeastRows = 24;
-  const int64_t M = p.x.M, K = p.x.K, N = p.w.cols, r = p.s.K;
+  const int64_t M = p.x.M, K = p.x.K, N = p.y.cols;
+  if (M == 0 || N == 0) return;
   const int64_t P = panels(N), threads = at::get_num_threads();
   const int64_t blocks =
       std::max(ceil_div(M, kRowBlock), std::min(ceil_div(M, kLeastRows), ceil_div(4 * threads, P)));
@@ -235,24 +307,18 @@ void tail_product(const TailProduct<C>& p) {
   // All row blocks of a panel come one after the other, so that it is packed once.
   at::parallel_for(0, P * blocks, 1, [&](int64_t begin, int64_t end) {
     float* tile = tile_scratch.of<float>(block * kPanel);
-    C* tail = tail_scratch.of<C>(padded<C>(r) * kPanel);
     C* own = p.packed ? nullptr : panel_scratch.of<C>(padded<C>(K) * kPanel);
+    TailTiles<C> tails(p);
     int64_t current = -1;
     for (int64_t t = begin; t < end; ++t) {
       const int64_t n = t / blocks * kPanel, cols = std::min<int64_t>(kPanel, N - n);
       const int64_t first = t % blocks * block, rows = std::min(block, M - first);
       if (rows <= 0) continue;
-      const int64_t width = panel_width(N - n);
+      const int64_t width = panel_width(cols);
       const bool fresh = current != n;
       current = n;
 
-      if (r > 0) {
-        if (fresh) pack_panel(p.b, 0, r, n, tail);
-        product_by_parts(
-            rows, width, r, p.s.data + first * p.s.ld, p.s.ld,
-            [&](int64_t k, int64_t) { return tail + k * width; }, tile, false);
-        if (p.mask) drop_rows(tile, rows, cols, kPanel, first, n, *p.mask);
-      }
+      tails.write(first, rows, n, cols, tile);
       const C* panel = p.packed ? p.packed + n * padded<C>(K) : own;
       product_by_parts(
           rows, width, K, p.x.data + first * p.x.ld, p.x.ld,
@@ -260,7 +326,7 @@ void tail_product(const TailProduct<C>& p) {
             if (own && fresh) pack_panel(p.w, k, k_end, n, own + k * width);
             return panel + k * width;
           },
-          tile, r > 0);
+          tile, true);
 
       for (int64_t i = 0; i < rows; ++i) {
         float* sums = tile + i * kPanel;
@@ -270,7 +336,7 @@ void tail_product(const TailProduct<C>& p) {
         if (p.bias) {
           for (int64_t j = 0; j < cols; ++j) sums[j] += p.bias[n + j];
         }
-        store_row(sums, cols, p.y, first + i, n);
+        store_or_add(sums, cols, p.y, p.rows ? p.rows[first + i] : first + i, n, p.add);
       }
     }
     release_products();

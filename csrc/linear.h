@@ -49,18 +49,37 @@ struct Shrink {
 template <typename C>
 void shrink(const Shrink<C>* jobs, int64_t count);
 
-// y = out_scale (x w + mask * (s b)) + bias in one pass over tiles, with one rounding.
+// What a slice of an adapter adds to some columns of a product: mask * (s b).
+template <typename C>
+struct Tail {
+  Rows<C> s;                // [rows, r]
+  Matrix b;                 // [r, columns]
+  int64_t column;           // of the product, where those of b begin
+  const DropoutMask* mask;  // of the product [M, N], or null
+};
+
+// Rows [first, first + rows) of a product, which use one adapter.
+template <typename C>
+struct TailedRows {
+  int64_t first, rows;
+  const Tail<C>* tails;
+  int64_t count;
+};
+
+// y = out_scale (x w + tails) + bias, or y += tails, in one pass over tiles with one rounding.
 template <typename C>
 struct TailProduct {
-  Rows<C> x;        // [M, K]
-  Matrix w;         // [K, N]
-  const C* packed;  // w in panels, or null: then they are packed on the way, each once a thread
-  Rows<C> s;        // [M, r]; r = 0: no tail
-  Matrix b;         // [r, N]
-  const DropoutMask* mask;  // of [M, N], or null
-  const float* out_scale;   // [N], or null
-  const float* bias;        // [N], or null
-  Matrix y;                 // [M, N], contiguous
+  Rows<C> x;                      // [M, K]; K = 0: the tails alone
+  Matrix w;                       // [K, N]
+  const C* packed;                // w in panels; null: packed on the way, each once a thread
+  const TailedRows<C>* segments;  // in the order of their rows; other rows have no tail
+  int64_t count;
+  const int32_t* rows;     // of y, the row of each row of x; null: the same
+  const int64_t* logical;  // of the masks, likewise
+  const float* out_scale;  // [N], or null
+  const float* bias;       // [N], or null
+  Matrix y;                // [M, N]
+  bool add;
 };
 
 template <typename C>

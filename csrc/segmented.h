@@ -1,4 +1,4 @@
-// Batches that mix adapters: rows grouped by adapter, each group by the kernels of one.
+// Batches that mix adapters: rows grouped by adapter, as segments of one product.
 #pragma once
 
 #include <cstdint>
@@ -30,27 +30,5 @@ void schedule(int64_t M, int64_t slots, int64_t blocks, int64_t block_rows,
 template <typename C>
 void gather_rows(const Matrix& x, const int32_t* order, int64_t count, int64_t c0, int64_t c1,
                  const DropoutMask* mask, const int64_t* logical, C* out, int64_t ld);
-
-// What one slice adds to the result: mask * (s b).
-template <typename C>
-struct Contribution {
-  Rows<C> s;                // [rows, r]
-  Matrix b;                 // [r, N]
-  const DropoutMask* mask;  // of [rows, N], or null
-};
-
-// Row rows[i] of y = (or +=) the sum of the contributions to row i, with one rounding.
-template <typename C>
-struct Expand {
-  const Contribution<C>* contributions;
-  int64_t count;
-  const int32_t* rows;
-  const int64_t* logical;  // the mask's row of each row, or null without masks
-  Matrix y;                // [M, N]
-  bool add;
-};
-
-template <typename C>
-void expand(const Expand<C>* jobs, int64_t count);
 
 }  // namespace lora_kernels

@@ -73,9 +73,6 @@ def block_r(config: Config, r: int) -> int:
     return max(whole, 32) if config.plan == "in_loop" and config.block_m == 16 else whole
 
 
-_NOT_NATIVE = ("segmented_linear_fwd", "segmented_linear_dx", "segmented_lora_pointers_")
-
-
 def shared_memory(config: Config, problem: Problem) -> int:
     """Bytes that the software pipeline keeps of the operands of its main loop."""
     size = ELEMENT_BYTES[problem.dtype]
@@ -104,8 +101,6 @@ def invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str 
         return _tiled_invalid_reason(config, problem, facts)
     if config.plan == "native" and not facts.native:
         return "no CPU extension is loaded" if facts.kind == "cpu" else "it runs on CPUs"
-    if config.plan == "native" and problem.op in _NOT_NATIVE:
-        return "there is no C++ kernel for it"
     if config.plan == "vendor" and problem.slots:
         return "the library has no call that mixes adapters"
     if config.plan in ("native", "vendor"):
