@@ -163,6 +163,9 @@ struct Pointers {
                           given.size(0) == slots && given.size(1) == n && given.size(2) == 5,
                       "pointers must be a contiguous CPU tensor [", slots, ", ", n, ", 5], got ",
                       given.sizes());
+    for (const int64_t width : widths) {
+      TORCH_CHECK_VALUE(width >= 0, "widths must not be negative, got ", widths);
+    }
     table = given.const_data_ptr<int64_t>();
     const int64_t size = at::elementSize(dtype);
     for (int64_t slot = 0; slot < slots; ++slot) {

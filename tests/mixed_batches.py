@@ -11,6 +11,7 @@ from lora_kernels.segments import SegmentTable
 from lora_kernels.testing import assert_within_budget, poisoned_memory
 
 NAN = float("nan")
+MOST_WEIGHT = 5_000_000
 
 
 @dataclass
@@ -28,6 +29,8 @@ class Mixed:
     dropout_p: float = 0.0
     slots: list[int] | None = None
     seed: int = 0
+    # Of the linear layer under the adapters; none where a test would be busy with that alone.
+    weight: Tensor | None = field(init=False)
     a: list[Tensor] = field(init=False)
     b: list[Tensor] = field(init=False)
 
@@ -54,6 +57,10 @@ class Mixed:
         self.x = normal(self.m, self.k)
         self.dy = normal(self.m, sum(self.widths))
         self.y = normal(self.m, sum(self.widths))
+        size, self.weight = (sum(self.widths), self.k), None
+        if size[0] * size[1] < MOST_WEIGHT:
+            self.weight = normal(*size) / max(self.k, 1) ** 0.5
+            self.bias = normal(size[0])
         used = set(self.slots)
         size = (n * self.r_max if self.packed else self.r_max, self.k)
         self.a = [normal(slots, *size, dtype=adapter) for _ in range(1 if self.packed else n)]
@@ -76,9 +83,7 @@ class Mixed:
 
     def adapter_of(self, slot, j, dtype):
         """A [rank, K] and B [N, rank] of one slot and slice, rounded to the rows' dtype first."""
-        rank = self.ranks[slot]
-        a = self.a[0][slot, j * rank : (j + 1) * rank] if self.packed else self.a[j][slot, :rank]
-        return (t.to(self.dtype).to(dtype) for t in (a, self.b[j][slot, :, :rank]))
+        return (t.to(self.dtype).to(dtype) for t in self.stored(slot, j))
 
     def rows_of(self, slot):
         return [i for i, other in enumerate(self.slots) if other == slot]
@@ -88,7 +93,8 @@ class Mixed:
         return reference.dropout_mask(rng, self.m, self.k, self.dropout_p, self.logical)
 
     def naive(self, dtype):
-        """Every result by the formula, adapter after adapter, dX by autograd, in ``dtype``."""
+        """Every result by the formula, adapter after adapter, the adapters' dX by autograd, in
+        ``dtype``."""
         x = self.x.to(dtype).requires_grad_()
         dy = self.dy.to(dtype)
         s = torch.zeros(self.m, len(self.widths), self.r_max, dtype=dtype)
@@ -108,13 +114,36 @@ class Mixed:
             first += width
         delta = torch.cat(slices, dim=1)
         (dx,) = torch.autograd.grad(delta, x, dy)
-        return {
+        results = {
             "delta": delta.detach(),
             "s": s,
             "sum": self.y.to(dtype) + delta.detach(),
+            "by address": self.y.to(dtype) + delta.detach(),
             "dx": dx,
             "d": d,
         }
+        if self.weight is not None:
+            weight, x = self.weight.to(dtype), x.detach()
+            results["linear"] = x @ weight.t() + delta.detach() + self.bias.to(dtype)
+            results["linear's dx"] = dy @ weight + dx
+        return results
+
+    def pointers(self):
+        """The live adapters by address."""
+        dtype, table = self.b[0].dtype, range(len(self.ranks))
+        pointers = lk.AdapterPointers(
+            len(table), self.k, self.widths, max(self.r_max, 1), dtype=dtype
+        )
+        for slot in set(self.slots) & {slot for slot in table if self.ranks[slot]}:
+            pairs = [self.stored(slot, j) for j in range(len(self.widths))]
+            pointers.set_(slot, [a for a, _ in pairs], [b for _, b in pairs])
+        return pointers
+
+    def stored(self, slot, j):
+        """A [rank, K] and B [N, rank] of one slot and slice as they are stored."""
+        rank = self.ranks[slot]
+        a = self.a[0][slot, j * rank : (j + 1) * rank] if self.packed else self.a[j][slot, :rank]
+        return a, self.b[j][slot, :, :rank]
 
     def gradients_of_given(self, s, d, dtype):
         """dA and dB from an S and a D whose own rounding was judged where they were made."""
@@ -165,13 +194,27 @@ def check(case, backend="cpu"):
             torch.float32,
             torch.float32,
         )
+        if case.weight is not None:
+            stacks, (rng, p) = case.arguments()[:4], case.arguments()[4:]
+            results["linear"], s = ops.segmented_linear_fwd(
+                case.x, case.weight, *stacks, case.bias, rng, p
+            )
+            results["linear's dx"], d = ops.segmented_linear_dx(
+                case.dy, case.weight, *stacks, rng, p
+            )
+            assert torch.equal(s, results["s"]) and torch.equal(d, results["d"])
         if not case.dropout_p:
-            y = case.y.clone()
-            ops.segmented_lora_(y, case.x, *case.arguments()[:4])
-            results["sum"] = y
+            results["sum"], by_address = case.y.clone(), case.y.clone()
+            ops.segmented_lora_(results["sum"], case.x, *case.arguments()[:4])
+            pointers, table = case.pointers(), case.seg.tensors()
+            ops.segmented_lora_pointers_(
+                by_address, case.x, pointers.table, table, case.widths, case.r_max, pointers.dtype
+            )
+            assert backend == "reference" or torch.equal(by_address, results["sum"])
+            results["by address"] = by_address
             for i, slot in enumerate(case.slots):
                 if slot < 0 or case.ranks[slot] == 0:
-                    assert torch.equal(y[i], case.y[i]), "a row without an adapter was written"
+                    assert torch.equal(results["sum"][i], case.y[i]), "a row without an adapter"
     assert {(a.backend, a.plan) for a in answers} == {
         (backend, "reference" if backend == "reference" else "native")
     }

@@ -1,8 +1,8 @@
 """The CPU extension's own operators, for every instruction set, and the module that loads it.
 
-A process holds one extension. So `test_masked_*`, and the whole of test_native_linear.py, test
-whichever one this process has, and `test_every_instruction_set` runs them again in one process for
-each of the other instruction sets.
+A process holds one extension. So `test_masked_*`, and the whole of test_native_linear.py and of
+test_native_segmented.py, test whichever one this process has, and `test_every_instruction_set` runs
+them again in one process for each of the other instruction sets.
 """
 
 import json
@@ -229,9 +229,10 @@ def test_masked_wrong_calls(x, rng, p, error, says):
 @pytest.mark.parametrize("isa", [isa for isa in _native.available() if isa != _native.load()])
 def test_every_instruction_set(isa):
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    files = [__file__, str(Path(__file__).with_name("test_native_linear.py"))]
+    others = ("test_native_linear.py", "test_native_segmented.py")
+    files = [__file__, *(str(Path(__file__).with_name(name)) for name in others)]
     done = subprocess.run(
-        [*tests, *files, "-k", "test_masked or test_native_linear"],
+        [*tests, *files, "-k", "test_masked or test_native_linear or test_native_segmented"],
         # glibc then hands out no memory that is zero: the kernels' own scratch is not torch's.
         env={**os.environ, _native.VARIABLE: isa, "MALLOC_PERTURB_": "1"},
         capture_output=True,

@@ -96,7 +96,12 @@ class Laid {
   Laid(Values& values, Kind kind, Random& random) : Laid(values, kind, random.below(8)) {}
 
   static Laid contiguous(const Values& values, Kind kind) {
-    Laid laid(values.rows, values.cols, kind, values.cols, 1);
+    return with_strides(values, kind, values.cols, 1);
+  }
+
+  static Laid with_strides(const Values& values, Kind kind, int64_t stride_row,
+                           int64_t stride_col) {
+    Laid laid(values.rows, values.cols, kind, stride_row, stride_col);
     laid.write(values);
     return laid;
   }

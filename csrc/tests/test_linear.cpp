@@ -69,8 +69,10 @@ void test_tail_product(Random& random) {
   const LaidRows<C> rows(x, padded<C>(x.cols) + random.of({0, 2}));
   const LaidRows<C> tail(s, padded<C>(s.cols) + random.of({0, 2}));
   const Laid y(M, N, random.kind(), N, 1);
-  tail_product<C>({rows.rows, laid_w.matrix, packed.get(), tail.rows, laid_b.matrix, pointer(mask),
-                   scales.get(), bias.get(), y.matrix});
+  const Tail<C> own = {tail.rows, laid_b.matrix, 0, pointer(mask)};
+  const TailedRows<C> all = {0, M, &own, 1};
+  tail_product<C>({rows.rows, laid_w.matrix, packed.get(), &all, 1, nullptr, nullptr, scales.get(),
+                   bias.get(), y.matrix, false});
 
   Values expected = times(s, b);
   drop_values(expected, mask);

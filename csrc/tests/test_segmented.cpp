@@ -1,4 +1,6 @@
-// The kernels of mixed batches against loops of doubles: the schedule, gathered rows, the expand.
+// The kernels of mixed batches against loops of doubles: the schedule, gathered rows, products with
+// a tail a segment.
+#include "../panel.h"
 #include "../segmented.h"
 #include "support.h"
 
@@ -73,70 +75,98 @@ void test_gather_rows(Random& random) {
   }
 }
 
-// One segment with what it adds to which rows of y.
+// A segment with its tails, and what they add up to.
 template <typename C>
-struct ExpandCase {
-  std::vector<int32_t> rows;
-  std::vector<int64_t> logical;
+struct SegmentCase {
+  int64_t first, rows;
   std::vector<std::optional<DropoutMask>> masks;
   std::vector<LaidRows<C>> s;
   std::vector<Laid> b;
-  std::vector<Contribution<C>> contributions;
+  std::vector<Tail<C>> tails;
   Values sum;
 
-  ExpandCase(std::vector<int32_t> given, int64_t N, Random& random)
-      : rows(std::move(given)), sum(static_cast<int64_t>(rows.size()), N) {
-    const int64_t M = sum.rows, count = random.of({1, 3});
-    for (int64_t i = 0; i < M; ++i) logical.push_back(random.below(1000));
-    for (int64_t c = 0; c < count; ++c) {
-      const Values tail(M, random.of({1, 2, 5, 16, 33, 129}), random);
-      Values columns(tail.cols, N, random);
+  SegmentCase(int64_t first, int64_t rows, int64_t N, const std::vector<int64_t>& logical,
+              Random& random)
+      : first(first), rows(rows), sum(rows, N) {
+    std::vector<int64_t> columns;
+    for (int64_t c = random.of({1, 2, 3}); c > 0; --c) {
+      // Slices side by side, or one on top of the other as in dX.
+      const int64_t begin = random.coin() ? 0 : random.below(N);
+      const int64_t end = random.coin() ? N : begin + 1 + random.below(N - begin);
+      const Values tail(rows, random.of({0, 1, 2, 5, 16, 33, 129}), random);
+      Values values(tail.cols, end - begin, random);
+      columns.push_back(begin);
       masks.push_back(any_mask(random));
       s.emplace_back(tail, padded<C>(tail.cols));
-      b.emplace_back(columns, random.kind(), random);
-      const Values product = times(tail, columns);
-      for (int64_t i = 0; i < M; ++i) {
-        for (int64_t j = 0; j < N; ++j) {
-          const bool live = !masks[c] || kept(*masks[c], logical[i], j);
-          if (live) sum(i, j) += product(i, j);
+      b.emplace_back(values, random.kind(), random);
+      const Values product = times(tail, values);
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = begin; j < end; ++j) {
+          if (!masks.back() || kept(*masks.back(), logical[first + i], j)) {
+            sum(i, j) += product(i, j - begin);
+          }
         }
       }
     }
-    for (int64_t c = 0; c < count; ++c) {
-      contributions.push_back({s[c].rows, b[c].matrix, pointer(masks[c])});
+    for (size_t c = 0; c < columns.size(); ++c) {
+      tails.push_back({s[c].rows, b[c].matrix, columns[c], pointer(masks[c])});
     }
   }
 };
 
+// tail_product of rows in another order than y's, some with tails and some without.
 template <typename C>
-void test_expand(Random& random) {
-  const int64_t M = random.of({1, 4, 60, 230}), N = random.of({1, 16, 65, 130});
-  const bool add = random.coin();
-  Values before(M, N, random);
-  const Laid y = Laid::contiguous(before, random.coin() ? kind_of<C> : Kind::kFloat);
-  std::vector<int32_t> rows = some_rows(M, random);
-  const auto half = rows.begin() + static_cast<int64_t>(rows.size() / 2);
-  std::vector<ExpandCase<C>> cases;
-  cases.reserve(2);
-  cases.emplace_back(std::vector<int32_t>(rows.begin(), half), N, random);
-  cases.emplace_back(std::vector<int32_t>(half, rows.end()), N, random);
-  std::vector<Expand<C>> jobs;
-  for (const auto& one : cases) {
-    jobs.push_back({one.contributions.data(), static_cast<int64_t>(one.contributions.size()),
-                    one.rows.data(), one.logical.data(), y.matrix, add});
+void test_mixed_product(Random& random) {
+  const int64_t all = random.of({1, 4, 60, 230, 500}), N = random.of({1, 16, 65, 130, 200});
+  const std::vector<int32_t> places = some_rows(all, random);
+  const int64_t M = static_cast<int64_t>(places.size());
+  const Values x(M, random.of({0, 1, 3, 64, 129, 300}), random);
+  Values w(x.cols, N, random);
+  const Laid laid_w(w, random.kind(), random);
+  const LaidRows<C> rows(x, padded<C>(x.cols));
+  std::unique_ptr<C[]> packed;
+  if (random.coin()) {
+    packed = exactly<C>(packed_size<C>(x.cols, N));
+    pack(laid_w.matrix, packed.get());
   }
-  expand(jobs.data(), static_cast<int64_t>(jobs.size()));
+  const auto bias = random.coin() ? exactly<float>(N) : nullptr;
+  for (int64_t j = 0; bias && j < N; ++j) bias[j] = static_cast<float>(random.below(100)) / 4;
+  std::vector<int64_t> logical;
+  for (int64_t i = 0; i < M; ++i) logical.push_back(random.below(1000));
 
-  Values expected = before;
+  std::vector<SegmentCase<C>> cases;
+  for (int64_t first = 0; first < M;) {
+    const int64_t most = random.of({1, 4, 100, M}), count = std::min(M - first, most);
+    if (random.below(4) > 0) cases.emplace_back(first, count, N, logical, random);
+    first += count;
+  }
+  std::vector<TailedRows<C>> segments;
   for (const auto& one : cases) {
-    for (size_t i = 0; i < one.rows.size(); ++i) {
-      for (int64_t j = 0; j < N; ++j) {
-        double& value = expected(one.rows[i], j);
-        value = (add ? value : 0) + one.sum(static_cast<int64_t>(i), j);
-      }
+    segments.push_back(
+        {one.first, one.rows, one.tails.data(), static_cast<int64_t>(one.tails.size())});
+  }
+  const bool add = random.coin(), beside = random.below(4) > 0;
+  Values before(all, N, random);
+  const Laid y = Laid::with_strides(before, random.coin() ? kind_of<C> : random.kind(),
+                                    beside ? N + random.of({0, 3}) : 1, beside ? 1 : all);
+  tail_product<C>({rows.rows, laid_w.matrix, packed.get(), segments.data(),
+                   static_cast<int64_t>(segments.size()), places.data(), logical.data(), nullptr,
+                   bias.get(), y.matrix, add});
+
+  Values expected = before, sums = times(x, w);
+  for (const auto& one : cases) {
+    for (int64_t i = 0; i < one.rows; ++i) {
+      for (int64_t j = 0; j < N; ++j) sums(one.first + i, j) += one.sum(i, j);
     }
   }
-  expect(y.matrix, expected, text("expand ", M, "x", N, add ? " added" : ""));
+  for (int64_t i = 0; i < M; ++i) {
+    for (int64_t j = 0; j < N; ++j) {
+      const double base = add ? before(places[i], j) : 0;
+      expected(places[i], j) = base + sums(i, j) + (bias ? static_cast<double>(bias[j]) : 0);
+    }
+  }
+  expect(y.matrix, expected,
+         text("mixed product ", M, " of ", all, "x", x.cols, "x", N, add ? " added" : ""));
 }
 
 }  // namespace
@@ -145,7 +175,7 @@ template <typename C>
 void test_segmented() {
   cases(100, test_schedule);
   cases(100, test_gather_rows<C>);
-  cases(100, test_expand<C>);
+  cases(150, test_mixed_product<C>);
 }
 
 template void test_segmented<float>();

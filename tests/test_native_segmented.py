@@ -1,0 +1,397 @@
+"""The CPU extension's kernels of batches that mix adapters, with the instruction set of this
+process.
+
+`test_every_instruction_set` in test_native.py runs this file again for the others.
+"""
+
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+import lora_kernels as lk
+from lora_kernels import _native, ops
+from lora_kernels.packed import PackedWeight
+from lora_kernels.segments import SegmentTable
+from lora_kernels.testing import poisoned_memory
+from lora_kernels.testing_segmented import SegmentedCase, check_segmented
+
+pytestmark = pytest.mark.skipif(
+    _native.load() is None, reason=f"no CPU extension is loaded: {_native.why_not()}"
+)
+native = torch.ops.lora_kernels_cpu
+
+FLOAT32, BFLOAT16, FLOAT16 = DTYPES = torch.float32, torch.bfloat16, torch.float16
+LINEAR = ("segmented_linear_fwd", "segmented_linear_dx")
+POINTERS = "segmented_lora_pointers_"
+IN_PLACE = ("segmented_lora_", "segmented_expand_", POINTERS)
+WITHOUT_DROPOUT = ("segmented_expand", *IN_PLACE)
+
+# Slices that end within a panel of 64 columns, on it and just beyond, and odd ones.
+WIDTHS = [(1,), (7, 1, 65), (64, 64), (33, 129, 16), (130,), (16, 15, 1), (200, 3), (127, 2, 64)]
+SIZE = SegmentedCase(230, 300, (70, 129, 16), (33, 0, 1, 8, 80, 16))
+
+
+def check_native(op, case):
+    if op in WITHOUT_DROPOUT:
+        case = replace(case, dropout_p=0.0)
+    if op == "segmented_lora_dab":
+        # The budget knows the rows' dtype only.
+        case = replace(case, adapter_dtype=None)
+    with lk.force_plan("native"), lk.record_plans() as answers:
+        check_segmented(op, getattr(ops, op), case, backend="cpu")
+    assert [answer.plan for answer in answers] == ["native"]
+
+
+def tensors(results):
+    """Every tensor of the results of a call."""
+    if isinstance(results, torch.Tensor):
+        return [results]
+    return [t for result in results for t in tensors(result)]
+
+
+def run(op, arguments):
+    """The results of a native call; of one in place, the tensor that it wrote."""
+    results = getattr(native, op)(**arguments)
+    return tensors(arguments["y"] if results is None else results)
+
+
+def assert_same_bits(first, second):
+    for a, b in zip(first, second, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def drawn_cases(count):
+    """Cases in which every value of every axis occurs, each with ever other ones of the rest."""
+    choice = random.Random(1)
+
+    def column(values):
+        repeated = list(itertools.islice(itertools.cycle(values), count))
+        choice.shuffle(repeated)
+        return repeated
+
+    axes = {
+        "m": column([1, 2, 5, 12, 31, 33, 49, 100, 193, 400]),
+        "k": column([1, 3, 16, 17, 64, 65, 100, 129, 511, 513]),
+        "widths": column(WIDTHS),
+        "ranks": column([(1, 2), (16, 0, 8), (33, 7, 64, 4), (8,) * 20, (65, 130, 3), (20,)]),
+        "dtype": column(DTYPES),
+        "adapter_dtype": column([None, None, FLOAT32, FLOAT16, BFLOAT16, torch.float64]),
+        "packed": column([False, True]),
+        "dropout_p": column([0.0, 0.1, 0.5]),
+        "layout": column(["contiguous", "transposed", "sliced", "strided"]),
+        "spare": column([0, 0, 9]),
+        "fan_in_fan_out": column([False, True]),
+        "bias": column([True, False]),
+        "weight": column([1.0, 1.0, 0.0]),
+    }
+    return [
+        SegmentedCase(**dict(zip(axes, values, strict=True)), seed=seed)
+        for seed, values in enumerate(zip(*axes.values(), strict=True))
+    ]
+
+
+@pytest.mark.parametrize("op", ops.SEGMENTED_OPERATORS)
+@pytest.mark.parametrize("case", drawn_cases(40), ids=str)
+def test_sizes(op, case):
+    check_native(op, case)
+
+
+# A packed weight
+
+
+@pytest.mark.parametrize("op", LINEAR)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize(
+    ("m", "k", "widths"), [(1, 1, (1,)), (9, 65, (7, 1, 65)), (230, 513, (190, 66))]
+)
+def test_packed_weight(op, m, k, widths, fan_in_fan_out, dtype):
+    case = SegmentedCase(m, k, widths, (6, 0, 20, 8), dtype, dropout_p=0.2, bias=True)
+    inputs = replace(case, fan_in_fan_out=fan_in_fan_out).draw()
+    arguments = inputs.arguments(op)
+    inner_first = (op == "segmented_linear_fwd") != fan_in_fan_out
+    packed = native.pack(inputs.weight.t() if inner_first else inputs.weight)
+    with poisoned_memory():
+        results = run(op, arguments | {"packed": packed})
+    assert_same_bits(results, run(op, arguments))
+    # The packed weight is what is read, not the other.
+    zeros = torch.zeros_like(inputs.weight)
+    assert_same_bits(run(op, arguments | {"weight": zeros, "packed": packed}), results)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_a_modules_packed_weight(dtype):
+    inputs = replace(SIZE, dtype=dtype, bias=True, m=40).draw()
+    held = PackedWeight()
+    packed = (held.get(inputs.weight, False), held.get(inputs.weight, False, for_dx=True))
+    if _native.load() != "baseline":
+        assert all(p is not None for p in packed)
+
+    def results(packed):
+        x = inputs.x.clone().requires_grad_()
+        y = lk.segmented_linear(
+            x, inputs.weight, inputs.lora_a, inputs.lora_b, inputs.seg, inputs.bias, packed=packed
+        )
+        (dx,) = torch.autograd.grad(y, x, inputs.dy)
+        return y.detach(), dx
+
+    with lk.force_plan("native"):
+        assert_same_bits(results(packed), results((None, None)))
+
+
+# The same bits, whatever is around
+
+
+def of_rows(inputs, op, rows):
+    """The arguments of a call of some rows alone, with the masks that they have in the batch."""
+    seg = inputs.seg
+    part = SegmentTable.from_rows(
+        seg.slot_of_row[rows],
+        seg.rank_of_slot,
+        seg.scale_of_slot,
+        logical_row=seg.logical_row[rows],
+        max_rank=seg.max_rank,
+    )
+    arguments = inputs.arguments(op) | {"table": part.tensors()}
+    return arguments | {name: arguments[name][rows] for name in {"x", "dy", "y"} & arguments.keys()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", [*LINEAR, POINTERS])
+@pytest.mark.parametrize("m", [20, 230])
+def test_a_row_depends_on_no_other_row(op, m, dtype):
+    case = replace(SIZE, m=m, k=700, dtype=dtype, bias=True, ranks=(33, 0, 1, 8, 80, 16, 16, 3))
+    inputs = replace(case, dropout_p=0.0 if op == POINTERS else 0.3).draw()
+    threads = torch.get_num_threads()
+    whole = run(op, inputs.arguments(op))
+    bare = inputs.bare().nonzero().flatten().tolist()
+    assert bare
+    alone = [run(op, of_rows(inputs, op, [i])) for i in range(m)]
+    assert_same_bits(whole, [torch.cat(parts) for parts in zip(*alone, strict=True)])
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert_same_bits(run(op, inputs.arguments(op)), whole)
+            for rows in ([m - 1, 0, 7], bare, list(range(5, 18)), list(reversed(range(m)))):
+                part = run(op, of_rows(inputs, op, rows))
+                assert_same_bits(part, [result[rows] for result in whole])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", [*LINEAR, "segmented_lora", "segmented_lora_dx", POINTERS])
+def test_nothing_stays_of_an_earlier_call(op, dtype):
+    """Threads keep their scratch memory: what a call leaves there must not reach the next."""
+    inputs = replace(SIZE, m=37, k=91, widths=(40, 7, 30), dtype=dtype).draw()
+    clean = run(op, inputs.arguments(op))
+    larger = replace(SIZE, m=500, k=600, widths=(600,), ranks=(90, 200, 90), dtype=dtype).draw()
+    arguments = larger.arguments(op)
+    for name in {"x", "dy", "weight"} & arguments.keys():
+        arguments[name].fill_(float("nan"))
+    assert not run(op, arguments)[0][~larger.bare()].isfinite().any()
+    again = inputs.arguments(op)
+    before = {k: v.clone() for k, v in again.items() if isinstance(v, torch.Tensor) and k != "y"}
+    with poisoned_memory():
+        results = run(op, again)
+    assert_same_bits(results, clean)
+    assert all(torch.equal(again[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", LINEAR)
+def test_rows_in_order_are_read_where_they_lie(op, dtype):
+    """A batch whose rows are grouped already is not gathered, and has the same bits as in any other
+    order."""
+    inputs = replace(SIZE, m=60, k=64, widths=(64, 32), dtype=dtype).draw()
+    grouped = inputs.seg.order.tolist()
+    shuffled = torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist()
+    places = torch.tensor([grouped.index(i) for i in shuffled])
+    first = run(op, of_rows(inputs, op, grouped))
+    second = run(op, of_rows(inputs, op, shuffled))
+    assert_same_bits([result[places] for result in first], second)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ["segmented_lora_dx", "segmented_linear_dx"])
+@pytest.mark.parametrize("widths", [(7, 9, 8), (8, 6, 9), (6, 1, 2)])
+def test_a_slices_d_is_of_its_own_columns(op, widths, dtype):
+    inputs = SegmentedCase(40, 30, widths, (8, 4, 8), dtype).draw()
+    arguments = inputs.arguments(op)
+    _, clean = run(op, arguments)
+    first = 0
+    for j, width in enumerate(widths):
+        dirty = torch.full_like(inputs.dy, float("nan"))
+        dirty[:, first : first + width] = inputs.dy[:, first : first + width]
+        _, d = run(op, arguments | {"dy": dirty})
+        assert_same_bits([d[:, j]], [clean[:, j]])
+        first += width
+
+
+# Adapters by address
+
+
+def addressed(adapters):
+    """The table of adapters (A [rank, K], B [N, rank]) of one slice where they lie, whatever their
+    alignment; None: an empty slot."""
+    return torch.tensor(
+        [
+            [[a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), a.shape[0]]]
+            if a is not None
+            else [[0, 0, 0, 0, 0]]
+            for a, b in adapters
+        ]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("adapter_dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("strided_y", [False, True])
+def test_pointers_to_anywhere(dtype, adapter_dtype, strided_y):
+    """Any alignment, any steps, ranks above and below the table's, empty slots in use."""
+    generator = torch.Generator().manual_seed(0)
+
+    def anywhere(rows, cols):
+        room = torch.full((rows * (cols + 5) + 3,), float("nan"), dtype=adapter_dtype)
+        t = room[3:].view(rows, cols + 5)[:, :cols]
+        return t.copy_(torch.randn(rows, cols, generator=generator))
+
+    K, N = 131, 77
+    ranks_there, ranks_of_table = (5, 0, 16, 3, 33), (8, 4, 9, 3, 0)
+    adapters = [(anywhere(r, K), anywhere(N, r)) if r else (None, None) for r in ranks_there]
+    slots = [i % 6 - 1 for i in range(50)]
+    scales = [1.0, 2.0, 0.5, 3.0, 4.0]
+    seg = SegmentTable.from_rows(slots, ranks_of_table, scales, max_rank=40)
+    x = torch.randn(50, K, generator=generator).to(dtype) / K**0.5
+    y = torch.full((50, N), -0.0).to(dtype)
+    y = y.t().contiguous().t() if strided_y else y
+    native.segmented_lora_pointers_(
+        y, x, addressed(adapters), seg.tensors(), [N], 40, adapter_dtype
+    )
+    # The stacks of the same adapters, of the smaller ranks.
+    ranks = [min(pair) for pair in zip(ranks_there, ranks_of_table, strict=True)]
+    a, b = torch.zeros(5, 40, K), torch.zeros(5, N, 40)
+    a, b = a.to(adapter_dtype), b.to(adapter_dtype)
+    for slot, rank in enumerate(ranks):
+        if rank:
+            a[slot, :rank] = adapters[slot][0][:rank]
+            b[slot, :, :rank] = adapters[slot][1][:, :rank]
+    twin = torch.full((50, N), -0.0).to(dtype)
+    seg = SegmentTable.from_rows(slots, ranks, scales, max_rank=40)
+    native.segmented_lora_(twin, x, [a], [b], seg.tensors())
+    assert_same_bits([y], [twin])
+    bare = [i for i, slot in enumerate(slots) if slot < 0 or not ranks[slot]]
+    assert (y[bare].signbit() & (y[bare] == 0)).all(), "a row without an adapter was written"
+    assert (y != 0).any(dim=1).sum() == 50 - len(bare)
+
+
+# Wrong calls
+
+
+def wrong_calls():
+    inputs = SegmentedCase(9, 30, (25, 8), (4, 3, 2), bias=True, spare=2).draw()
+    a, b, weight, pointers = inputs.lora_a, inputs.lora_b, inputs.weight, inputs.pointers.table
+    x, dy, table = inputs.x, inputs.dy, inputs.seg.tensors()
+
+    def changed(i, change):
+        return [change(t.clone()) if i == j else t for j, t in enumerate(table)]
+
+    def put(place, value):
+        def change(t):
+            t[place] = value
+            return t
+
+        return change
+
+    def pointing(*place_and_value):
+        return {"pointers": put(*place_and_value)(pointers.clone())}
+
+    tables = [
+        ({"table": table[:7]}, ValueError, "8 tensors, got 7"),
+        ({"table": changed(4, put(0, 9))}, ValueError, "row 9 of the table.*x has 9 rows"),
+        ({"table": changed(4, put(0, -1))}, ValueError, "row -1 of the table"),
+        ({"table": changed(4, lambda t: t[0].repeat(11))}, ValueError, "two places"),
+        ({"table": changed(5, put(3, 99))}, ValueError, "start_of_slot of slot 2"),
+        ({"table": changed(5, put(0, -1))}, ValueError, "start_of_slot of slot 0"),
+        ({"table": changed(1, put(0, 5))}, ValueError, "slot 0 has rank 5.*room for 4"),
+        ({"table": changed(1, put(0, -1))}, ValueError, "slot 0 has rank -1"),
+        ({"table": changed(1, lambda t: t.long())}, TypeError, "vector 1 of the table must be Int"),
+        ({"table": changed(2, lambda t: t.double())}, TypeError, "vector 2 .*must be Float"),
+        ({"table": changed(3, lambda t: t[:5])}, ValueError, "do not fit each other"),
+        ({"table": changed(4, lambda t: t.repeat(2)[::2])}, ValueError, "contiguous vectors"),
+    ]
+    stacks = [
+        ({"lora_a": a[:1]}, ValueError, "lora_a has 1 slices and lora_b 2"),
+        ({"lora_b": []}, ValueError, "lora_b must hold a tensor a slice"),
+        ({"lora_a": [t[:2] for t in a]}, ValueError, r"lora_a must be \[3, ., .\]"),
+        ({"lora_a": [a[0], a[1][:, :, 1:]]}, ValueError, "does not fit K = 30"),
+        ({"lora_b": [b[0], b[1][..., :3]]}, ValueError, r"lora_b must be \[S, N, 4\]"),
+        ({"rng": torch.zeros(3).long()}, ValueError, "rng must be"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p must be in"),
+    ]
+    base = [
+        ({"weight": weight.t()}, ValueError, r"weight must be \[33, 30\], got \[30, 33\]"),
+        ({"fan_in_fan_out": True}, ValueError, r"weight must be \[30, 33\], got \[33, 30\]"),
+        ({"weight": weight.half()}, TypeError, "the rows are Float and weight is Half"),
+        ({"packed": native.pack(weight)[:-1]}, ValueError, "packed"),
+        ({"packed": native.pack(weight.bfloat16())}, ValueError, "packed"),
+    ]
+    fwd = [
+        ({"x": x[:, :29]}, ValueError, r"x must be \[M, 30\], got \[9, 29\]"),
+        ({"x": x[0]}, ValueError, "x must have two dimensions"),
+        ({"x": x.int()}, TypeError, "x must be float32"),
+        ({"x": x.repeat(2, 1)}, ValueError, "x has 18 rows and the table has room for 11"),
+        ({"bias": torch.ones(32)}, ValueError, r"bias must be \[33\], got \[32\]"),
+        ({"bias": torch.ones(33).int()}, TypeError, "bias must be a floating tensor"),
+    ]
+    dx = [
+        ({"dy": dy[:, :32]}, ValueError, r"dy must be \[M, 33\], got \[9, 32\]"),
+        ({"dy": dy.double()}, TypeError, "dy must be float32"),
+        ({"dy": dy.repeat(2, 1)}, ValueError, "room for 11"),
+    ]
+    in_place = [
+        ({"x": x.int()}, TypeError, "x must be float32"),
+        ({"y": torch.zeros(9, 32)}, ValueError, r"y must be \[9, 33\], got \[9, 32\]"),
+        ({"y": torch.zeros(8, 33)}, ValueError, r"y must be \[9, 33\], got \[8, 33\]"),
+        ({"y": torch.zeros(9, 33).half()}, TypeError, "y must be Float, got Half"),
+        ({"pointers": pointers.int()}, TypeError, "pointers must be int64, got Int"),
+        ({"pointers": pointers[:2]}, ValueError, r"pointers must be .*\[3, 2, 5\]"),
+        ({"pointers": pointers[:, :1]}, ValueError, "pointers must be"),
+        ({"pointers": pointers.mT}, ValueError, "pointers must be"),
+        ({"widths": [25]}, ValueError, "pointers must be"),
+        ({"widths": []}, ValueError, "pointers must be"),
+        ({"widths": [25, -8]}, ValueError, "widths must not be negative"),
+        ({"r_max": 3}, ValueError, "slot 0 are of rank 4 and r_max is 3"),
+        ({"dtype": torch.int32}, TypeError, "dtype must be a floating one"),
+        (pointing((1, 1, 4), 99), ValueError, "slot 1 are of rank 99"),
+        (pointing((1, 1, 4), -1), ValueError, "slot 1 are of rank -1"),
+        (pointing((1, 1, 0), 0), ValueError, "slot 1, rank 3, have a null address"),
+        (pointing((1, 0, 2), 0), ValueError, "slot 1, rank 3, have a null address"),
+        (pointing((1, 0, 1), 29), ValueError, "rows that overlap"),
+        (pointing((1, 0, 3), 2), ValueError, "rows that overlap"),
+        (pointing((1, 0, 0), 4 * 1001 + 2), ValueError, "are not to elements of Float"),
+    ]
+    of_pointers = [c for c in tables if "has rank 5" not in c[2]]
+    for op, changes in [
+        ("segmented_linear_fwd", [*tables, *stacks, *base, *fwd]),
+        ("segmented_linear_dx", [*tables, *stacks, *base, *dx]),
+        (POINTERS, [*of_pointers, *in_place]),
+    ]:
+        for change, error, says in changes:
+            yield pytest.param(inputs, op, change, error, says, id=f"{op}-{says}")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "op", "change", "error", "says"), list(wrong_calls()) if _native.load() else []
+)
+def test_wrong_calls(inputs, op, change, error, says):
+    run(op, inputs.arguments(op))
+    arguments = inputs.arguments(op) | change
+    before = arguments["y"].clone() if "y" in arguments else None
+    with pytest.raises(error, match=says):
+        getattr(native, op)(**arguments)
+    assert before is None or torch.equal(arguments["y"], before)
