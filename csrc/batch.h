@@ -233,8 +233,8 @@ struct Gathered {
     if (base || !mask) whole = copy(x, batch, base ? x.rows : batch.live, 0, x.cols, {}, options);
     for (size_t j = 0; j < begin.size(); ++j) {
       const int64_t K = end[j] - begin[j], last = begin[j] + padded<C>(K);
-      // A pair at the end of a slice must not hold what follows the slice.
-      if (!mask && (last == end[j] || (end[j] == x.cols && last <= whole.ld))) {
+      // A pair at the end of a slice must not hold what follows the slice, but zeros may follow x.
+      if (!mask && (last == end[j] || (end[j] == x.cols && last <= padded<C>(x.cols)))) {
         slices.push_back({whole.data + begin[j], batch.live, K, whole.ld});
         continue;
       }

@@ -205,6 +205,19 @@ void pack_panel(const Matrix& b, int64_t k0, int64_t k1, int64_t n0, C* panel) {
   });
 }
 
+void prefetch_panel(const Matrix& b, int64_t n0) {
+  with_type(b.kind, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* from = static_cast<const T*>(b.data) + n0 * b.stride_col;
+    const int64_t cols = std::min<int64_t>(kPanel, b.cols - n0);
+    if (b.stride_row == 1) {
+      for (int64_t n = 0; n < cols; ++n) prefetch(from + n * b.stride_col, b.rows);
+    } else if (b.stride_col == 1) {
+      for (int64_t k = 0; k < b.rows; ++k) prefetch(from + k * b.stride_row, cols);
+    }
+  });
+}
+
 template <typename C>
 void copy_rows(const Matrix& x, int64_t i0, int64_t i1, int64_t k0, int64_t k1, C* out,
                int64_t ld) {

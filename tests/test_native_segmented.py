@@ -232,6 +232,19 @@ def test_a_slices_d_is_of_its_own_columns(op, widths, dtype):
         first += width
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ["segmented_lora_dx", "segmented_linear_dx"])
+def test_what_lies_beside_rows_that_are_read_in_place(op, dtype):
+    """Rows of one adapter in their order, as a window: nothing is copied, and a last slice of odd
+    width has no zeros behind it."""
+    inputs = SegmentedCase(12, 30, (7, 1), (8, 4, 8), dtype).draw()
+    seg = SegmentTable.from_rows([0] * 12, [8, 4, 8], [1.0, 1.0, 1.0], max_rank=8)
+    arguments = inputs.arguments(op) | {"table": seg.tensors()}
+    wide = torch.full((13, 20), float("nan"), dtype=dtype)
+    window = wide[:12, 2:10].copy_(inputs.dy)
+    assert_same_bits(run(op, arguments | {"dy": window}), run(op, arguments))
+
+
 # Adapters by address
 
 
