@@ -138,6 +138,83 @@ class SegmentTable:
         rows = torch.repeat_interleave(slots, counts, output_size=sum(map(int, lengths)))
         return cls.from_rows(rows, rank_of_slot, scale_of_slot, **options)
 
+    @classmethod
+    def from_token_mapping(
+        cls,
+        slot_of_token: Tensor,
+        slots: int,
+        max_rank: int,
+        *,
+        rank_of_slot: Ints | None = None,
+        scale_of_slot: Floats | None = None,
+        capacity: int | None = None,
+    ) -> SegmentTable:
+        """A table from a slot per token that lies on the device, without waiting for it (vLLM's
+        ``token_lora_mapping``).
+
+        Args:
+            slot_of_token: integers [M]; what is out of [0, slots) is no adapter.
+            rank_of_slot: [slots]; default: ``max_rank``, whose zero padding then counts as live.
+            scale_of_slot: [slots]; default: 1, for a scale that B already holds.
+            capacity: the rows that the table has room for; default: M.
+
+        :meth:`update_` with ``validate=False`` refills it in place.
+
+        >>> import torch
+        >>> mapping = torch.tensor([1, -1, 0, 7], dtype=torch.int32)
+        >>> seg = SegmentTable.from_token_mapping(mapping, 2, 8, capacity=6)
+        >>> seg.slot_of_row.tolist(), seg.rank_of_slot.tolist()
+        ([1, -1, 0, -1, -1, -1], [8, 8])
+        """
+        rows = len(slot_of_token) if capacity is None else capacity
+        table = cls(rows, slots, max_rank, slot_of_token.device)
+        table.rank_of_slot.fill_(max_rank)
+        table.scale_of_slot.fill_(1.0)
+        return table.update_(slot_of_token, rank_of_slot, scale_of_slot, validate=False)
+
+    @classmethod
+    def from_segments(
+        cls,
+        seg_indptr: Tensor,
+        weight_indices: Tensor,
+        lora_ranks: Tensor,
+        scalings: Tensor,
+        permutation: Tensor | None = None,
+        *,
+        rows: int,
+        max_rank: int,
+        capacity: int | None = None,
+    ) -> SegmentTable:
+        """A table from runs of rows that lie on the device, without waiting for it (SGLang's
+        ``LoRABatchInfo``).
+
+        Args:
+            seg_indptr: integers [G+1] that start at 0: run g is rows ``seg_indptr[g]`` to
+                ``seg_indptr[g+1]``. Padding repeats the last value, or is zero. Rows behind the
+                last run have no adapter.
+            weight_indices: integers [G], the slot of each run; out of [0, S) is no adapter.
+            lora_ranks: integers [S], the live rank of each slot, 0 for no adapter.
+            scalings: [S].
+            permutation: integers, the row at each place of the runs, and padding; default: i.
+            rows: M, which only the host can say without waiting.
+            max_rank: what ``lora_ranks`` are clamped to.
+            capacity: the rows that the table has room for; default: ``rows``.
+
+        :meth:`update_segments_` refills it in place.
+
+        >>> import torch
+        >>> seg = SegmentTable.from_segments(
+        ...     torch.tensor([0, 2, 3, 0]), torch.tensor([1, 0, 0]), torch.tensor([4, 8]),
+        ...     torch.tensor([1.0, 0.5]), permutation=torch.tensor([2, 0, 1]), rows=4, max_rank=8)
+        >>> seg.slot_of_row.tolist()
+        [1, 0, 1, -1]
+        """
+        room = rows if capacity is None else capacity
+        table = cls(room, len(lora_ranks), max_rank, seg_indptr.device)
+        return table.update_segments_(
+            seg_indptr, weight_indices, lora_ranks, scalings, permutation, rows=rows
+        )
+
     def update_(
         self,
         slot_of_row: Ints | None = None,
@@ -175,6 +252,43 @@ class SegmentTable:
             self.logical_row[: len(logical)] = logical.to(self.logical_row.device)
         self._schedule()
         return self
+
+    def update_segments_(
+        self,
+        seg_indptr: Tensor,
+        weight_indices: Tensor,
+        lora_ranks: Tensor | None = None,
+        scalings: Tensor | None = None,
+        permutation: Tensor | None = None,
+        *,
+        rows: int,
+    ) -> SegmentTable:
+        """:meth:`from_segments` into this table, in place; ranks and scales of None stay. Nothing
+        here waits for the device, so that it can be part of a captured graph (with ``rows`` then
+        fixed, and padding in ``seg_indptr`` for what varies).
+
+        Raises:
+            ValueError: more rows than the table has, or lengths that do not fit.
+        """
+        runs = len(weight_indices)
+        if len(seg_indptr) != runs + 1:
+            raise ValueError(
+                f"seg_indptr has {len(seg_indptr)} values, not {runs + 1} for {runs} runs"
+            )
+        slots = torch.full((rows,), -1, device=self.device)
+        if runs:
+            # Rising throughout, so that a place can be searched in it: padding is what came before.
+            starts = seg_indptr.long().cummax(0).values
+            places = rows if permutation is None else min(rows, len(permutation))
+            place = torch.arange(places, device=self.device)
+            run = (torch.searchsorted(starts, place, right=True) - 1).clamp(0, runs - 1)
+            inside = place < starts[-1]
+            slot = torch.where(inside, weight_indices.long()[run], -1)
+            # Padding of a permutation may repeat a row: it goes to a row that is cut off.
+            row = place if permutation is None else permutation[:places].long()
+            slots = torch.full((rows + 1,), -1, device=self.device)
+            slots = slots.scatter_(0, torch.where(inside, row, rows), slot)[:rows]
+        return self.update_(slots, lora_ranks, scalings, validate=False)
 
     @property
     def rows(self) -> int:
