@@ -7,7 +7,7 @@ choice of a backend (the command line knows a fixed list of names; an ``Engine``
 
 Written against SGLang 0.5.23; ``tests/test_sglang.py`` holds the signatures to its source.
 
-    A  [slots, n*max_rank, in], packed by live rank: slice j of a slot of rank r in rows j*r..(j+1)*r
+    A  [slots, n*max_rank, in], packed by live rank: slice j of a slot of rank r begins in row j*r
     B  [slots, out_total, max_rank], its slices at the layer's output offsets
     rank 0: the slot of the base model
 
@@ -268,9 +268,9 @@ class SegmentedBackend:
         """``base_output += scale * x B^T`` in place, or into zeros: [M, max_rank] -> [M, N]."""
         slots, _, scales, *_ = table = self._table(pruned_batch_info).tensors()
         rows = slots[: len(x)].long()
-        s = x * scales[rows.clamp(min=0)].to(x.dtype)[:, None]
+        s = x.float() * scales[rows.clamp(min=0)][:, None]
         if base_output is None:
-            base_output = s.new_zeros(len(x), weights.shape[1])
+            base_output = x.new_zeros(len(x), weights.shape[1])
         s = s.to(base_output.dtype)[:, None]
         ops.segmented_expand_(base_output[:, : weights.shape[1]], s, [weights], table)
         return base_output
@@ -330,13 +330,11 @@ class SegmentedBackend:
         """The batch of eager runs, one after the other on a stream, made anew only to grow."""
         now = self._eager
         if now is None or tokens > now.table.rows or requests > len(now.weight_indices):
-            room = (0, 0) if now is None else (len(now.weight_indices), now.table.rows)
-            now = self._allocate(
-                *(
-                    1 << max(n, m - 1, 1).bit_length()
-                    for n, m in zip(room, (requests, tokens), strict=True)
-                )
-            )
+            # Twice the room each time, so that it soon stays.
+            if now is not None:
+                requests = max(requests, 2 * len(now.weight_indices))
+                tokens = max(tokens, 2 * now.table.rows)
+            now = self._allocate(requests, tokens)
             self._eager = now
         return now
 

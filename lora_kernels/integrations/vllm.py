@@ -1,4 +1,4 @@
-"""vLLM: its LoRA layers on a GPU computed by our segmented operators, through its plug-in entry point.
+"""vLLM: its LoRA layers on a GPU computed by our segmented operators, through its plug-in group.
 
 Installed, the plug-in does nothing. It is asked for by name in vLLM's own switch, which its engine
 and worker processes inherit::
@@ -10,10 +10,10 @@ vLLM 0.33.0; ``tests/test_vllm.py`` holds the signatures to its source.
 
     A  per slice [max_loras, 1, max_rank, in]     B  per slice [max_loras, 1, out, max_rank]
 
-The scale is merged into B. What is different from vLLM's own wrapper: shrink and expand are one
-call, S is rounded to the rows' dtype, compute follows the rank of each adapter, rows without one are
-neither read nor written, and a step of a dense model does not wait for the device. Mixture-of-experts
-layers and full classification heads stay vLLM's.
+The scale is merged into B. What differs from vLLM's own wrapper: shrink and expand are one call, S
+is rounded to the rows' dtype, compute follows the rank of each adapter, rows without one are
+neither read nor written, and a step of a dense model does not wait for the device.
+Mixture-of-experts layers and full classification heads stay vLLM's.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ class SegmentedPunicaWrapper:
         vocab_size: int,
         **kwargs: Any,
     ) -> None:
-        """Refill the tables for the next batch. Waits for the device only where the model has layers
-        that stay vLLM's, whose metadata it prepares so."""
+        """Refill the tables for the next batch. Only where the model has layers that stay vLLM's is
+        the device waited for, by what prepares their metadata."""
         manager = None if self.manager is None else self.manager()
         if _all_dense(manager):
             self.is_prefill = mapping.is_prefill
@@ -310,8 +310,8 @@ def lora_expand(
     """vLLM's ``lora_expand``, argument for argument: ``output_tensor[:, slice j] += x_j B_j^T``,
     or ``=`` without ``add_inputs``.
 
-    inputs [n, M, r], weights n x [S, N_j, r] or [S, 1, N_j, r], output [M, N], whose slices begin at
-    column ``offset_start``; rows without an adapter are not written. See :func:`lora_shrink`.
+    inputs [n, M, r], weights n x [S, N_j, r] or [S, 1, N_j, r], output [M, N], whose slices begin
+    at column ``offset_start``; rows without an adapter are not written. See :func:`lora_shrink`.
     """
     r = lora_b_weights[0].shape[-1]
     table = SegmentTable.from_token_mapping(token_lora_mapping, len(lora_b_weights[0]), r)
@@ -408,4 +408,4 @@ for _name, _schema, _function in (
 ):
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _function, "CompositeExplicitAutograd")
-    _library._register_fake(_name, lambda *args: None)
+    torch.library.register_fake(f"lora_kernels::{_name}", lambda *args: None, lib=_library)
