@@ -203,7 +203,7 @@ class SegmentedBackend:
             NotImplementedError: one of the kinds that belong to one model.
         """
         if kind not in ("linear", "embedding", "lm_head"):
-            raise NotImplementedError(f"lora_backend={BACKEND!r} has no {kind} layers")
+            raise NotImplementedError(f"lora_backend={BACKEND!r} has no layers of kind {kind!r}")
         table = self._table(pruned_batch_info)
         output = base_fn()
         if kind == "embedding":
