@@ -320,20 +320,21 @@ SHARDED = sorted({size // devices for size in HIDDEN for devices in (1, 2, 8, 16
 
 @pytest.fixture(scope="module")
 def pool():
-    """Random values that every shape's weights are windows into."""
-    return torch.randn(2**26, generator=torch.Generator().manual_seed(0)).bfloat16()
+    """Random values that every shape's weights are windows into, by dtype."""
+    values = torch.randn(128 * 256 * 2049, generator=torch.Generator().manual_seed(0)).bfloat16()
+    return {torch.bfloat16: values, torch.float16: values[: 2**24].half()}
 
 
 def window(pool, number, *shape):
     size = torch.Size(shape).numel()
-    start = number * 12345 % (len(pool) - size) if size < len(pool) else 0
+    start = number * 12345 % (len(pool) - size + 1)
     return pool[start : start + size].view(shape)
 
 
 def run_shape(pool, op, dtype, batches, adapters, rank, hidden, slices, length=2):
     """``check_lora_shrink_kernel`` and ``check_lora_expand_kernel`` of vLLM's list, with rows that
     have no adapter and the last adapter among the others."""
-    pool = pool if dtype == torch.bfloat16 else pool[: 2**24].to(dtype)
+    pool = pool[dtype]
     generator = torch.Generator().manual_seed(batches * rank + hidden)
     slots = torch.randint(-1, adapters, (batches,), generator=generator)
     slots[-1] = adapters - 1

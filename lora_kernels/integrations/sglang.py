@@ -374,7 +374,7 @@ class SegmentedBackend:
 
     def _from_host(self, values: Sequence[float], dtype: torch.dtype = torch.int32) -> Tensor:
         pinned = torch.device(self.device).type == "cuda"
-        return torch.tensor(values, dtype=dtype, pin_memory=pinned)
+        return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=pinned)
 
     def _prepare_lm_head(
         self,

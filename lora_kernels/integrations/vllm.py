@@ -119,9 +119,11 @@ class SegmentedPunicaWrapper:
             )
             for _ in range(2)
         )
-        # On the CPU, as vLLM's own flag: read inside the operators, which are not traced, so that
+        # On the CPU (whatever the default device is), as vLLM's own flag: read inside the operators, which are not traced, so that
         # a graph captured for batches without adapters holds no launch of ours.
-        self._tokens_idle, self._prompts_idle = (torch.tensor([True]) for _ in range(2))
+        self._tokens_idle, self._prompts_idle = (
+            torch.tensor([True], device="cpu") for _ in range(2)
+        )
         self._ranks = [self.max_rank] * config.max_loras
         self._rank_of_model: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
@@ -148,9 +150,8 @@ class SegmentedPunicaWrapper:
         if ranks != self._ranks:
             self._ranks = ranks
             on_gpu = self._tokens.device.type == "cuda"
-            changed = torch.tensor(ranks, dtype=torch.int32, pin_memory=on_gpu).to(
-                self._tokens.device, non_blocking=True
-            )
+            changed = torch.tensor(ranks, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
+            changed = changed.to(self._tokens.device, non_blocking=True)
         self._tokens.update_(self.token_lora_indices, changed, validate=False)
         self._prompts.update_(self.sampler_indices, changed, validate=False)
         self._tokens_idle[0] = not any(i > 0 for i in mapping.index_mapping)
@@ -206,8 +207,8 @@ class SegmentedPunicaWrapper:
         y [M, N]. ``add_inputs=False`` writes instead, in rows with an adapter."""
         assert buffer is None, "S is this operator's own"
         torch.ops.lora_kernels.vllm_lora_(
-            y,
-            x,
+            y.view(-1, y.shape[-1]),
+            x.view(-1, x.shape[-1]),
             lora_a_stacked,
             lora_b_stacked,
             self._tokens.tensors(),
