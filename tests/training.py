@@ -1,0 +1,187 @@
+"""A tiny model in training as people run it: adapted by us or by PEFT, alike in everything else."""
+
+import models
+import peft
+import pytest
+import tokenizers
+import torch
+import transformers
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+
+import lora_kernels as lk
+from lora_kernels import _native
+from lora_kernels.testing import error_and_budget
+
+# Ways to have a model's linear layers computed by this package.
+HOWS = [
+    "apply_lora",
+    pytest.param(
+        "accelerate_peft",
+        marks=pytest.mark.skipif(
+            not hasattr(lk, "accelerate_peft"), reason="lk.accelerate_peft does not exist yet"
+        ),
+    ),
+]
+
+TINY = {"hidden_size": 32, "intermediate_size": 48, "use_cache": False}
+LAYERS = 14
+# Those of the first block whose input is the embedding, which no gradient reaches.
+FIRST_LAYERS = 3
+# A rank and an alpha that are no powers of two.
+LORA = {
+    "r": 5,
+    "lora_alpha": 12,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+STOCK = "peft"
+
+
+def tiny(how, dtype=torch.float32, name="llama", **config):
+    """The same weights and the same adapter, whoever computes: "peft" is PEFT as it comes."""
+    model = adapted(models.build(name, **TINY), how, **(LORA | config))
+    return models.draw_adapter(model.to(dtype))
+
+
+def adapted(model, how, **config):
+    if how == "apply_lora":
+        return lk.apply_lora(model, **config)
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config))
+    if how == "accelerate_peft":
+        lk.accelerate_peft(model)
+    return model
+
+
+def trainable(model):
+    """name -> Parameter, by the same names whoever adapted the model."""
+    return {
+        f"{name} {which}": parameter
+        for name, (a, b, *_) in models.adapters(model).items()
+        for which, parameter in (("A", a), ("B", b))
+    }
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in trainable(model).items()}
+
+
+def assert_answered(answers, *, forwards, backwards, entered=False, device="cpu"):
+    """Every call was answered by our kernels, as often as layers times passes; ``entered`` where a
+    gradient goes on to the embedding's output."""
+    plans = {(answer.backend, answer.plan) for answer in answers}
+    if device == "cpu":
+        wanted = {("cpu", "native" if _native.load() else "vendor")}
+        assert plans == wanted, f"answered by {plans}"
+    else:
+        assert {backend for backend, _ in plans} == {device}, f"answered by {plans}"
+    into = LAYERS if entered else LAYERS - FIRST_LAYERS
+    counts = {op: sum(answer.op == op for answer in answers) for op in {a.op for a in answers}}
+    expected = {
+        "lora_linear_fwd": LAYERS * forwards,
+        "lora_linear_dx": into * backwards,
+        "lora_shrink": (LAYERS - into) * backwards,
+        "lora_linear_dab": LAYERS * backwards,
+    }
+    expected = {op: count for op, count in expected.items() if count}
+    assert counts == expected, f"{counts}, expected {expected}"
+
+
+def assert_close(name, ours, eager, exact):
+    """The budget of one operator, doubled: a model is a chain of them, and transformers computes
+    norms, softmax and loss in float32 in the float64 model too."""
+    assert ours.shape == exact.shape
+    for metric, (error, budget) in error_and_budget(ours, eager, exact).items():
+        assert error <= 2 * budget, f"{name}: {metric} error {error:.3e} over {2 * budget:.3e}"
+
+
+def rows(count, length=12, seed=7):
+    """Token ids [count, length] that can be learned: every row counts upwards from its start."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(3, models.VOCABULARY, (count, 1), generator=generator)
+    step = torch.randint(1, 4, (count, 1), generator=generator)
+    return 3 + (start + step * torch.arange(length)) % (models.VOCABULARY - 3)
+
+
+class Recorder(TrainerCallback):
+    """The gradients that the first optimizer step finds."""
+
+    def __init__(self):
+        self.gradients = None
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.gradients is None:
+            self.gradients = gradients(model)
+
+
+class Run:
+    """One training: ``losses`` [steps, micro-batches], the ``gradients`` before the first step, and
+    who answered."""
+
+    def __init__(self, model, directory, *, sft=False, resume=None, **arguments):
+        self.model, recorder, losses = model, Recorder(), {}
+        trainer, config_of, data, extra = _for_trl() if sft else _for_transformers()
+
+        class Recording(trainer):
+            def training_step(self, *args, **kwargs):
+                loss = super().training_step(*args, **kwargs).detach()
+                losses.setdefault(self.state.global_step, []).append(loss)
+                return loss
+
+        config = {
+            "output_dir": str(directory),
+            "per_device_train_batch_size": 2,
+            "max_steps": 1,
+            "learning_rate": 5e-3,
+            "lr_scheduler_type": "constant",
+            "seed": 11,
+            "logging_strategy": "no",
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+        } | arguments
+        self.trainer = Recording(
+            model=model,
+            args=config_of(**config),
+            train_dataset=data,
+            callbacks=[recorder],
+            **extra,
+        )
+        self.trainer.remove_callback(transformers.PrinterCallback)
+        with lk.record_plans() as self.answers:
+            self.trainer.train(resume_from_checkpoint=resume)
+        self.gradients = recorder.gradients
+        self.losses = torch.tensor([losses[step] for step in sorted(losses)])
+
+
+def _for_transformers():
+    data = [{"input_ids": row, "labels": row} for row in rows(64)]
+    return Trainer, TrainingArguments, data, {}
+
+
+def _for_trl():
+    import datasets
+    import trl
+
+    # One token for each word, for form's sake: what is trained on is given as tokens already.
+    words = {f"w{i}": i for i in range(models.VOCABULARY)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w3")),
+        pad_token="w0",
+        bos_token="w1",
+        eos_token="w2",
+        unk_token="w3",
+    )
+    data = datasets.Dataset.from_dict({"input_ids": rows(64).tolist()})
+    return trl.SFTTrainer, trl.SFTConfig, data, {"processing_class": tokenizer}
+
+
+def checkpointing(use_reentrant):
+    """Trainer's arguments; None: no checkpointing."""
+    if use_reentrant is None:
+        return {}
+    return {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant},
+    }
