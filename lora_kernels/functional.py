@@ -67,8 +67,8 @@ def lora_linear(
     Raises:
         ValueError: shapes that do not fit, rank 0, dropout_p outside [0, 1), tensors on different
             devices, a scale that requires grad or is not 0-d.
-        TypeError: something is not a floating tensor, or x and weight differ in dtype outside
-            autocast.
+        TypeError: something is not a floating tensor or is a DTensor, or x and weight differ in
+            dtype outside autocast.
 
     >>> import torch
     >>> x, weight = torch.eye(2), torch.zeros(3, 2)
@@ -296,6 +296,13 @@ def _check(
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        if is_dtensor(tensor):
+            raise TypeError(
+                f"{name} is a DTensor, and lora_linear computes on local tensors: under "
+                "fully_shard call the layer inside the sharded model's forward, which gathers its "
+                "parameters; for tensor parallelism leave the adapted layers out of the plan, or "
+                "pass each rank's own part (to_local())"
+            )
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating tensor, not {tensor.dtype}")
         if tensor.device != x.device:
@@ -320,6 +327,11 @@ def _check(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}")
     return compute_dtype(x, weight)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """By name: the class lies in a package that takes a second to import."""
+    return type(tensor).__name__ == "DTensor"
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

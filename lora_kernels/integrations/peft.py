@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..functional import is_dtensor
 from ..models import applied, insert, lora_layers, select, unwrap
 from ..nn import FusedLoRALinear
 from .lora_config import LoRAConfig
@@ -80,6 +81,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: the model has no LoRA layers of this package.
         RuntimeError: the adapter was folded in by ``merge_adapter(model, keep_base=False)``.
+        TypeError: the model is sharded (``fully_shard``, tensor parallelism).
     """
     root = unwrap(model)
     config = applied(root).config
@@ -90,6 +92,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         )
     _warn_of_shared(root, layers)
     tensors = {key: tensor.detach().contiguous() for key, tensor in _tensors(root, config).items()}
+    sharded = [key for key, tensor in tensors.items() if is_dtensor(tensor)]
+    if sharded:
+        raise TypeError(
+            f"the model is sharded ({_some(sharded)}): gather it with get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint."
+            "state_dict, load that into a model of one process and save this one"
+        )
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     content = json.dumps(_to_peft(root, config, layers), indent=2, sort_keys=True) + "\n"
