@@ -25,22 +25,22 @@ HOWS = [
     ),
 ]
 
-# Per architecture: a size, the layers that are adapted, how many they are, and how many of them
-# have the embedding for input, which no gradient reaches. GPT-2's own dropout is not tested here.
+# Per architecture: a size, the layers that are adapted, how many they are in a block, and how many
+# of the first have the embedding for input, which no gradient reaches. GPT-2's own dropout is off.
 FAMILIES = {
     "llama": (
         {"hidden_size": 32, "intermediate_size": 48, "use_cache": False},
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        14,
+        7,
         3,
     ),
     "gpt2": (
         {"n_embd": 32, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
         ["c_attn", "c_proj", "c_fc"],
-        8,
+        4,
         1,
     ),
-    "vit": ({"hidden_size": 32, "intermediate_size": 48}, ["q_proj", "v_proj", "fc1", "fc2"], 8, 2),
+    "vit": ({"hidden_size": 32, "intermediate_size": 48}, ["q_proj", "v_proj", "fc1", "fc2"], 4, 2),
 }
 FAMILIES["llama tied"] = FAMILIES["llama"]
 # A rank and an alpha that are no powers of two.
@@ -48,10 +48,11 @@ LORA = {"r": 5, "lora_alpha": 12}
 STOCK = "peft"
 
 
-def tiny(how, dtype=torch.float32, name="llama", **config):
+def tiny(how, dtype=torch.float32, name="llama", num_hidden_layers=2, **config):
     """The same weights and the same adapter, whoever computes: "peft" is PEFT as it comes."""
     size, targets, *_ = FAMILIES[name]
-    model = adapted(models.build(name, **size), how, target_modules=targets, **(LORA | config))
+    model = models.build(name, num_hidden_layers=num_hidden_layers, **size)
+    model = adapted(model, how, target_modules=targets, **(LORA | config))
     return models.draw_adapter(model.to(dtype))
 
 
@@ -80,12 +81,12 @@ def gradients(model):
     return {name: parameter.grad.clone() for name, parameter in trainable(model).items()}
 
 
-def assert_answered(answers, *, forwards, backwards, entered=False, name="llama"):
+def assert_answered(answers, *, forwards, backwards, entered=False, name="llama", blocks=2):
     """Every call was answered by our kernels, as often as layers times passes; ``entered`` where a
     gradient goes on to the embedding's output."""
     plans = {(answer.backend, answer.plan) for answer in answers}
     assert plans == {("cpu", "native" if _native.load() else "vendor")}, f"answered by {plans}"
-    layers, first = FAMILIES[name][2:]
+    layers, first = blocks * FAMILIES[name][2], FAMILIES[name][3]
     into = layers if entered else layers - first
     counts = {op: sum(answer.op == op for answer in answers) for op in {a.op for a in answers}}
     expected = {
