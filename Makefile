@@ -27,7 +27,7 @@ READY := .venv/ready
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: help demo test sanitize bench lint types format clean
+.PHONY: help demo test sanitize bench memory lint types format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,6 +35,7 @@ help:
 	@echo "make test     likewise, and run the tests"
 	@echo "make sanitize likewise, and run the C++ tests under the address and undefined-behaviour sanitizers"
 	@echo "make bench    likewise, and run the benchmarks"
+	@echo "make memory   likewise, and how training takes less of it: a table, with PEFT and with us"
 	@echo "make lint     ruff and clang-format, as CI runs them;  make format  applies them"
 	@echo "make types    mypy"
 	@echo "make clean    remove what was built (not .venv)"
@@ -54,6 +55,9 @@ sanitize: $(READY)
 
 bench: $(READY)
 	$(PY) -m pytest bench
+
+memory: $(READY)
+	$(PY) -m bench.training_memory
 
 lint: $(READY)
 	$(PY) -m ruff check .
