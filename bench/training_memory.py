@@ -91,7 +91,7 @@ def settings(micro_batches: int) -> list[Setting]:
 
 SIZES = {
     "quick": Size(64, 96, 1, 4, 128, batch=4, tokens=32, steps=1, seconds=0.0),
-    "cpu": Size(384, 1024, 4, 6, 2048, batch=8, tokens=256),
+    "cpu": Size(256, 704, 4, 4, 2048, batch=8, tokens=256),
     "cuda": Size(2048, 5632, 8, 16, 32000, batch=16, tokens=1024, steps=10),
 }
 MICRO_BATCHES = 4
