@@ -62,6 +62,23 @@ def test_trainer_trains_as_with_peft(how, precision, use_reentrant, tmp_path):
 
 
 @pytest.mark.parametrize("how", HOWS)
+def test_float32_adapters_on_bfloat16_weights(how, tmp_path):
+    """As PEFT makes them, without autocast. PEFT computes such adapters in float32, we in the
+    weights' dtype: the eager model of the budget has all of its operands in that."""
+    steps, micro, half = 4, 3, torch.bfloat16
+    arguments = {"max_steps": steps, "gradient_accumulation_steps": micro, "max_grad_norm": 0.0}
+    ours, eager, exact = (
+        Run(tiny(who, dtype, weights=half), tmp_path, **arguments)
+        for who, dtype in ((how, None), (STOCK, half), (STOCK, torch.float64))
+    )
+    assert_answered(ours.answers, forwards=steps * micro, backwards=steps * micro)
+    for name, gradient in ours.gradients.items():
+        assert gradient.dtype == trainable(ours.model)[name].dtype == torch.float32
+        assert_close(name, gradient, eager.gradients[name], exact.gradients[name])
+    assert_close("first step's loss", ours.losses[0], eager.losses[0], exact.losses[0])
+
+
+@pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_run_again_has_the_same_bits(how, precision, tmp_path):
     """With dropout, too; and a checkpointed one replays the masks of one that is not."""

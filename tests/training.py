@@ -48,12 +48,13 @@ LORA = {"r": 5, "lora_alpha": 12}
 STOCK = "peft"
 
 
-def tiny(how, dtype=torch.float32, name="llama", num_hidden_layers=2, **config):
-    """The same weights and the same adapter, whoever computes: "peft" is PEFT as it comes."""
+def tiny(how, dtype=None, name="llama", *, weights=torch.float32, num_hidden_layers=2, **config):
+    """The same weights and the same adapter, whoever computes: "peft" is PEFT as it comes. With
+    weights of half precision the adapter is float32, unless a dtype is given for all."""
     size, targets, *_ = FAMILIES[name]
-    model = models.build(name, num_hidden_layers=num_hidden_layers, **size)
+    model = models.build(name, num_hidden_layers=num_hidden_layers, **size).to(weights)
     model = adapted(model, how, target_modules=targets, **(LORA | config))
-    return models.draw_adapter(model.to(dtype))
+    return models.draw_adapter(model if dtype is None else model.to(dtype))
 
 
 def adapted(model, how, **config):
