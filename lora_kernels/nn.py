@@ -34,6 +34,9 @@ _HOOKS = (
     "_is_full_backward_hook",
 )
 
+# What FSDP1 and FSDP2 leave on every module whose parameters they gather and free.
+_FSDP_MARK = "_is_fsdp_managed_module"
+
 PACK_WEIGHT = ("eval", "always", "never")
 
 _BASE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -99,7 +102,8 @@ class FusedLoRALinear(nn.Linear):
             the order in which the native kernels read it: "eval": in evaluation mode, made by the
             first call and dropped by ``train()`` (one copy of the weight); "always": in training
             too, for the forward and for dX (two copies); "never". Copies are dropped when the
-            weight changes, and are no part of any state.
+            weight changes, and are no part of any state. A weight that FSDP shards is never packed:
+            it is there for one call at a time.
 
     Raises:
         ValueError: r < 1, lora_dropout outside [0, 1), an unknown init_lora_weights or pack_weight.
@@ -308,6 +312,9 @@ class FusedLoRALinear(nn.Linear):
         wanted = self._pack_weight == "always" or (
             self._pack_weight == "eval" and not self.training
         )
+        if wanted and _FSDP_MARK in self.__dict__:
+            self.drop_packed()
+            return None, None
         # A traced call would make its copy a constant of the graph.
         if not wanted or torch.compiler.is_compiling() or type(input) not in (Tensor, nn.Parameter):
             return None, None

@@ -148,7 +148,9 @@ def fsdp(how, directory, family, precision):
     result["state"] = get_model_state_dict(model, options=whole)
     result["logits"] = evaluated(model)
 
-    # An evaluation may have packed weights: loading others must reach it.
+    # Packed copies would be of whole weights, and of those that are freed after the call.
+    result["packed"] = sum(len(m._packed) for m in model.modules() if hasattr(m, "_packed"))
+    # Loading others must reach the next evaluation.
     other = {name: tensor * 1.25 for name, tensor in result["state"].items()}
     set_model_state_dict(model, other, options=whole)
     result["other logits"] = evaluated(model)

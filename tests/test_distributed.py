@@ -141,6 +141,7 @@ def test_fsdp2(run, family, precision, tmp_path):
             result["answers"], forwards=2 * again, backwards=2, entered=again == 2, name=family
         )
         assert result["resumed"] == result["went on"]
+        assert result["packed"] == 0
     assert_equal_on_all_ranks(results, "gradients")
     expected = parts(run.how, family, dropout=worker.DROPOUT, dtype=dtype)
     found = results[0]["gradients"]
