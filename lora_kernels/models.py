@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .integrations import transformers as _transformers
 from .integrations.lora_config import LoRAConfig
-from .nn import FusedLoRALinear, check_pack_weight, unsupported_reason
+from .nn import FusedLoRALinear, unsupported_reason
+from .packed import check_pack_weight
 
 logger = logging.getLogger("lora_kernels")
 

@@ -7,12 +7,10 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import Packed, lora_linear, packed_linear
-from .ops import autocast_enabled
-from .packed import PackedWeight
+from .functional import lora_linear
+from .packed import PackedLinear
 
 # Classes that hold their weight as [in, out], recognised by predicates that the integrations add
 # (transformers' Conv1D).
@@ -33,11 +31,6 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
-
-# What FSDP1 and FSDP2 leave on every module whose parameters they gather and free.
-_FSDP_MARK = "_is_fsdp_managed_module"
-
-PACK_WEIGHT = ("eval", "always", "never")
 
 _BASE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -64,7 +57,22 @@ def unsupported_reason(module: nn.Module) -> str | None:
     return None
 
 
-class FusedLoRALinear(nn.Linear):
+def share_linear(layer: PackedLinear, module: nn.Module) -> None:
+    """Give ``layer`` the Parameters and the hooks of ``module``, an ``nn.Linear`` or Conv1D."""
+    layer.fan_in_fan_out = any(matches(module) for matches in TRANSPOSED_LINEARS)
+    weight = cast(nn.Parameter, module.weight)
+    shape = weight.shape[::-1] if layer.fan_in_fan_out else weight.shape
+    layer.out_features, layer.in_features = shape
+    layer.weight, layer.bias = weight, cast(nn.Parameter, module.bias)
+    share_hooks(layer, module)
+
+
+def share_hooks(layer: nn.Module, module: nn.Module) -> None:
+    for name in _HOOKS:
+        setattr(layer, name, getattr(module, name))
+
+
+class FusedLoRALinear(PackedLinear):
     """A linear layer with a LoRA adapter, computed in one operator; a drop-in for ``nn.Linear``.
 
     ``y = x W^T + scaling * (dropout(x) A^T) B^T + bias`` with ``weight`` W [out, in] and ``bias``
@@ -175,13 +183,7 @@ class FusedLoRALinear(nn.Linear):
         check_lora_arguments(r, lora_alpha, lora_dropout, init_lora_weights)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self.fan_in_fan_out = any(matches(module) for matches in TRANSPOSED_LINEARS)
-        weight = cast(nn.Parameter, module.weight)
-        shape = weight.shape[::-1] if self.fan_in_fan_out else weight.shape
-        self.out_features, self.in_features = shape
-        self.weight, self.bias = weight, cast(nn.Parameter, module.bias)
-        for name in _HOOKS:
-            setattr(self, name, getattr(module, name))
+        share_linear(self, module)
         self._add_lora(
             r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, autocast_adapter_dtype
         )
@@ -208,8 +210,7 @@ class FusedLoRALinear(nn.Linear):
         self.merged = False
         # The pristine weight while merged, in a tuple so that nn.Module does not register it.
         self._base: tuple[nn.Parameter, ...] = ()
-        self._pack_weight = "eval"
-        self._packed = PackedWeight()
+        self._init_packing()
         device, dtype = self.weight.device, self.weight.dtype
         if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16):
             dtype = torch.float32
@@ -288,51 +289,10 @@ class FusedLoRALinear(nn.Linear):
         with torch.no_grad():
             self._scale.fill_(value)
 
-    @property
-    def pack_weight(self) -> str:
-        """When the weight is packed for the CPU's kernels: "eval", "always" or "never"."""
-        return self._pack_weight
-
-    @pack_weight.setter
-    def pack_weight(self, value: str) -> None:
-        check_pack_weight(value)
-        self._pack_weight = value
-        self.drop_packed()
-
-    def drop_packed(self) -> None:
-        """Forget the packed copies of the weight; the next call that wants one makes it anew.
-
-        For whoever writes to ``weight`` in a way that leaves no trace, such as through
-        ``weight.data`` at a few places.
-        """
-        if "_packed" in self.__dict__:
-            self._packed.drop()
-
-    def _packed_copies(self, input: Tensor) -> Packed:
-        wanted = self._pack_weight == "always" or (
-            self._pack_weight == "eval" and not self.training
-        )
-        if wanted and _FSDP_MARK in self.__dict__:
-            self.drop_packed()
-            return None, None
-        # A traced call would make its copy a constant of the graph.
-        if not wanted or torch.compiler.is_compiling() or type(input) not in (Tensor, nn.Parameter):
-            return None, None
-        device_type = input.device.type
-        cast = autocast_enabled(device_type)
-        dtype = torch.get_autocast_dtype(device_type) if cast else input.dtype
-        if dtype != self.weight.dtype:
-            return None, None
-        packed = self._packed.get(self.weight, self.fan_in_fan_out)
-        packed_dx = None
-        if self.training and torch.is_grad_enabled():
-            packed_dx = self._packed.get(self.weight, self.fan_in_fan_out, for_dx=True)
-        return packed, packed_dx
-
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], see :func:`lora_kernels.lora_linear`."""
         if self.merged:
-            return self._merged_forward(input)
+            return self._base_forward(input)
         assert self.lora_A is not None and self.lora_B is not None
         return lora_linear(
             input,
@@ -346,18 +306,6 @@ class FusedLoRALinear(nn.Linear):
             fan_in_fan_out=self.fan_in_fan_out,
             packed=self._packed_copies(input),
         )
-
-    def _merged_forward(self, input: Tensor) -> Tensor:
-        differentiable = torch.is_grad_enabled() and (
-            input.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        )
-        # A wrong call is left to F.linear and its message.
-        fits = input.dim() > 0 and input.shape[-1] == self.in_features
-        if fits and not differentiable and input.device == self.weight.device:
-            packed, _ = self._packed_copies(input)
-            if packed is not None:
-                return packed_linear(input, self.weight, self.bias, self.fan_in_fan_out, packed)
-        return F.linear(input, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -470,11 +418,6 @@ class FusedLoRALinear(nn.Linear):
         if self.merged:
             text += ", merged=True"
         return text
-
-
-def check_pack_weight(value: str) -> None:
-    if value not in PACK_WEIGHT:
-        raise ValueError(f"pack_weight must be one of {', '.join(PACK_WEIGHT)}, not {value!r}")
 
 
 def default_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:

@@ -1,4 +1,5 @@
-"""A frozen weight in the layout of the CPU's kernels: packed once, dropped when it has changed."""
+"""A frozen weight in the layout of the CPU's kernels: packed once, dropped when it has changed; and
+the linear layer that keeps it."""
 
 from __future__ import annotations
 
@@ -6,9 +7,17 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import cpu
+from .functional import Packed, packed_linear
+from .ops import autocast_enabled
+
+PACK_WEIGHT = ("eval", "always", "never")
+
+# What FSDP1 and FSDP2 leave on every module whose parameters they gather and free.
+_FSDP_MARK = "_is_fsdp_managed_module"
 
 
 class _Copy(NamedTuple):
@@ -73,3 +82,76 @@ class PackedWeight:
 def _is_plain(weight: Tensor) -> bool:
     # An inference tensor has no version to compare.
     return type(weight) in (Tensor, nn.Parameter) and not weight.is_inference()
+
+
+def check_pack_weight(value: str) -> None:
+    if value not in PACK_WEIGHT:
+        raise ValueError(f"pack_weight must be one of {', '.join(PACK_WEIGHT)}, not {value!r}")
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer with a frozen weight, and packed copies of it while ``pack_weight`` allows.
+
+    A subclass sets ``fan_in_fan_out`` (the weight is stored as [in, out]) and calls
+    :meth:`_init_packing`.
+    """
+
+    fan_in_fan_out: bool
+
+    def _init_packing(self) -> None:
+        self._pack_weight = "eval"
+        self._packed = PackedWeight()
+
+    @property
+    def pack_weight(self) -> str:
+        """When the weight is packed for the CPU's kernels: "eval", "always" or "never"."""
+        return self._pack_weight
+
+    @pack_weight.setter
+    def pack_weight(self, value: str) -> None:
+        check_pack_weight(value)
+        self._pack_weight = value
+        self.drop_packed()
+
+    def drop_packed(self) -> None:
+        """Forget the packed copies of the weight; the next call that wants one makes it anew.
+
+        For whoever writes to ``weight`` in a way that leaves no trace, such as through
+        ``weight.data`` at a few places.
+        """
+        if "_packed" in self.__dict__:
+            self._packed.drop()
+
+    def _packed_copies(self, input: Tensor) -> Packed:
+        wanted = self._pack_weight == "always" or (
+            self._pack_weight == "eval" and not self.training
+        )
+        if wanted and _FSDP_MARK in self.__dict__:
+            self.drop_packed()
+            return None, None
+        # A traced call would make its copy a constant of the graph.
+        if not wanted or torch.compiler.is_compiling() or type(input) not in (Tensor, nn.Parameter):
+            return None, None
+        device_type = input.device.type
+        cast = autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if cast else input.dtype
+        if dtype != self.weight.dtype:
+            return None, None
+        packed = self._packed.get(self.weight, self.fan_in_fan_out)
+        packed_dx = None
+        if self.training and torch.is_grad_enabled():
+            packed_dx = self._packed.get(self.weight, self.fan_in_fan_out, for_dx=True)
+        return packed, packed_dx
+
+    def _base_forward(self, input: Tensor) -> Tensor:
+        """``x W^T + bias`` with the weight as it is."""
+        differentiable = torch.is_grad_enabled() and (
+            input.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        )
+        # A wrong call is left to F.linear and its message.
+        fits = input.dim() > 0 and input.shape[-1] == self.in_features
+        if fits and not differentiable and input.device == self.weight.device:
+            packed, _ = self._packed_copies(input)
+            if packed is not None:
+                return packed_linear(input, self.weight, self.bias, self.fan_in_fan_out, packed)
+        return F.linear(input, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
