@@ -12,20 +12,26 @@ from .models import (
     unmerge_adapter,
     warmup,
 )
+from .multi_lora import MultiLoRAEmbedding, MultiLoRALinear
 from .nn import FusedLoRALinear
 from .plan import Answer, batch_invariant, force_plan, last_plan, record_plans
 from .pointers import AdapterPointers
 from .segmented import segmented_expand, segmented_linear, segmented_lora, segmented_shrink
 from .segments import SegmentTable
+from .serving import AdapterStore, UnknownAdapterError
 
 __version__ = "0.1.0"
 __all__ = [
     "AdapterPointers",
+    "AdapterStore",
     "Answer",
     "FusedLoRALinear",
     "LoRAConfig",
     "LoRAReport",
+    "MultiLoRAEmbedding",
+    "MultiLoRALinear",
     "SegmentTable",
+    "UnknownAdapterError",
     "apply_lora",
     "batch_invariant",
     "force_plan",

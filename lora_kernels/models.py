@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .integrations import transformers as _transformers
 from .integrations.lora_config import LoRAConfig
+from .multi_lora import MultiLoRAEmbedding, MultiLoRALinear
 from .nn import FusedLoRALinear, unsupported_reason
 from .packed import check_pack_weight
 
@@ -380,6 +381,10 @@ def _check_not_applied(model: nn.Module) -> None:
                 f"{type(model).__name__} has LoRA layers already ({name!r}): load another adapter "
                 "with load_adapter, or fold this one in with merge_adapter(model, keep_base=False) "
                 "and start from that checkpoint"
+            )
+        if isinstance(module, (MultiLoRALinear, MultiLoRAEmbedding)):
+            raise ValueError(
+                f"{type(model).__name__} has an AdapterStore already ({name!r}): close that first"
             )
         if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
             where = f"{name!r} is" if name else "this is"

@@ -26,8 +26,8 @@ LAYERS = [
     {"cuda", "cpu", "plan", "tune"},
     {"ops"},
     {"functional", "segmented", "segmented_autograd"},
-    {"nn", "packed"},
-    {"models", "serving", "integrations"},
+    {"nn", "packed", "multi_lora", "batches"},
+    {"models", "serving", "slots", "slotted_model", "transfers", "adapters", "integrations"},
 ]
 # Above everything, for users and tests.
 TOP = {"__init__", "__main__", "testing", "testing_segmented"}

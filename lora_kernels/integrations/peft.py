@@ -7,6 +7,7 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -91,7 +92,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             "merge_adapter(model, keep_base=False) removed the adapter: there is nothing to save"
         )
     _warn_of_shared(root, layers)
-    tensors = {key: tensor.detach().contiguous() for key, tensor in _tensors(root, config).items()}
+    tensors = _tensors(root, config)
     sharded = [key for key, tensor in tensors.items() if is_dtensor(tensor)]
     if sharded:
         raise TypeError(
@@ -99,11 +100,18 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint."
             "state_dict, load that into a model of one process and save this one"
         )
-    folder = Path(directory)
+    write_adapter(Path(directory), _to_peft(root, config, layers), tensors)
+
+
+def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write both files, each whole or not at all; ``tensors`` by their paths in the model."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(_to_peft(root, config, layers), indent=2, sort_keys=True) + "\n"
+    content = json.dumps(config, indent=2, sort_keys=True) + "\n"
     # Tied parameters may appear under two keys; safetensors wants storage of their own.
-    unique = {key: tensor.clone() for key, tensor in tensors.items()}
+    unique = {
+        _PREFIX + key: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+    }
     _replace(folder / WEIGHTS_NAME, lambda path: save_file(unique, path, metadata={"format": "pt"}))
     _replace(folder / CONFIG_NAME, lambda path: path.write_text(content))
 
@@ -154,7 +162,7 @@ def load_adapter(model: ModelT, directory: str | os.PathLike[str]) -> ModelT:
             shapes[names[0]] = (config.rank(names[0]), in_features, out_features)
         saved = selection.modules_to_save
     pairs = _take_pairs(tensors, shapes, folder / WEIGHTS_NAME)
-    others = _match_others(root, tensors, saved, set(shapes), config, folder / WEIGHTS_NAME)
+    others = match_others(root, tensors, saved, set(shapes), config, folder / WEIGHTS_NAME)
     if selection is not None:
         insert(root, config, selection)
         layers = lora_layers(root)
@@ -203,9 +211,16 @@ def read_config(folder: Path) -> LoRAConfig:
         raise FileNotFoundError(f"{folder} has no {CONFIG_NAME}: it is not a PEFT adapter")
     try:
         content = json.loads(path.read_text())
-        peft_type = content.get("peft_type")
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not a JSON object: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object: {type(content).__name__}")
+    return parse_config(content, path)
+
+
+def parse_config(content: Mapping[str, Any], path: Path | str) -> LoRAConfig:
+    """The configuration in ``content``, fields as in PEFT's file; ``path`` names it in errors."""
+    peft_type = content.get("peft_type")
     if peft_type != "LORA":
         raise ValueError(f"{path}: peft_type is {peft_type!r}; only LORA adapters can be loaded")
     used = [name for name in _UNSUPPORTED if content.get(name)]
@@ -252,6 +267,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} is not a readable safetensors file (truncated or another format): {error}"
         ) from error
+    return without_prefix(tensors)
+
+
+def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
 
 
@@ -279,19 +298,19 @@ def _take_pairs(
         if len(pair) == 2:
             pairs[name] = (pair[0], pair[1])
     if wrong:
-        raise ValueError(f"{path}: {_some(wrong)}")
+        raise ValueError(f"{path}: {some(wrong)}")
     if missing:
-        raise ValueError(f"{path} has no {_some(missing)}")
+        raise ValueError(f"{path} has no {some(missing)}")
     return pairs
 
 
-def _match_others(
+def match_others(
     model: nn.Module,
     tensors: dict[str, Tensor],
     saved: dict[str, nn.Module],
     adapted: set[str],
     config: LoRAConfig,
-    path: Path,
+    path: Path | str,
 ) -> list[tuple[Tensor, Tensor]]:
     """Modules trained in full and biases of the file, each with its place in the model."""
     # With bias="all" PEFT also writes the biases of its wrappers around modules_to_save.
@@ -304,7 +323,7 @@ def _match_others(
     missing = sorted(wanted - tensors.keys())
     if missing:
         raise ValueError(
-            f"{path} has no {_some(missing)}, though modules_to_save={config.modules_to_save}"
+            f"{path} has no {some(missing)}, though modules_to_save={config.modules_to_save}"
         )
     found = []
     unexpected, wrong = [], []
@@ -324,11 +343,11 @@ def _match_others(
         else:
             found.append((place, tensor))
     if wrong:
-        raise ValueError(f"{path}: {_some(wrong)}")
+        raise ValueError(f"{path}: {some(wrong)}")
     if unexpected:
         raise ValueError(
             f"{path} holds what the model has no place for, or with other values: "
-            + _some(sorted(unexpected))
+            + some(sorted(unexpected))
         )
     return found
 
@@ -343,18 +362,18 @@ def _tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         assert layer.lora_A is not None and layer.lora_B is not None
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B
+        tensors[f"{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"{name}.lora_B.weight"] = layer.lora_B
         if config.bias != "none" and layer.bias is not None:
-            tensors[f"{_PREFIX}{name}.base_layer.bias"] = layer.bias
+            tensors[f"{name}.base_layer.bias"] = layer.bias
     if config.bias == "all":
         for name, parameter in model.named_parameters():
             owner, _, last = name.rpartition(".")
             if last == "bias" and owner not in layers:
-                tensors[_PREFIX + name] = parameter
+                tensors[name] = parameter
     for name in applied(model).report.modules_to_save:
         for key, tensor in model.get_submodule(name).state_dict().items():
-            tensors[f"{_PREFIX}{name}.{key}"] = tensor
+            tensors[f"{name}.{key}"] = tensor
     return tensors
 
 
@@ -371,23 +390,28 @@ def _to_peft(
     del content["autocast_adapter_dtype"]
     if config.all_linear or config.layers_to_transform is not None:
         # Resolved: "all" is another set of layers in PEFT, and it finds no index in "layers.0.x".
-        content["target_modules"] = _endings(model, layers)
+        content["target_modules"] = endings(model, layers)
         content["layers_to_transform"] = content["layers_pattern"] = None
-    return content | {
-        "alpha_pattern": alpha_pattern | config.alpha_pattern,
+    content["alpha_pattern"] = alpha_pattern | config.alpha_pattern
+    return content | fields_of_model(model, all(layer.fan_in_fan_out for layer in layers.values()))
+
+
+def fields_of_model(model: nn.Module, fan_in_fan_out: bool) -> dict[str, Any]:
+    """What PEFT's file says besides the fields of ``LoRAConfig``."""
+    return {
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-        "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
+        "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
         "peft_type": "LORA",
         "task_type": None,
     }
 
 
-def _endings(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> list[str]:
+def endings(model: nn.Module, layers: Collection[str]) -> list[str]:
     """The adapted layers' last names if they select nothing else, else their whole names."""
     last = {name.rpartition(".")[2] for name in layers}
     selected = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
-    return sorted(last) if selected == layers.keys() else sorted(layers)
+    return sorted(last) if selected == set(layers) else sorted(layers)
 
 
 def _replace(path: Path, write: Any) -> None:
@@ -400,5 +424,5 @@ def _replace(path: Path, write: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _some(items: list[str]) -> str:
+def some(items: list[str]) -> str:
     return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ..batches import CarryingCheckpoint
 from ..nn import PLAIN_LINEARS, TRANSPOSED_LINEARS
 
 # Last name of a head where the model has no base model to tell it apart (T5, plain modules,
@@ -199,3 +200,25 @@ def offload_reason(module: nn.Module) -> str | None:
     if any(getattr(h, "offload", False) for h in hooks):
         return "its weight is offloaded by accelerate's device_map"
     return None
+
+
+def checkpointing_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that ``gradient_checkpointing_enable`` gives a function to."""
+    return [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+
+
+def carry_batches(modules: list[nn.Module]) -> None:
+    """Make their checkpointing functions, where they have one now, compute again with the batches
+    of their forwards."""
+    for module in modules:
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if function is not None and not isinstance(function, CarryingCheckpoint):
+            module.__dict__["_gradient_checkpointing_func"] = CarryingCheckpoint(function)
+
+
+def carry_no_batches(modules: list[nn.Module]) -> None:
+    """Undo :func:`carry_batches`."""
+    for module in modules:
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(function, CarryingCheckpoint):
+            module.__dict__["_gradient_checkpointing_func"] = function.checkpoint

@@ -1,0 +1,336 @@
+"""One adapter in the host's memory: read in PEFT's format and checked against a model, or drawn
+anew; and written back."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .integrations.lora_config import LoRAConfig
+from .integrations.peft import (
+    WEIGHTS_NAME,
+    endings,
+    fields_of_model,
+    match_others,
+    parse_config,
+    read_config,
+    read_tensors,
+    some,
+    without_prefix,
+    write_adapter,
+)
+from .multi_lora import MultiLoRALinear, unsupported_embedding_reason
+from .nn import default_scaling, unsupported_reason
+
+Source = str | os.PathLike[str] | Mapping[str, Tensor]
+
+
+@dataclass
+class Weights:
+    """A and B of one layer as its slots hold them: a [r, in] and b [out, r]; of an embedding a is
+    [V, r]."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.b.shape[1]
+
+
+@dataclass(eq=False)
+class HostAdapter:
+    """An adapter by the paths of its layers."""
+
+    config: LoRAConfig
+    layers: dict[str, Weights]
+
+    @functools.cached_property
+    def ranks_and_scales(self) -> dict[str, tuple[int, float]]:
+        return {path: (w.rank, w.scale) for path, w in self.layers.items()}
+
+
+def read(name: str, source: Source, config: Any) -> tuple[LoRAConfig, dict[str, Tensor], str]:
+    """The configuration and the tensors of a directory or a state dict, and what errors call it.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`lora_kernels.load_adapter`.
+        TypeError: a state dict without ``config``, or a directory with one.
+    """
+    if isinstance(source, Mapping):
+        label = f"the state dict of {name!r}"
+        if config is None:
+            raise TypeError(f"{label} needs config=: what its adapter_config.json would say")
+        for key, tensor in source.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{label}: {key} is a {type(tensor).__name__}, no tensor")
+        return parse_config(_fields(config), label), without_prefix(source), label
+    if config is not None:
+        raise TypeError("a directory has its own adapter_config.json: config= is for state dicts")
+    folder = Path(source)
+    return read_config(folder), read_tensors(folder), str(folder / WEIGHTS_NAME)
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """A mapping, a LoRAConfig or one of PEFT's as the contents of PEFT's file."""
+    if isinstance(config, LoRAConfig):
+        content = {f.name: getattr(config, f.name) for f in fields(config)} | {"peft_type": "LORA"}
+    elif isinstance(config, Mapping):
+        content = {"peft_type": "LORA", **config}
+    elif hasattr(config, "to_dict"):
+        content = config.to_dict()
+    else:
+        raise TypeError(f"config must be a mapping or a LoRAConfig, not {type(config).__name__}")
+    return {k: sorted(v) if isinstance(v, (set, frozenset)) else v for k, v in content.items()}
+
+
+class Places:
+    """The layers of a model that an adapter may have, by every path that leads to them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        open: bool,
+        refused: Mapping[str, str],
+    ) -> None:
+        """``layers``: those that have slots already; ``open``: others may get them, but for those
+        in ``refused``, by path with the reason."""
+        self.model, self.layers, self.open, self._refused = model, layers, open, refused
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._first = {module: path for path, module in model.named_modules()}
+
+    def resolve(self, path: str) -> tuple[str, nn.Module]:
+        """The first path of the layer at ``path``, and the layer.
+
+        Raises:
+            ValueError: there is none, or it has no slots and cannot get them.
+        """
+        module = self._modules.get(path)
+        if module is None:
+            raise ValueError(f"the model has no layer {path!r}")
+        first = self._first[module]
+        if first in self.layers:
+            return first, module
+        if not self.open:
+            raise ValueError(f"{path!r} is not among the store's target_modules")
+        reason = self._reason(module)
+        if reason is not None:
+            raise ValueError(f"{path!r} {reason}")
+        return first, module
+
+    def named_by(self, config: LoRAConfig) -> set[str]:
+        """The layers with slots, and those that could get them, that ``config`` names."""
+        saved = [f".{name}." for name in config.modules_to_save or []]
+        return {
+            self._first[module]
+            for path, module in self._modules.items()
+            if not config.all_linear
+            and config.is_target(path)
+            and config.is_in_layers(path)
+            and not config.is_excluded(path)
+            and not any(s in f".{path}." for s in saved)
+            and (self._first[module] in self.layers or (self.open and self._reason(module) is None))
+        }
+
+    def _reason(self, module: nn.Module) -> str | None:
+        """Why a module without slots cannot get them, or None."""
+        if isinstance(module, nn.Embedding):
+            return unsupported_embedding_reason(module)
+        return self._refused.get(self._first[module]) or unsupported_reason(module)
+
+
+class Room(NamedTuple):
+    """What the slots hold: their ranks, their dtypes by path of the layer (else the weight's), and
+    whether copies into them want pinned memory."""
+
+    max_rank: int
+    dtypes: Mapping[str, torch.dtype]
+    pinned: bool
+
+    def weights(self, path: str, module: nn.Module, a: Tensor, b: Tensor, scale: float) -> Weights:
+        """In memory of their own: a file's tensors are the file, mapped, which may be written
+        again."""
+        dtype = self.dtypes.get(path, _weight(module).dtype)
+        own = [torch.empty(t.shape, dtype=dtype, pin_memory=self.pinned) for t in (a, b)]
+        for there, here in zip(own, (a, b), strict=True):
+            there.copy_(here.detach())
+        return Weights(own[0], own[1], scale)
+
+
+def match(
+    places: Places, config: LoRAConfig, tensors: Mapping[str, Tensor], room: Room, label: str
+) -> HostAdapter:
+    """The adapter that ``tensors`` are.
+
+    Raises:
+        ValueError: tensors are missing, left over, not floating or of the wrong shape; a rank is
+            above ``max_rank`` or not the configuration's.
+    """
+    pairs, others = _pairs(tensors)
+    layers: dict[str, Weights] = {}
+    for path, (kind, pair) in pairs.items():
+        try:
+            first, module = places.resolve(path)
+            a, b = _checked(path, module, kind, pair, config.rank(path), room.max_rank)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from error
+        if first in layers:
+            raise ValueError(f"{label}: {path!r} is the same layer as {first!r}, which it has too")
+        scale = default_scaling(config.alpha(path), b.shape[1], config.use_rslora)
+        layers[first] = room.weights(first, module, a, b, scale)
+    missing = sorted(places.named_by(config) - layers.keys())
+    if missing:
+        raise ValueError(f"{label} has no lora_A and lora_B for {some(missing)}, its targets")
+    if not layers:
+        raise ValueError(f"{label} holds no lora_A and lora_B")
+    if others:
+        match_others(places.model, others, {}, set(), replace(config, bias="none"), label)
+    return HostAdapter(config, layers)
+
+
+_LINEAR = (".lora_A.weight", ".lora_B.weight")
+_EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+
+
+def _pairs(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, tuple[tuple[str, str], dict[str, Tensor]]], dict[str, Tensor]]:
+    """path -> the kind of its names, and what there is of A and B; and the other tensors."""
+    pairs: dict[str, tuple[tuple[str, str], dict[str, Tensor]]] = {}
+    others = {}
+    for key, tensor in tensors.items():
+        for kind in (_LINEAR, _EMBEDDING):
+            ending = next((ending for ending in kind if key.endswith(ending)), None)
+            if ending is not None:
+                path = key.removesuffix(ending)
+                pairs.setdefault(path, (kind, {}))[1][ending] = tensor
+                break
+        else:
+            others[key] = tensor
+    return pairs, others
+
+
+def _checked(
+    path: str,
+    module: nn.Module,
+    kind: tuple[str, str],
+    pair: dict[str, Tensor],
+    rank: int,
+    max_rank: int,
+) -> tuple[Tensor, Tensor]:
+    """A and B as :class:`Weights` has them."""
+    embedding = isinstance(module, nn.Embedding)
+    if kind != (_EMBEDDING if embedding else _LINEAR):
+        raise ValueError(f"{path!r} is a {type(module).__name__}, and has no {path}{kind[0]}")
+    _check_rank(path, rank, max_rank)
+    in_features, out_features = _sizes(module)
+    found = []
+    for ending, shape in zip(kind, ((rank, in_features), (out_features, rank)), strict=True):
+        tensor = pair.get(ending)
+        if tensor is None:
+            raise ValueError(f"{path}{ending} is missing")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}{ending} is {tensor.dtype}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{path}{ending} is {list(tensor.shape)}, the model's layer and the configuration "
+                f"want {list(shape)}"
+            )
+        found.append(tensor)
+    return (found[0].t() if embedding else found[0]), found[1]
+
+
+def _check_rank(path: str, rank: int, max_rank: int) -> None:
+    if rank > max_rank:
+        raise ValueError(f"the rank {rank} of {path!r} is above the store's max_rank={max_rank}")
+
+
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module.weight, Tensor)
+    return module.weight
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """in_features (of an embedding: its entries) and out_features."""
+    rows, columns = _weight(module).shape
+    transposed = (
+        module.fan_in_fan_out
+        if isinstance(module, MultiLoRALinear)
+        else not isinstance(module, nn.Linear)
+    )
+    return (rows, columns) if transposed else (columns, rows)
+
+
+def draw(
+    places: Places,
+    config: LoRAConfig,
+    paths: Collection[str],
+    room: Room,
+) -> HostAdapter:
+    """An untrained adapter on the layers at ``paths``, as ``init_lora_weights`` says.
+
+    Raises:
+        ValueError: there are none, or a rank is above ``max_rank``.
+    """
+    if not paths:
+        raise ValueError(f"target_modules={config.target_modules!r} names no layer of the store")
+    layers = {}
+    for path in sorted(paths):
+        _, module = places.resolve(path)
+        rank = config.rank(path)
+        _check_rank(path, rank, room.max_rank)
+        in_features, out_features = _sizes(module)
+        embedding = isinstance(module, nn.Embedding)
+        a, b = torch.zeros(rank, in_features), torch.zeros(out_features, rank)
+        if embedding:
+            # PEFT's choice: what is looked up is zero, so that B trains second.
+            nn.init.normal_(b)
+        elif config.init_lora_weights == "gaussian":
+            nn.init.normal_(a, std=1 / rank)
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if config.init_lora_weights is False:
+            nn.init.kaiming_uniform_(a if embedding else b, a=math.sqrt(5))
+        scale = default_scaling(config.alpha(path), rank, config.use_rslora)
+        layers[path] = room.weights(path, module, a.t() if embedding else a, b, scale)
+    return HostAdapter(config, layers)
+
+
+def peft_tensors(adapter: HostAdapter, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Copies by PEFT's keys, without ``base_model.model.``."""
+    tensors = {}
+    for path, weights in adapter.layers.items():
+        embedding = isinstance(layers[path], nn.Embedding)
+        ending_a, ending_b = _EMBEDDING if embedding else _LINEAR
+        a = weights.a.t() if embedding else weights.a
+        tensors[path + ending_a] = a.clone(memory_format=torch.contiguous_format)
+        tensors[path + ending_b] = weights.b.clone()
+    return tensors
+
+
+def write(
+    model: nn.Module, adapter: HostAdapter, layers: Mapping[str, nn.Module], folder: Path
+) -> None:
+    """Write ``adapter`` as PEFT does."""
+    content = asdict(adapter.config)
+    del content["autocast_adapter_dtype"]
+    # Resolved: which layers "all" or a number of a layer means is not the same everywhere.
+    content["target_modules"] = endings(model, adapter.layers.keys())
+    content["exclude_modules"] = content["modules_to_save"] = None
+    content["layers_to_transform"] = content["layers_pattern"] = None
+    content["bias"] = "none"
+    linears = [layers[path] for path in adapter.layers]
+    transposed = all(getattr(layer, "fan_in_fan_out", False) for layer in linears)
+    write_adapter(
+        folder, content | fields_of_model(model, transposed), peft_tensors(adapter, layers)
+    )
