@@ -46,7 +46,7 @@ class Transfers:
     def write_back(self, resident: Resident) -> None:
         assert resident.slot is not None
         self._open.add(resident.slot)
-        copies = []
+        copies: list[tuple[Tensor, Tensor]] = []
         for path, weights in resident.host.layers.items():
             views = self._model.layers[path].slot(resident.slot, weights.rank)
             copies += zip((weights.a, weights.b), views, strict=True)
