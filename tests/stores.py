@@ -1,4 +1,4 @@
-"""Adapters on disk for the models of ``models.py``, each with its merged model; and who answered."""
+"""Adapters on disk for the models of ``models.py``, with their merged models; and who answered."""
 
 import contextlib
 
