@@ -96,7 +96,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     sharded = [key for key, tensor in tensors.items() if is_dtensor(tensor)]
     if sharded:
         raise TypeError(
-            f"the model is sharded ({_some(sharded)}): gather it with get_model_state_dict(model, "
+            f"the model is sharded ({some(sharded)}): gather it with get_model_state_dict(model, "
             "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint."
             "state_dict, load that into a model of one process and save this one"
         )
