@@ -375,7 +375,8 @@ def _optional(values: Any, name: str, integer: bool = False) -> Tensor | None:
 
 
 def _tensor(values: Any, name: str, integer: bool = False) -> Tensor:
-    tensor = torch.as_tensor(values)
+    # as_tensor would move a tensor to the default device.
+    tensor = values if isinstance(values, Tensor) else torch.as_tensor(values)
     if tensor.dim() != 1:
         raise ValueError(f"{name} must have one dimension, not {list(tensor.shape)}")
     if not len(tensor):

@@ -175,6 +175,15 @@ def test_eager_batches_of_any_size_share_a_table(base):
         assert info.has_active_lora and info.expected_tokens == len(rows)
 
 
+def test_a_default_device_moves_nothing():
+    with torch.device("meta"):
+        backend = make_backend(StandInBackend, len(RANKS))
+        batch = forward_batch("extend", [2, 1])
+        backend.prepare_lora_batch(batch, [4, 0], RANKS, SCALES, False)
+    assert backend.batch_info.table.slot_of_row[:3].tolist() == [4, 4, 0]
+    assert backend.batch_info.lora_ranks.tolist() == RANKS
+
+
 def test_a_batch_of_the_base_model(base):
     backend, slots = prepared(base, "decode", slots=[1] * 5)
     assert not backend.batch_info.has_active_lora

@@ -172,6 +172,16 @@ def test_without_a_manager_every_rank_is_the_largest(base):
     stacks.check("no manager", result, x, y, mapping.index_mapping)
 
 
+def test_a_default_device_moves_nothing():
+    """vLLM makes a model's parts under its device."""
+    with torch.device("meta"):
+        wrapper, manager = managed(StandInWrapper)
+        manager._set_adapter_mapping(batch("decode"))
+    assert wrapper._tokens_idle.tolist() == wrapper._prompts_idle.tolist() == [False]
+    assert wrapper._tokens.rank_of_slot.tolist() == [8, 16, 16, 3, 5]
+    assert wrapper._tokens.slot_of_row[:3].tolist() == [0, -1, 2]
+
+
 @pytest.mark.parametrize("kind", ["dense", "experts", "classifier", "unknown"])
 def test_vllms_own_metadata_only_where_its_kernels_run(kind):
     wrapper, manager = managed(StandInWrapper)

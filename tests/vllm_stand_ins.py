@@ -29,8 +29,10 @@ class StandInWrapper:
 
     def _update_base_metadata(self, mapping, lora_index_to_id, max_loras, vocab_size):
         index = {lora_id: slot for slot, lora_id in enumerate(lora_index_to_id) if lora_id}
-        self.tokens = torch.tensor([index.get(i, -1) for i in mapping.index_mapping])
-        self.prompts = torch.tensor([index.get(i, -1) for i in mapping.prompt_mapping])
+        self.tokens = torch.tensor([index.get(i, -1) for i in mapping.index_mapping], device="cpu")
+        self.prompts = torch.tensor(
+            [index.get(i, -1) for i in mapping.prompt_mapping], device="cpu"
+        )
 
     @property
     def token_lora_indices(self):

@@ -119,7 +119,7 @@ class SegmentedPunicaWrapper:
             )
             for _ in range(2)
         )
-        # On the CPU whatever the default device is, as vLLM's own flag: read inside the operators,
+        # On the CPU, whatever the default device is, as vLLM's own flag: read inside the operators,
         # which are not traced, so that a graph captured for batches without adapters holds no
         # launch of ours.
         self._tokens_idle, self._prompts_idle = (
