@@ -257,6 +257,10 @@ def test_embeddings(extra, base):
         )
     served(answers, "segmented_expand_")
     stacks.check("embedding", result, one_hot, y, slots)
+    s = backend.run_lora_a_embedding(ids, a, vocab, added)
+    for row, slot in enumerate(slots):
+        assert s[row, : RANKS[slot]].any() == (RANKS[slot] > 0)
+        assert not s[row, RANKS[slot] :].any()
     if not extra:
         beyond = backend.run_lora_a_embedding(torch.full((rows,), vocab), a, vocab)
         assert not beyond.any()

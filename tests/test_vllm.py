@@ -244,6 +244,22 @@ def test_ranks_and_columns_sharded_over_devices(shards, base):
     stacks.check("sharded", result, x, y, mapping.index_mapping, first=6)
 
 
+def test_a_full_head_is_shrunk_by_whatever_the_ranks_are(base):
+    """As vLLM's token classification: weights of 20 labels in the place of A."""
+    wrapper, manager = managed(base)
+    mapping = batch("prefill")
+    manager._set_adapter_mapping(mapping)
+    rows = len(mapping.index_mapping)
+    heads, x = torch.randn(len(IDS), 1, 20, 65).bfloat16(), torch.randn(rows, 65).bfloat16()
+    result = torch.full((1, rows, 20), NAN)
+    wrapper.add_shrink(result, x, (heads,), 1.0)
+    for row, lora_id in enumerate(mapping.index_mapping):
+        expected = torch.zeros(20, dtype=torch.float64)
+        if lora_id:
+            expected = heads[IDS.index(lora_id), 0].double() @ x[row].double()
+        torch.testing.assert_close(result[0, row].double(), expected, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_logits_follow_the_prompts(dtype, base):
     """Wider than B by the vocabulary's padding, and float32 over a bfloat16 model."""
