@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import torch
 from engine_sources import load
 
+from lora_kernels.device import facts
 from lora_kernels.integrations import vllm as plugin
 
 
@@ -120,3 +121,9 @@ def make_wrapper(base, *, max_tokens, max_loras, max_rank):
     )
     cls = plugin.wrapper_class(base)
     return cls(max_tokens, max_batches=max_tokens, device="cpu", lora_config=config)
+
+
+def served(answers, *operators):
+    """Our kernels answered, each of these operators once."""
+    backend = "cpu" if facts("cpu").native not in ("", "baseline") else "reference"
+    assert [(a.op, a.backend) for a in answers] == [(op, backend) for op in operators]
