@@ -3,8 +3,9 @@
 By default a small GPT-2 is pre-trained for a minute on the standard library's sources, without one
 of its packages, and then fine-tuned on that package through ``apply_lora`` and transformers'
 Trainer, in turns with the same run through PEFT. The adapter is merged, unmerged, saved, loaded
-into a fresh model and used to generate. Every number at the end is a measurement of that run; the
-exit status is 1 if a check failed.
+into a fresh model and used to generate. Then ten more adapters, for ten other packages, are trained
+in mixed batches and served together through an ``AdapterStore``. Every number at the end is a
+measurement of that run; the exit status is 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 from . import demo_report
 from .demo_processes import OURS, PEFT, Call, Settings, Turns, run_together
-from .demo_text import UserError, finetuning_corpus, pretraining_text
+from .demo_text import UserError, finetuning_corpus, largest_packages, pretraining_text
 
 # Beside this file, wherever the demo is started from.
 OUT = Path(__file__).parent / "out" / "demo"
@@ -62,6 +63,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     environment = child_environment(args.model)
     if args.generated_tokens >= args.context:
         raise UserError("--generated-tokens must be below --context: the prompt needs room")
+    if args.served_tokens >= args.context:
+        raise UserError("--served-tokens must be below --context: the prompt needs room")
     corpus = finetuning_corpus(args.data)
     _make_directory(args.out)
     if args.learning_rate is None:
@@ -71,6 +74,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "held_out_text": corpus.held_out,
         "pretraining_text": "" if args.model else pretraining_text(without=corpus.files),
         "prompt": args.prompt or (PROMPT if args.data is None else corpus.held_out.strip()[:40]),
+        "packages": {
+            name: (package.train, package.held_out)
+            for name, package in largest_packages(args.packages).items()
+        },
     }
     settings = Settings(
         **own, **{f.name: getattr(args, f.name) for f in fields(Settings) if f.name not in own}
@@ -86,6 +93,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         Call("adapt", (library, party, settings, turns)) for party, library in enumerate(libraries)
     ]
     results = dict(zip(libraries, run_together(calls, environment), strict=True))
+    serving = None
+    if settings.packages:
+        (serving,) = run_together([Call("serve", (settings,), "demo_serving")], environment)
     packages = ["torch", "transformers", *(["peft"] if PEFT in results else [])]
     return {
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",
@@ -95,6 +105,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "prompt": settings.prompt,
         "base": base,
         "runs": results,
+        "serving": serving,
         "seconds": time.perf_counter() - began,
     }
 
@@ -172,6 +183,11 @@ def _parser() -> argparse.ArgumentParser:
         ("width", count, None, "of the model that is pre-trained; by the device"),
         ("evaluation-blocks", count, 64, "sequences of held-out text, at most"),
         ("generated-tokens", count, 160, "after the prompt"),
+        ("packages", count, 10, "of the standard library that get an adapter each"),
+        ("package-steps", count, 80, "of training these, at most"),
+        ("package-seconds", number, 25.0, "for training these"),
+        ("served-tokens", count, 48, "generated for each request"),
+        ("stream-batches", count, 8, "through a store of six slots"),
         ("seed", int, 0, "of everything"),
     ):
         text = text if default is None else f"{text} (%(default)s)"

@@ -53,6 +53,12 @@ class Settings:
     dropout: float
     evaluation_blocks: int
     generated_tokens: int
+    # package -> its text to train an adapter on, and what is held out of it
+    packages: dict[str, tuple[str, str]]
+    package_steps: int
+    package_seconds: float
+    served_tokens: int
+    stream_batches: int
     dtype: str
     seed: int
 
@@ -69,6 +75,11 @@ class Settings:
     @property
     def adapter(self) -> Path:
         return self.out / "adapter"
+
+    @property
+    def adapters(self) -> Path:
+        """One for each package."""
+        return self.out / "adapters"
 
 
 class Turns:
@@ -122,10 +133,11 @@ class Turns:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of one of ``bench.demo_stages``'s functions, by name."""
+    """A call of a function by name, in ``bench.demo_stages`` or another module of ``bench``."""
 
     stage: str
     arguments: tuple[Any, ...]
+    module: str = "demo_stages"
 
 
 def run_together(calls: list[Call], environment: Mapping[str, str]) -> list[Any]:
@@ -173,7 +185,7 @@ def run_together(calls: list[Call], environment: Mapping[str, str]) -> list[Any]
 
 def _answer(call: Call, sender: Connection) -> None:
     try:
-        stage = getattr(importlib.import_module(".demo_stages", __package__), call.stage)
+        stage = getattr(importlib.import_module(f".{call.module}", __package__), call.stage)
         sender.send((stage(*call.arguments), None))
     except UserError as error:
         sender.send((None, error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -71,7 +72,66 @@ def checks(content: Content) -> list[Check]:
         )
     answered = sum(count for *_, count in ours["answers"])
     found.append(Check("operator calls of one training step", str(answered), "> 0", answered > 0))
-    return found
+    return found + (serving_checks(content["serving"], exact) if content["serving"] else [])
+
+
+def serving_checks(serving: Content, exact: bool) -> list[Check]:
+    """What must hold of the adapters that were trained and served together."""
+    before, after = (statistics.mean(serving[key].values()) for key in ("before", "after"))
+    together, stream = serving["together"], serving["stream"]
+
+    def tokens(name: str, part: Content) -> Check:
+        same, rows = part["same_tokens"], part["rows"]
+        demand = str(rows) if exact else "only shown: not float32"
+        return Check(name, str(same), demand, same == rows or not exact)
+
+    budget, base = together["error_over_budget"], together["base_over_budget"]
+    evicts = stream["slots"] < together["adapters"]
+    calls = sum(count for op, *_, count in together["answers"] if op == "segmented_linear_fwd")
+    return [
+        Check("held-out loss of the packages", f"{after:.4f}", f"< {before:.4f}", after < before),
+        Check("rows of one batch with an adapter", *2 * [str(together["adapters"])], True),
+        tokens("  whose tokens are their merged model's", together),
+        Check("  error of their logits / budget", f"{budget:.2f}", "<= 1", budget <= 1),
+        Check("  the same of the base's logits, at least", f"{base:,.0f}", "> 10", base > 10),
+        Check("  calls of segmented_linear_fwd", str(calls), "> 0", calls > 0),
+        tokens(f"rows through {stream['slots']} slots, tokens likewise", stream),
+        Check(
+            "  adapters that came back after eviction",
+            str(stream["back_again"]),
+            "> 0" if evicts else "only shown: all fit",
+            stream["back_again"] > 0 or not evicts,
+        ),
+    ]
+
+
+def serving_lines(serving: Content) -> list[str]:
+    """What was trained and served together, and how fast."""
+    names, stream = list(serving["ranks"]), serving["stream"]
+    lines = [
+        "",
+        f"{len(names)} adapters, one for each of the standard library's largest packages, "
+        f"trained in mixed batches: {serving['steps']} steps, "
+        f"{serving['tokens_per_second']:,.0f} tokens/s",
+    ]
+    rows = [["  package", "rank", "held-out loss before", "after"]]
+    for name in names:
+        losses = [f"{serving[key][name]:.4f}" for key in ("before", "after")]
+        rows.append([f"  {name}", str(serving["ranks"][name]), *losses])
+    lines += _aligned(rows)
+    lines += [
+        "",
+        f"{stream['batches']} batches of requests, {stream['rows']} sequences; of a store of "
+        f"{stream['slots']} slots {stream['brought_in']} adapters were evicted for others "
+        f"({stream['back_again']} of them came back)",
+    ]
+    speeds = {name: serving["generated"] / s for name, s in serving["seconds"].items()}
+    first = next(iter(speeds.values()))
+    rows = [["  served by", "generated tokens/s", "the first / it"]]
+    labels = {PEFT: "PEFT, adapter_names="}
+    for name, speed in speeds.items():
+        rows.append([f"  {labels.get(name, name)}", f"{speed:,.0f}", f"{first / speed:.2f}"])
+    return lines + _aligned(rows)
 
 
 def table(content: Content) -> list[str]:
@@ -108,6 +168,10 @@ def table(content: Content) -> list[str]:
         lines.append("The comparison was left out: PEFT is not installed, or was not wanted.")
     else:
         lines += ["", loss_difference(content)]
+    if content["serving"]:
+        lines += serving_lines(content["serving"])
+    else:
+        lines += ["", "No adapters were served: this Python has no sources to train them on."]
     lines += ["", "checks"]
     lines += _aligned(
         [

@@ -226,13 +226,17 @@ def has_peft() -> bool:
     return importlib.util.find_spec("peft") is not None
 
 
-def with_peft_adapter(model: Any, directory: Path, trainable: bool = False) -> Any:
+def with_peft_adapter(
+    model: Any, directory: Path, trainable: bool = False, name: str = "default"
+) -> Any:
     from peft import PeftModel
 
     with warnings.catch_warnings():
         # PEFT 0.21 reads an attribute that transformers 5.23 has renamed; nobody here can help it.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+        return PeftModel.from_pretrained(
+            model, str(directory), adapter_name=name, is_trainable=trainable
+        )
 
 
 def token_ids(tokenizer: Any, text: str) -> Tensor:

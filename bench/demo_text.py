@@ -87,6 +87,20 @@ def pretraining_text(without: Iterable[Path]) -> str:
     return "\n".join(text for text in texts if text)
 
 
+def largest_packages(count: int) -> dict[str, Corpus]:
+    """The standard library's packages with the most source text, by name; fewer where this Python
+    has fewer of them, none where it has no sources."""
+    root = standard_library()
+    found = []
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        name = folder.name
+        if not (folder / "__init__.py").is_file() or name in _NOT_TEXT | {DEFAULT_PACKAGE}:
+            continue
+        texts = [(path, _decoded(path) or "") for path in library_sources(package=name)]
+        found.append((-sum(len(text) for _, text in texts), name, texts))
+    return {name: _corpus(name, texts) for _, name, texts in sorted(found)[:count]}
+
+
 def finetuning_corpus(data: str | None) -> Corpus:
     """The text to fine-tune on: ``data``, a file or a directory of them, or the default package.
 

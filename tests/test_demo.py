@@ -130,6 +130,7 @@ def nothing_runs(monkeypatch):
         (["--model", "{tmp}/empty.txt"], "is a file"),
         (["--out", "{tmp}/empty.txt/out"], "cannot write to"),
         (["--context", "64"], "--generated-tokens must be below --context"),
+        (["--served-tokens", "256"], "--served-tokens must be below --context"),
     ],
 )
 def test_wrong_arguments(tmp_path, capsys, arguments, says):
@@ -207,6 +208,7 @@ def small_run(tmp_path_factory):
     data = write_texts(root / "data", words=numbered("word", 500))
     arguments = "--layers 1 --width 32 --context 32 --batch 4 --pretrain-seconds 0.5 --steps 6"
     arguments += " --evaluation-blocks 8 --generated-tokens 8 --prompt word --alpha 12"
+    arguments += " --package-steps 80 --served-tokens 6 --stream-batches 4"
     out = root / "out"
     status = demo.main([*arguments.split(), "--data", str(data), "--out", str(out)])
     return status, out, json.loads((out / demo_report.JSON_NAME).read_text())
@@ -216,7 +218,7 @@ def test_small_run_passes_its_checks(small_run):
     status, _, content = small_run
     assert status == 0
     assert all(check.passed for check in demo_report.checks(content))
-    assert len(demo_report.checks(content)) == 7 if HAS_PEFT else 6
+    assert len(demo_report.checks(content)) == (15 if HAS_PEFT else 14)
 
 
 def test_small_run_writes_its_files(small_run):
@@ -231,6 +233,8 @@ def test_small_run_writes_its_files(small_run):
         "adapter/adapter_model.safetensors",
         ".gitignore",
     }
+    packages = content["serving"]["ranks"]
+    assert written >= {f"adapters/{name}/adapter_model.safetensors" for name in packages}
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "demo.txt").read_text().splitlines() == demo_report.table(content)
 
@@ -259,6 +263,37 @@ def test_small_run_measures(small_run):
         assert not runs[PEFT]["answers"]
 
 
+def test_small_run_serves(small_run):
+    _, _, content = small_run
+    serving = content["serving"]
+    assert len(serving["ranks"]) == 10 and set(serving["ranks"].values()) == {8, 16}
+    together, stream = serving["together"], serving["stream"]
+    assert together["same_tokens"] == together["rows"] == 12
+    assert together["error_over_budget"] < 1 and together["base_over_budget"] > 100
+    assert stream["same_tokens"] == stream["rows"] == 4 * 8
+    assert stream["slots"] == 6 and stream["brought_in"] >= 8 and stream["back_again"] > 0
+    parties = {"store with eviction", "store with a slot for each", "one merged model at a time"}
+    assert set(serving["seconds"]) == parties | {PEFT} if HAS_PEFT else parties
+    assert all(seconds > 0 for seconds in serving["seconds"].values())
+    assert serving["generated"] == 4 * 8 * 6
+    assert {op for op, *_ in serving["answers"]} >= {
+        "segmented_linear_fwd",
+        "segmented_linear_dx",
+        "segmented_lora_dab",
+    }
+
+
+def test_largest_packages_are_the_librarys():
+    packages = demo_text.largest_packages(10)
+    assert len(packages) == 10 and DEFAULT_PACKAGE not in packages
+    for name, corpus in packages.items():
+        assert len(corpus.held_out) > 5000
+        assert all(name in path.parts for path in corpus.files)
+    sizes = [len(corpus.train) + len(corpus.held_out) for corpus in packages.values()]
+    # A second copy of a file counts where packages are compared, and is not read.
+    assert sizes[0] > sizes[-1]
+
+
 def test_table_names_its_figures(small_run):
     _, _, content = small_run
     text = "\n".join(demo_report.table(content))
@@ -271,6 +306,9 @@ def test_table_names_its_figures(small_run):
         "peak memory",
         "lora_linear_fwd",
         "by the adapted model",
+        "generated tokens/s",
+        "one merged model at a time",
+        "10 adapters",
     ):
         assert words in text
 
@@ -299,6 +337,37 @@ def test_a_failed_check_shows(small_run, monkeypatch, capsys, tmp_path, key, val
     monkeypatch.setattr(demo, "run", lambda args: content | {"runs": runs})
     assert demo.main(["--out", str(tmp_path)]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("together", "same_tokens", 11),
+        ("together", "error_over_budget", 1.5),
+        ("together", "error_over_budget", float("nan")),
+        ("together", "base_over_budget", 2.0),
+        ("together", "answers", []),
+        ("stream", "same_tokens", 31),
+        ("stream", "back_again", 0),
+        ("after", "asyncio", 99.0),
+    ],
+)
+def test_a_failed_check_of_serving_shows(
+    small_run, monkeypatch, capsys, tmp_path, part, key, value
+):
+    _, _, content = small_run
+    serving = content["serving"]
+    serving = serving | {part: serving[part] | {key: value}}
+    monkeypatch.setattr(demo, "run", lambda args: content | {"serving": serving})
+    assert demo.main(["--out", str(tmp_path)]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_without_the_librarys_sources_nothing_is_served(small_run, tmp_path):
+    _, _, content = small_run
+    lines = "\n".join(demo_report.write(content | {"serving": None}, tmp_path))
+    assert "No adapters were served" in lines
+    assert len(demo_report.checks(content | {"serving": None})) == (7 if HAS_PEFT else 6)
 
 
 def test_text_shorter_than_a_batch():
