@@ -14,9 +14,15 @@ product with b (masked, for dX) is what the accumulator starts with, which costs
 registers. With SPLIT_K > 1 (few rows: the weight is streamed once, at memory speed) every program
 leaves its partial sums of both products, and the last of a tile to arrive adds them in a fixed
 order.
+
+In a batch that mixes adapters (SLICES > 0; tail plan) the rows are gathered through the table's
+``order``, and every row's s meets the b of its own slot; a tile of columns belongs to one slice, or
+(dX, SUM_SLICES) to all of them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -27,6 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..config import Config, block_r
 from ..reference import dropout_threshold
 from .common import counters, dropout_keep, last_to_arrive, partials, tile_order
+from .mixed import Stacks, pick, slice_of_block, tails_of_tile
 
 
 @triton.jit
@@ -57,24 +64,38 @@ def _load_tile(
 
 
 @triton.jit
+def _load_rows(x_ptr, rows, inside, col, cols, stride_row, stride_col, COLS: tl.constexpr):
+    """x[rows, col : col + COLS], zero where a row or a column is not there."""
+    offs_col = col + tl.arange(0, COLS)
+    offsets = rows[:, None] * stride_row + offs_col.to(tl.int64)[None, :] * stride_col
+    mask = inside[:, None] & (offs_col < cols)[None, :]
+    return tl.load(x_ptr + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
 def _lora_linear_kernel(
-    x, w, a, b, s_ptr, bias_ptr, out_scale_ptr, scale_ptr, rng_ptr,
+    x, w, a, b, s_ptr, bias_ptr, out_scale_ptr, scale_ptr, rng_ptr, table,
     y_ptr, partial_ptr, counter_ptr,
-    M, N, K, R,
+    M, N, K, R, slots, widths,
     stride_xm, stride_xk,
     stride_w0, stride_w1,
     stride_ar, stride_ak,
-    stride_bn, stride_br,
-    stride_sm,
+    strides_bt, stride_bn, stride_br,
+    stride_sm, stride_sj,
     stride_ym,
     inverse_keep, threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr,
     IN_LOOP: tl.constexpr, MASK_TAIL: tl.constexpr, WEIGHT_NK: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_OUT_SCALE: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    SLICES: tl.constexpr, SUM_SLICES: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     dtype = y_ptr.dtype.element_ty
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    if SLICES > 0 and not SUM_SLICES:
+        num_n = 0
+        for j in tl.static_range(SLICES):
+            num_n += tl.cdiv(widths[j], BLOCK_N)
     num_k = tl.cdiv(K, BLOCK_K)
     scale = (tl.load(scale_ptr) * inverse_keep).to(tl.float32)
     for work in tl.range(tl.program_id(0), num_m * num_n * SPLIT_K, tl.num_programs(0)):
@@ -83,13 +104,29 @@ def _lora_linear_kernel(
         pid_m, pid_n = tile_order(tile, num_m, num_n, GROUP_M)
         row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
         offs_m = row + tl.arange(0, BLOCK_M)
+        rows, inside = offs_m.to(tl.int64), offs_m < M
+        # The slice that the columns belong to, its first column, and its end.
+        j, first, end = 0, 0, N
+        if SLICES > 0:
+            # The rows beyond the batch that the table has room for come last in its order.
+            rows = tl.load(table[3] + offs_m, mask=inside, other=0).to(tl.int64)
+            if not SUM_SLICES:
+                j, within, first = slice_of_block(pid_n, widths, BLOCK_N, SLICES)
+                col, end = first + within * BLOCK_N, first + pick(widths, j, SLICES)
         offs_n = col + tl.arange(0, BLOCK_N)
         offs_r = tl.arange(0, BLOCK_R)
 
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         s_acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
-        if not IN_LOOP:
+        if SLICES > 0:
             # Of several splits one brings the tail.
+            acc = tails_of_tile(
+                s_ptr, b, rng_ptr, table, row, tl.where(split == 0, row + BLOCK_M, row), slots,
+                rows, inside, j, offs_n - first, col, end - first, R,
+                stride_sm, stride_sj, strides_bt, stride_bn, stride_br, threshold,
+                BLOCK_M, BLOCK_N, BLOCK_R, SLICES, PACKED, SUM_SLICES, MASK_TAIL,
+            )  # fmt: skip
+        elif not IN_LOOP:
             for r in tl.range(0, tl.where(split == 0, R, 0), BLOCK_R):
                 s = _load_tile(s_ptr, row, r, M, R, stride_sm, 1, BLOCK_M, BLOCK_R, False)
                 b_t = _load_tile(b, r, col, R, N, stride_br, stride_bn, BLOCK_R, BLOCK_N, False)
@@ -101,14 +138,19 @@ def _lora_linear_kernel(
 
         for step in tl.range(split, num_k, SPLIT_K):
             k = step * BLOCK_K
-            x_tile = _load_tile(x, row, k, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, DESCRIPTOR)
+            if SLICES > 0:
+                x_tile = _load_rows(x, rows, inside, k, K, stride_xm, stride_xk, BLOCK_K)
+            else:
+                x_tile = _load_tile(
+                    x, row, k, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, DESCRIPTOR
+                )
             if WEIGHT_NK:
                 w_tile = _load_tile(
-                    w, col, k, N, K, stride_w0, stride_w1, BLOCK_N, BLOCK_K, DESCRIPTOR
+                    w, col, k, end, K, stride_w0, stride_w1, BLOCK_N, BLOCK_K, DESCRIPTOR
                 ).T
             else:
                 w_tile = _load_tile(
-                    w, k, col, K, N, stride_w0, stride_w1, BLOCK_K, BLOCK_N, DESCRIPTOR
+                    w, k, col, K, end, stride_w0, stride_w1, BLOCK_K, BLOCK_N, DESCRIPTOR
                 )
             acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
             if IN_LOOP:
@@ -148,11 +190,11 @@ def _lora_linear_kernel(
                     None, :
                 ]
             if HAS_BIAS:
-                acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[
+                acc += tl.load(bias_ptr + offs_n, mask=offs_n < end, other=0.0).to(tl.float32)[
                     None, :
                 ]
-            y_out = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
-            tl.store(y_out, acc.to(dtype), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+            y_out = y_ptr + rows[:, None] * stride_ym + offs_n[None, :]
+            tl.store(y_out, acc.to(dtype), mask=inside[:, None] & (offs_n < end)[None, :])
 
 
 @triton.jit
@@ -249,7 +291,7 @@ def lora_linear_fwd(
     s = None
     if config.plan == "tail":
         s = lora_shrink(x, lora_a, scale, rng, dropout_p, config=shrink)
-    return _gemm_with_tail(x, w, lora_a, lora_b, s, scale, bias, out_scale, None, dropout_p, config)
+    return gemm_with_tail(x, w, lora_a, lora_b, s, scale, bias, out_scale, None, dropout_p, config)
 
 
 def lora_linear_dx(
@@ -272,14 +314,14 @@ def lora_linear_dx(
     d = None
     if config.plan == "tail":
         d = lora_shrink(dy, a, scale, None, dropout_p, config=shrink)
-    return _gemm_with_tail(dy, w, a, b, d, scale, None, None, rng, dropout_p, config)
+    return gemm_with_tail(dy, w, a, b, d, scale, None, None, rng, dropout_p, config)
 
 
-def _gemm_with_tail(
+def gemm_with_tail(
     x: Tensor,
     w: Tensor,
     a: Tensor,
-    b: Tensor,
+    b: Tensor | Stacks,
     s: Tensor | None,
     scale: Tensor,
     bias: Tensor | None,
@@ -287,9 +329,15 @@ def _gemm_with_tail(
     tail_rng: Tensor | None,
     dropout_p: float,
     config: Config,
+    table: Sequence[Tensor] = (),
+    widths: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
-    """x [M, K], w [N, K], a [R, K], b [N, R], s [M, R] or None (then made in the loop)."""
-    (m, k), n, r = x.shape, w.shape[0], a.shape[0]
+    """x [M, K], w [N, K], a [R, K], b [N, R], s [M, R] or None (then made in the loop).
+
+    With a ``table``: s [M, n, R], a not read, and b the stacks [S, N_j, R] of the slices of these
+    widths, or without widths [S, R, N], the slices one over the other.
+    """
+    (m, k), n, r = x.shape, w.shape[0], a.shape[0] if s is None else s.shape[-1]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     in_loop = s is None
     if s is None:
@@ -306,7 +354,8 @@ def _gemm_with_tail(
         config.split_k,
     )
     rank = block_r(config, r)
-    tiles = -(-m // block_m) * -(-n // block_n)
+    columns = sum(-(-width // block_n) for width in widths or (n,))
+    tiles = -(-m // block_m) * columns
     programs = tiles * split_k
     if config.programs and split_k == 1:
         programs = min(programs, config.programs)
@@ -314,21 +363,29 @@ def _gemm_with_tail(
     bias_arg, out_scale_arg = (x if v is None else v.contiguous() for v in (bias, out_scale))
     x_arg, w_arg = x, stored
     if config.descriptors:
-        x_arg = TensorDescriptor.from_tensor(x, [block_m, block_k])
+        if not table:
+            x_arg = TensorDescriptor.from_tensor(x, [block_m, block_k])
         w_arg = TensorDescriptor.from_tensor(
             stored, [block_n, block_k] if weight_nk else [block_k, block_n]
         )
+    if isinstance(b, Stacks):
+        b_arg, strides_bt, packed = b.tensors, b.slots, b.packed
+        strides_b = (b.row, b.last) if widths else (b.last, b.row)
+        slots, tables = table[1].shape[0], (*table[1:], table[0])
+    else:
+        b_arg, strides_bt, packed, strides_b = b, (), False, b.stride()
+        slots, tables = 0, ()
     _lora_linear_kernel[(programs,)](
-        x_arg, w_arg, a, b, s, bias_arg, out_scale_arg,
-        scale, scale if tail_rng is None else tail_rng,
+        x_arg, w_arg, a, b_arg, s, bias_arg, out_scale_arg,
+        scale, scale if tail_rng is None else tail_rng, tables,
         y, partials(tiles * split_k * block_m * (block_n + rank), split_k, x.device),
         counters(x.device, tiles if split_k > 1 else 0),
-        m, n, k, r,
+        m, n, k, r, slots, tuple(widths),
         *x.stride(),
         *stored.stride(),
         *a.stride(),
-        *b.stride(),
-        s.stride(0),
+        strides_bt, *strides_b,
+        s.stride(0), s.stride(1),
         y.stride(0),
         1.0 / (1.0 - dropout_p), dropout_threshold(dropout_p),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=rank,
@@ -336,6 +393,7 @@ def _gemm_with_tail(
         IN_LOOP=in_loop, MASK_TAIL=tail_rng is not None, WEIGHT_NK=weight_nk,
         HAS_BIAS=bias is not None, HAS_OUT_SCALE=out_scale is not None,
         DESCRIPTOR=config.descriptors,
+        SLICES=len(strides_bt), SUM_SLICES=len(strides_bt) > 0 and not widths, PACKED=packed,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return y, s

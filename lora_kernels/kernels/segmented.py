@@ -11,9 +11,6 @@ A block is at most BLOCK_ROWS rows of one slot (``segments.py``); its rows are g
 ``order`` and its programs look up the slot's live rank and scale themselves. Programs behind the
 schedule's blocks take the rows without an adapter, where zeros have to be written for them; in
 place there are none, and such rows are neither read nor written.
-
-A kernel takes what differs from slice to slice (base pointer, step from slot to slot, width) as
-tuples, whose length is known when it is compiled, and picks its own by its place in the grid.
 """
 
 from __future__ import annotations
@@ -28,73 +25,20 @@ from torch import Tensor
 from ..config import Config, block_r
 from ..reference import dropout_threshold
 from .common import counters, dropout_keep_rows, last_to_arrive, partials
-
-
-@triton.jit
-def pick(values, index, SLICES: tl.constexpr):
-    """values[index] of a tuple, for an index known only at run time."""
-    picked = values[0]
-    for j in tl.static_range(1, SLICES):
-        picked = tl.where(index == j, values[j], picked)
-    return picked
-
-
-@triton.jit
-def slice_of_block(block, widths, BLOCK: tl.constexpr, SLICES: tl.constexpr):
-    """The slice that a block of columns lies in, its number there, and the slice's first column;
-    every slice begins with a block of its own."""
-    index, within, first = 0, block, 0
-    passed, column = 0, 0
-    for j in tl.static_range(SLICES):
-        here = block >= passed
-        index = tl.where(here, j, index)
-        within = tl.where(here, block - passed, within)
-        first = tl.where(here, column, first)
-        passed += tl.cdiv(widths[j], BLOCK)
-        column += widths[j]
-    return index, within, first
-
-
-@triton.jit
-def slot_of_block(block, blocks, table):
-    """The slot of a row block and its live rank: -1 and 0 for rows without an adapter."""
-    slot = tl.load(table[5] + block, mask=block < blocks, other=-1)
-    rank = tl.load(table[0] + slot, mask=slot >= 0, other=0)
-    return slot, rank
-
-
-@triton.jit
-def rows_of_block(block, blocks, slot, table, slots, M, T, BLOCK_M: tl.constexpr):
-    """The rows of a block, int64 [BLOCK_M], and which of them are there. Of T rows in the table
-    the batch has M."""
-    live = block < blocks
-    first = tl.load(table[6] + block, mask=live, other=0)
-    bare = tl.load(table[4] + slots) + (block - blocks) * BLOCK_M
-    stop = tl.load(table[4] + slot + 1, mask=live, other=T)
-    offs = tl.where(live, first, bare) + tl.arange(0, BLOCK_M)
-    rows = tl.load(table[3] + offs, mask=offs < stop, other=M)
-    return rows.to(tl.int64), rows < M
-
-
-@triton.jit
-def rank_tile(
-    ptr, offs, inside, offs_r, rank, R, stride, stride_r, dtype: tl.constexpr,
-    RANK_LAST: tl.constexpr,
-):  # fmt: skip
-    """ptr[offs, offs_r] transposed, [rank, offs]: zero beyond the live rank, whatever lies there.
-
-    Where the rank lies along memory, a mask that cuts at any element would make every load one of
-    single elements: eight are loaded or not, and what is too much is dropped in registers.
-    """
-    if RANK_LAST:
-        ptrs = ptr + offs.to(tl.int64)[:, None] * stride + offs_r.to(tl.int64)[None, :] * stride_r
-        eights = (offs_r // 8 * 8 < rank) & (offs_r < R)
-        tile = tl.load(ptrs, mask=inside[:, None] & eights[None, :], other=0.0)
-        tile = tl.where((offs_r < rank)[None, :], tile, 0.0).T
-    else:
-        ptrs = ptr + offs_r.to(tl.int64)[:, None] * stride_r + offs.to(tl.int64)[None, :] * stride
-        tile = tl.load(ptrs, mask=(offs_r < rank)[:, None] & inside[None, :], other=0.0)
-    return tile.to(dtype)
+from .mixed import (
+    Stacks,
+    expand_tile,
+    matrix_of_slot,
+    pick,
+    pointed,
+    rank_tile,
+    row_blocks,
+    rows_of_block,
+    slice_of_block,
+    slot_of_block,
+    stacks_of,
+    store_rows,
+)
 
 
 @triton.jit
@@ -126,27 +70,8 @@ def shrink_tile(
 
 
 @triton.jit
-def expand_tile(
-    s_ptr, b_ptr, rows, inside, offs_n, N, rank, R,
-    stride_sm, stride_sr, stride_bn, stride_br,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, RANK_LAST: tl.constexpr,
-):  # fmt: skip
-    """sum_r s[rows, r] b[offs_n, r] over the live rank, in float32."""
-    dtype = s_ptr.dtype.element_ty
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for first_r in tl.range(0, rank, BLOCK_R):
-        offs_r = first_r + tl.arange(0, BLOCK_R)
-        s = rank_tile(s_ptr, rows, inside, offs_r, rank, R, stride_sm, stride_sr, dtype, True)
-        b = rank_tile(
-            b_ptr, offs_n, offs_n < N, offs_r, rank, R, stride_bn, stride_br, dtype, RANK_LAST
-        )
-        acc = tl.dot(s.T, b, acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
 def _segmented_shrink_kernel(
-    x_ptr, a_ptrs, rng_ptr, table,
+    x_ptr, a_ptrs, rng_ptr, table, pointers,
     s_ptr, partial_ptr, counter_ptr,
     M, T, slots, blocks, R, widths, columns,
     stride_xm, stride_xk,
@@ -155,11 +80,11 @@ def _segmented_shrink_kernel(
     inverse_keep, threshold,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     SPLIT_K: tl.constexpr, SLICES: tl.constexpr, PACKED: tl.constexpr,
-    RANK_LAST: tl.constexpr, HAS_MASK: tl.constexpr,
+    RANK_LAST: tl.constexpr, HAS_MASK: tl.constexpr, POINTERS: tl.constexpr,
 ):  # fmt: skip
     block, split = tl.program_id(0) // SPLIT_K, tl.program_id(0) % SPLIT_K
     j, part = tl.program_id(1), tl.program_id(2)
-    slot, rank = slot_of_block(block, blocks, table)
+    slot, rank = slot_of_block(block, blocks, table, pointers, SLICES, POINTERS)
     if (slot < 0) & (block < blocks):
         return
     first_r = part * BLOCK_R
@@ -169,7 +94,9 @@ def _segmented_shrink_kernel(
         return
     rows, inside = rows_of_block(block, blocks, slot, table, slots, M, T, BLOCK_M)
     offs_r = first_r + tl.arange(0, BLOCK_R)
-    a_ptr = pick(a_ptrs, j, SLICES) + slot.to(tl.int64) * pick(strides_at, j, SLICES)
+    a_ptr, step_a = matrix_of_slot(
+        a_ptrs, strides_at, stride_ar, pointers, slot, j, 0, SLICES, POINTERS
+    )
     if PACKED:
         a_ptr += (j * rank).to(tl.int64) * stride_ar
     logical = rows
@@ -178,7 +105,7 @@ def _segmented_shrink_kernel(
     acc = shrink_tile(
         x_ptr, a_ptr, rng_ptr, rows, inside, logical, pick(columns, j, SLICES), offs_r,
         split * BLOCK_K, tl.where(dead, 0, pick(widths, j, SLICES)), rank, R,
-        stride_xm, stride_xk, stride_ar, stride_ak, j, threshold,
+        stride_xm, stride_xk, step_a, stride_ak, j, threshold,
         BLOCK_M, BLOCK_K, BLOCK_R, SPLIT_K * BLOCK_K, RANK_LAST, HAS_MASK,
     )  # fmt: skip
     finish = True
@@ -206,7 +133,7 @@ def _segmented_shrink_kernel(
 
 @triton.jit
 def _segmented_expand_kernel(
-    s_ptr, b_ptrs, rng_ptr, table,
+    s_ptr, b_ptrs, rng_ptr, table, pointers,
     y_ptr,
     M, T, slots, blocks, R, widths,
     stride_sm, stride_sj, stride_sr,
@@ -215,14 +142,17 @@ def _segmented_expand_kernel(
     threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     SLICES: tl.constexpr, PACKED: tl.constexpr, RANK_LAST: tl.constexpr,
-    ADD: tl.constexpr, SUM_SLICES: tl.constexpr, HAS_MASK: tl.constexpr,
+    ADD: tl.constexpr, SUM_SLICES: tl.constexpr, HAS_MASK: tl.constexpr, POINTERS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    slot, rank = slot_of_block(block, blocks, table)
-    if (slot < 0) & (block < blocks):
+    slot, rank = slot_of_block(block, blocks, table, pointers, SLICES, POINTERS)
+    nothing = (slot < 0) & (block < blocks)
+    if ADD:
+        # A slot whose pointers are empty has rows, and even a zero added may change their bits.
+        nothing = rank == 0
+    if nothing:
         return
     rows, inside = rows_of_block(block, blocks, slot, table, slots, M, T, BLOCK_M)
-    slot = slot.to(tl.int64)
     if SUM_SLICES:
         # The slices lie one over the other: one program adds up all of them.
         col, width, first = tl.program_id(1) * BLOCK_N, widths[0], 0
@@ -232,7 +162,7 @@ def _segmented_expand_kernel(
             logical = tl.load(table[2] + rows, mask=inside, other=0)
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for j in tl.static_range(SLICES):
-            b_ptr = b_ptrs[j] + slot * strides_bt[j]
+            b_ptr = b_ptrs[j] + slot.to(tl.int64) * strides_bt[j]
             if PACKED:
                 b_ptr += (j * rank).to(tl.int64) * stride_br
             tail = expand_tile(
@@ -247,55 +177,23 @@ def _segmented_expand_kernel(
         j, within, first = slice_of_block(tl.program_id(1), widths, BLOCK_N, SLICES)
         width = pick(widths, j, SLICES)
         offs_n = within * BLOCK_N + tl.arange(0, BLOCK_N)
+        b_ptr, step_b = matrix_of_slot(
+            b_ptrs, strides_bt, stride_bn, pointers, slot, j, 2, SLICES, POINTERS
+        )
         acc = expand_tile(
-            s_ptr + j * stride_sj, pick(b_ptrs, j, SLICES) + slot * pick(strides_bt, j, SLICES),
-            rows, inside, offs_n, width, rank, R,
-            stride_sm, stride_sr, stride_bn, stride_br, BLOCK_M, BLOCK_N, BLOCK_R, RANK_LAST,
+            s_ptr + j * stride_sj, b_ptr, rows, inside, offs_n, width, rank, R,
+            stride_sm, stride_sr, step_b, stride_br, BLOCK_M, BLOCK_N, BLOCK_R, RANK_LAST,
         )  # fmt: skip
     store_rows(y_ptr, acc, rows, inside, first, offs_n, width, stride_ym, stride_yn, ADD)
 
 
-@triton.jit
-def store_rows(
-    y_ptr, acc, rows, inside, first, offs_n, width, stride_ym, stride_yn, ADD: tl.constexpr
-):
-    """y[rows, first + offs_n] = acc, or += with one rounding of the sum."""
-    cols = (first + offs_n).to(tl.int64)
-    y_out = y_ptr + rows[:, None] * stride_ym + cols[None, :] * stride_yn
-    mask = inside[:, None] & (offs_n < width)[None, :]
-    if ADD:
-        acc += tl.load(y_out, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_out, acc.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-def stacks_of(stacks: Sequence[Tensor], dtype: torch.dtype, packed: int = 0) -> tuple[Tensor, ...]:
-    """One stack for each slice, with the dtype and the strides within a slot that the kernels
-    take once for all of them; stacks that differ in these are copied."""
-    first = stacks[0]
-    if packed:
-        return (first,) * packed
-    if any(t.dtype != first.dtype or t.stride()[1:] != first.stride()[1:] for t in stacks):
-        return tuple(t.to(dtype).contiguous() for t in stacks)
-    return tuple(stacks)
-
-
-def _slot_strides(stacks: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(t.stride(0) for t in stacks)
-
-
-def row_blocks(table: Sequence[Tensor], m: int, block_m: int, fill: bool) -> int:
-    """Programs along the rows: the schedule's blocks, and those that fill rows without adapter."""
-    return table[6].shape[0] + (-(-m // block_m) if fill else 0)
-
-
 def _shrink(
     x: Tensor,
-    a: tuple[Tensor, ...],
+    a: Stacks,
     table: Sequence[Tensor],
     r: int,
     widths: Sequence[int],
     shared: bool,
-    packed: bool,
     transposed: bool,
     rng: Tensor | None,
     dropout_p: float,
@@ -303,7 +201,7 @@ def _shrink(
 ) -> Tensor:
     """S [M, n, r] of x and a [S, r, K], or ([S, N_j, r], transposed) of dY and B: then every slice
     has columns of its own, else ``shared`` ones."""
-    m, n = x.shape[0], len(a)
+    m, n = x.shape[0], a.slices
     s = torch.empty(m, n, r, dtype=x.dtype, device=x.device)
     columns = tuple(0 if shared else sum(widths[:j]) for j in range(n))
     rank, split = block_r(config, r), config.split_k
@@ -311,19 +209,19 @@ def _shrink(
     if m == 0 or r == 0:
         return s
     tiles = blocks * n * parts
-    inner, last = a[0].stride()[1:]
     _segmented_shrink_kernel[(blocks * split, n, parts)](
-        x, a, x if rng is None else rng, tuple(table[1:]),
+        x, a.tensors, x if rng is None else rng, tuple(table[1:]),
+        x if a.pointers is None else a.pointers,
         s, partials(tiles * split * config.block_m * rank, split, x.device),
         counters(x.device, tiles if split > 1 else 0),
         m, table[0].shape[0], table[1].shape[0], table[6].shape[0], r, tuple(widths), columns,
         *x.stride(),
-        _slot_strides(a), *((last, inner) if transposed else (inner, last)),
+        a.slots, *((a.last, a.row) if transposed else (a.row, a.last)),
         *s.stride()[:2],
         1.0 / (1.0 - dropout_p), dropout_threshold(dropout_p),
         BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=rank,
-        SPLIT_K=split, SLICES=n, PACKED=packed,
-        RANK_LAST=transposed, HAS_MASK=rng is not None,
+        SPLIT_K=split, SLICES=n, PACKED=a.packed,
+        RANK_LAST=transposed, HAS_MASK=rng is not None, POINTERS=a.pointers is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return s
@@ -332,11 +230,10 @@ def _shrink(
 def _expand(
     y: Tensor,
     s: Tensor,
-    b: tuple[Tensor, ...],
+    b: Stacks,
     table: Sequence[Tensor],
     widths: Sequence[int],
     add: bool,
-    packed: bool,
     transposed: bool,
     rng: Tensor | None,
     dropout_p: float,
@@ -350,18 +247,19 @@ def _expand(
     columns = sum(-(-width // config.block_n) for width in widths[: 1 if transposed else None])
     if m == 0 or blocks == 0 or columns == 0:
         return
-    inner, last = b[0].stride()[1:]
     _segmented_expand_kernel[(blocks, columns)](
-        s, b, s if rng is None else rng, tuple(table[1:]),
+        s, b.tensors, s if rng is None else rng, tuple(table[1:]),
+        s if b.pointers is None else b.pointers,
         y,
         m, table[0].shape[0], table[1].shape[0], table[6].shape[0], r, tuple(widths),
         *s.stride(),
-        _slot_strides(b), *((last, inner) if transposed else (inner, last)),
+        b.slots, *((b.last, b.row) if transposed else (b.row, b.last)),
         *y.stride(),
         dropout_threshold(dropout_p),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=rank,
-        SLICES=n, PACKED=packed, RANK_LAST=not transposed,
+        SLICES=n, PACKED=b.packed, RANK_LAST=not transposed,
         ADD=add, SUM_SLICES=transposed, HAS_MASK=rng is not None,
+        POINTERS=b.pointers is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -377,8 +275,8 @@ def segmented_shrink(
     config: Config,
 ) -> Tensor:
     a = stacks_of(lora_a, x.dtype, packed_slices)
-    r, widths = a[0].shape[1] // max(packed_slices, 1), [x.shape[1]] * len(a)
-    return _shrink(x, a, table, r, widths, True, packed_slices > 0, False, rng, dropout_p, config)
+    r, widths = lora_a[0].shape[1] // max(packed_slices, 1), [x.shape[1]] * a.slices
+    return _shrink(x, a, table, r, widths, True, False, rng, dropout_p, config)
 
 
 def segmented_expand(
@@ -386,8 +284,7 @@ def segmented_expand(
 ) -> Tensor:
     widths = [t.shape[1] for t in lora_b]
     y = s.new_empty(s.shape[0], sum(widths))
-    b = stacks_of(lora_b, s.dtype)
-    _expand(y, s, b, table, widths, False, False, False, None, 0.0, config)
+    _expand(y, s, stacks_of(lora_b, s.dtype), table, widths, False, False, None, 0.0, config)
     return y
 
 
@@ -395,8 +292,7 @@ def segmented_expand_(
     y: Tensor, s: Tensor, lora_b: Sequence[Tensor], table: Sequence[Tensor], *, config: Config
 ) -> None:
     widths = [t.shape[1] for t in lora_b]
-    b = stacks_of(lora_b, s.dtype)
-    _expand(y, s, b, table, widths, True, False, False, None, 0.0, config)
+    _expand(y, s, stacks_of(lora_b, s.dtype), table, widths, True, False, None, 0.0, config)
 
 
 def segmented_lora(
@@ -424,8 +320,43 @@ def segmented_lora_(
     *,
     config: Config,
 ) -> None:
-    s = segmented_shrink(x, lora_a, table, packed_slices, config=config)
+    lora_onto(y, x, lora_a, lora_b, table, packed_slices, config=config)
+
+
+def lora_onto(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    table: Sequence[Tensor],
+    packed_slices: int = 0,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *,
+    config: Config,
+) -> Tensor:
+    """``segmented_lora_`` with dropout; returns S."""
+    s = segmented_shrink(x, lora_a, table, packed_slices, rng, dropout_p, config=config)
     segmented_expand_(y, s, lora_b, table, config=config)
+    return s
+
+
+def segmented_lora_pointers_(
+    y: Tensor,
+    x: Tensor,
+    pointers: Tensor,
+    table: Sequence[Tensor],
+    widths: Sequence[int],
+    r_max: int,
+    dtype: torch.dtype,
+    *,
+    config: Config,
+) -> None:
+    stacks = pointed(x, pointers, dtype)
+    # Rows of S begin on whole vectors, as those that are pointed to do.
+    r, shared = -(-r_max // 16) * 16, [x.shape[1]] * len(widths)
+    s = _shrink(x, stacks, table, r, shared, True, False, None, 0.0, config)
+    _expand(y, s, stacks, table, widths, True, False, None, 0.0, config)
 
 
 def segmented_lora_dx(
@@ -439,9 +370,56 @@ def segmented_lora_dx(
     *,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
-    a, b = stacks_of(lora_a, dy.dtype, packed_slices), stacks_of(lora_b, dy.dtype)
-    r, k, widths = b[0].shape[2], a[0].shape[2], [t.shape[1] for t in b]
-    d = _shrink(dy, b, table, r, widths, False, False, True, None, dropout_p, config)
-    dx = dy.new_empty(dy.shape[0], k)
-    _expand(dx, d, a, table, [k] * len(a), False, packed_slices > 0, True, rng, dropout_p, config)
-    return dx, d
+    dx = dy.new_empty(dy.shape[0], lora_a[0].shape[2])
+    shared = lora_a, lora_b, table, packed_slices, rng, dropout_p
+    return dx, _dx(dx, dy, *shared, add=False, config=config)
+
+
+def dx_onto(
+    dx: Tensor,
+    dy: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    table: Sequence[Tensor],
+    packed_slices: int = 0,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *,
+    config: Config,
+) -> Tensor:
+    """``dx +=`` what ``segmented_lora_dx`` returns, with one rounding of the sum; returns D."""
+    shared = lora_a, lora_b, table, packed_slices, rng, dropout_p
+    return _dx(dx, dy, *shared, add=True, config=config)
+
+
+def _dx(
+    dx: Tensor,
+    dy: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    table: Sequence[Tensor],
+    packed_slices: int,
+    rng: Tensor | None,
+    dropout_p: float,
+    *,
+    add: bool,
+    config: Config,
+) -> Tensor:
+    d = dx_shrink(dy, lora_b, table, dropout_p, config=config)
+    a, columns = stacks_of(lora_a, dy.dtype, packed_slices), [dx.shape[1]] * len(lora_b)
+    _expand(dx, d, a, table, columns, add, True, rng, dropout_p, config)
+    return d
+
+
+def dx_shrink(
+    dy: Tensor,
+    lora_b: Sequence[Tensor],
+    table: Sequence[Tensor],
+    dropout_p: float,
+    *,
+    config: Config,
+) -> Tensor:
+    """D [M, n, r_max] = c dY B."""
+    r, widths = lora_b[0].shape[2], [t.shape[1] for t in lora_b]
+    b = stacks_of(lora_b, dy.dtype)
+    return _shrink(dy, b, table, r, widths, False, True, None, dropout_p, config)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import Config, block_r
 from ..reference import dropout_threshold
 from .common import dropout_keep_rows
-from .segmented import pick, rank_tile, slice_of_block
+from .mixed import pick, rank_tile, slice_of_block
 
 
 @triton.jit

@@ -17,17 +17,20 @@ from torch import Tensor
 
 from ..config import Config, block_r
 from .common import counters, last_to_arrive
-from .segmented import (
+from .mixed import (
+    Stacks,
+    matrix_of_slot,
     pick,
+    pointed,
     rank_tile,
     row_blocks,
     rows_of_block,
-    shrink_tile,
     slice_of_block,
     slot_of_block,
     stacks_of,
     store_rows,
 )
+from .segmented import shrink_tile
 
 
 @triton.jit
@@ -48,7 +51,7 @@ def _sum_of_shares(
 
 @triton.jit
 def _segmented_decode_kernel(
-    x_ptr, a_ptrs, b_ptrs, table,
+    x_ptr, a_ptrs, b_ptrs, table, pointers,
     y_ptr, s_ptr, partial_ptr, counter_ptr,
     M, T, slots, blocks, K, R, widths,
     stride_xm, stride_xk,
@@ -58,19 +61,22 @@ def _segmented_decode_kernel(
     stride_sm, stride_sj,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     CHUNK: tl.constexpr, SPLIT_K: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr,
-    PACKED: tl.constexpr, ADD: tl.constexpr, HAS_S: tl.constexpr,
+    PACKED: tl.constexpr, ADD: tl.constexpr, HAS_S: tl.constexpr, POINTERS: tl.constexpr,
 ):  # fmt: skip
     dtype = x_ptr.dtype.element_ty
     block, split = tl.program_id(0) // SPLIT_K, tl.program_id(0) % SPLIT_K
-    slot, rank = slot_of_block(block, blocks, table)
+    slot, rank = slot_of_block(block, blocks, table, pointers, SLICES, POINTERS)
     if (slot < 0) & ((block < blocks) | (split > 0)):
         return
     rows, inside = rows_of_block(block, blocks, slot, table, slots, M, T, BLOCK_M)
     j, within, first = slice_of_block(tl.program_id(1), widths, CHUNK, SLICES)
     width = pick(widths, j, SLICES)
-    slot = slot.to(tl.int64)
-    a_ptr = pick(a_ptrs, j, SLICES) + slot * pick(strides_at, j, SLICES)
-    b_ptr = pick(b_ptrs, j, SLICES) + slot * pick(strides_bt, j, SLICES)
+    a_ptr, step_a = matrix_of_slot(
+        a_ptrs, strides_at, stride_ar, pointers, slot, j, 0, SLICES, POINTERS
+    )
+    b_ptr, step_b = matrix_of_slot(
+        b_ptrs, strides_bt, stride_bn, pointers, slot, j, 2, SLICES, POINTERS
+    )
     if PACKED:
         a_ptr += (j * rank).to(tl.int64) * stride_ar
 
@@ -86,7 +92,7 @@ def _segmented_decode_kernel(
         for first_r in tl.range(0, rank, BLOCK_R):
             acc = shrink_tile(
                 x_ptr, a_ptr, x_ptr, rows, inside, rows, 0, first_r + offs_r,
-                split * BLOCK_K, K, rank, R, stride_xm, stride_xk, stride_ar, stride_ak, 0, 0,
+                split * BLOCK_K, K, rank, R, stride_xm, stride_xk, step_a, stride_ak, 0, 0,
                 BLOCK_M, BLOCK_K, BLOCK_R, SPLIT_K * BLOCK_K, False, False,
             )  # fmt: skip
             tl.store(tile_ptr + split * SIZE + in_tile + first_r, acc)
@@ -97,10 +103,13 @@ def _segmented_decode_kernel(
             tile_ptr, in_tile, offs_r, rank, scale, dtype, SPLIT_K, SIZE, BLOCK_M, BLOCK_R
         )
         stop = tl.minimum((within + 1) * CHUNK, width)
+        if ADD:
+            # Where there is no adapter, even a zero added may change the bits.
+            stop = tl.where(rank > 0, stop, 0)
         for col in tl.range(within * CHUNK, stop, BLOCK_N):
             offs_n = col + tl.arange(0, BLOCK_N)
             mask_n = offs_n < width
-            b = rank_tile(b_ptr, offs_n, mask_n, offs_r, rank, R, stride_bn, stride_br, dtype, True)
+            b = rank_tile(b_ptr, offs_n, mask_n, offs_r, rank, R, step_b, stride_br, dtype, True)
             acc = tl.dot(s, b, input_precision="ieee")
             if PARTS > 1:
                 for first_r in tl.range(BLOCK_R, rank, BLOCK_R):
@@ -110,7 +119,7 @@ def _segmented_decode_kernel(
                         SPLIT_K, SIZE, BLOCK_M, BLOCK_R,
                     )  # fmt: skip
                     b = rank_tile(
-                        b_ptr, offs_n, mask_n, more_r, rank, R, stride_bn, stride_br, dtype, True
+                        b_ptr, offs_n, mask_n, more_r, rank, R, step_b, stride_br, dtype, True
                     )
                     acc = tl.dot(more_s, b, acc, input_precision="ieee")
             store_rows(y_ptr, acc, rows, inside, first, offs_n, width, stride_ym, stride_yn, ADD)
@@ -132,15 +141,15 @@ def _decode(
     y: Tensor,
     s: Tensor | None,
     x: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
+    a: Stacks,
+    b: Stacks,
     table: Sequence[Tensor],
-    packed_slices: int,
+    widths: Sequence[int],
+    r: int,
+    add: bool,
     config: Config,
 ) -> None:
-    (m, k), r = x.shape, lora_b[0].shape[2]
-    a, b = stacks_of(lora_a, x.dtype, packed_slices), stacks_of(lora_b, x.dtype)
-    widths = tuple(t.shape[1] for t in b)
+    m, k = x.shape
     rank, split = block_r(config, r), config.split_k
     parts, chunks = -(-r // rank), sum(-(-width // config.chunk) for width in widths)
     blocks = row_blocks(table, m, config.block_m, fill=s is not None)
@@ -152,19 +161,37 @@ def _decode(
         device=x.device,
     )
     _segmented_decode_kernel[(blocks * split, chunks)](
-        x, a, b, tuple(table[1:]),
+        x, a.tensors, b.tensors, tuple(table[1:]), x if a.pointers is None else a.pointers,
         y, y if s is None else s, room, counters(x.device, blocks * chunks),
-        m, table[0].shape[0], table[1].shape[0], table[6].shape[0], k, r, widths,
+        m, table[0].shape[0], table[1].shape[0], table[6].shape[0], k, r, tuple(widths),
         *x.stride(),
-        tuple(t.stride(0) for t in a), *a[0].stride()[1:],
-        tuple(t.stride(0) for t in b), *b[0].stride()[1:],
+        a.slots, a.row, a.last,
+        b.slots, b.row, b.last,
         *y.stride(),
         *((0, 0) if s is None else s.stride()[:2]),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=rank,
-        CHUNK=config.chunk, SPLIT_K=split, PARTS=parts, SLICES=len(b),
-        PACKED=packed_slices > 0, ADD=s is None, HAS_S=s is not None,
+        CHUNK=config.chunk, SPLIT_K=split, PARTS=parts, SLICES=b.slices,
+        PACKED=a.packed, ADD=add, HAS_S=s is not None, POINTERS=a.pointers is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+
+
+def _of_stacks(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    table: Sequence[Tensor],
+    packed_slices: int,
+    add: bool,
+    with_s: bool,
+    config: Config,
+) -> Tensor | None:
+    a, b = stacks_of(lora_a, x.dtype, packed_slices), stacks_of(lora_b, x.dtype)
+    widths, r = [t.shape[1] for t in lora_b], lora_b[0].shape[2]
+    s = x.new_empty(x.shape[0], len(widths), r) if with_s else None
+    _decode(y, s, x, a, b, table, widths, r, add, config)
+    return s
 
 
 def segmented_lora(
@@ -180,8 +207,8 @@ def segmented_lora(
 ) -> tuple[Tensor, Tensor]:
     assert rng is None, "config.invalid_reason leaves dropout to the other plans"
     delta = x.new_empty(x.shape[0], sum(b.shape[1] for b in lora_b))
-    s = x.new_empty(x.shape[0], len(lora_b), lora_b[0].shape[2])
-    _decode(delta, s, x, lora_a, lora_b, table, packed_slices, config)
+    s = _of_stacks(delta, x, lora_a, lora_b, table, packed_slices, False, True, config)
+    assert s is not None
     return delta, s
 
 
@@ -195,4 +222,40 @@ def segmented_lora_(
     *,
     config: Config,
 ) -> None:
-    _decode(y, None, x, lora_a, lora_b, table, packed_slices, config)
+    _of_stacks(y, x, lora_a, lora_b, table, packed_slices, True, False, config)
+
+
+def lora_onto(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    table: Sequence[Tensor],
+    packed_slices: int = 0,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *,
+    config: Config,
+) -> Tensor:
+    """``segmented_lora_`` that returns S."""
+    assert rng is None, "config.invalid_reason leaves dropout to the other plans"
+    s = _of_stacks(y, x, lora_a, lora_b, table, packed_slices, True, True, config)
+    assert s is not None
+    return s
+
+
+def segmented_lora_pointers_(
+    y: Tensor,
+    x: Tensor,
+    pointers: Tensor,
+    table: Sequence[Tensor],
+    widths: Sequence[int],
+    r_max: int,
+    dtype: torch.dtype,
+    *,
+    config: Config,
+) -> None:
+    stacks = pointed(x, pointers, dtype)
+    # To whole vectors, as the rows that are pointed to have room for.
+    r = -(-r_max // 16) * 16
+    _decode(y, None, x, stacks, stacks, table, widths, r, True, config)
