@@ -90,18 +90,19 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _shapes(text: str) -> list[tuple[int, int, int]]:
-    shapes = []
+def _shapes(text: str) -> list[tune.Shape]:
+    shapes: list[tune.Shape] = []
     for part in text.split(","):
         try:
-            m, k, n = (int(size) for size in part.lower().split("x"))
+            rows, inner, columns = part.lower().split("x")
+            m, k, widths = int(rows), int(inner), [int(width) for width in columns.split("+")]
         except ValueError:
             raise argparse.ArgumentTypeError(
-                f"{part!r} is not MxKxN, such as 512x4096x4096"
+                f"{part!r} is not MxKxN, such as 512x4096x4096 (or with slices 32x4096x4096+1024)"
             ) from None
-        if min(m, k, n) < 1:
+        if min(m, k, *widths) < 1:
             raise argparse.ArgumentTypeError(f"{part!r} has a size below 1")
-        shapes.append((m, k, n))
+        shapes.append((m, k, widths[0] if len(widths) == 1 else tuple(widths)))
     return shapes
 
 
@@ -113,10 +114,10 @@ def _dtype(text: str) -> torch.dtype:
 
 
 def _ops(text: str) -> list[str]:
-    ops = text.split(",")
+    ops, known = text.split(","), (*OPERATORS, *SEGMENTED_OPERATORS)
     for op in ops:
-        if op not in OPERATORS:
-            raise argparse.ArgumentTypeError(f"{op!r} is none of {', '.join(OPERATORS)}")
+        if op not in known:
+            raise argparse.ArgumentTypeError(f"{op!r} is none of {', '.join(known)}")
     return ops
 
 
@@ -127,6 +128,7 @@ def _tune(arguments: argparse.Namespace) -> None:
         arguments.shapes,
         arguments.ops,
         r=arguments.r,
+        slots=arguments.slots,
         dtype=arguments.dtype,
         adapter_dtype=arguments.adapter_dtype,
         dropout_p=arguments.dropout,
@@ -138,7 +140,9 @@ def _tune(arguments: argparse.Namespace) -> None:
         times = ", ".join(
             f"{config.plan} {us:.1f} us" for config, us in measurement.medians_us.items()
         )
-        print(f"{problem.op:16} M {problem.m} K {problem.k} N {problem.n}: {times}", flush=True)
+        slots = f" slots {problem.slots} slices {problem.slices}" * (problem.slots > 0)
+        sizes = f"M {problem.m} K {problem.k} N {problem.n}{slots}"
+        print(f"{problem.op:16} {sizes}: {times}", flush=True)
     print(f"written to {tune.table_path(device)}")
 
 
@@ -147,8 +151,14 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command")
     tuning = commands.add_parser("tune", help="measure the plans for given shapes on this machine")
     tuning.add_argument("--shapes", type=_shapes, required=True, metavar="MxKxN,...")
-    tuning.add_argument("--ops", type=_ops, default=list(OPERATORS), metavar="OP,...")
+    tuning.add_argument("--ops", type=_ops, metavar="OP,...", help="default: all of them")
     tuning.add_argument("--r", type=int, default=16)
+    tuning.add_argument(
+        "--slots",
+        type=int,
+        default=0,
+        help="the operators of batches that mix so many adapters; N may be slices, as N+N+N",
+    )
     tuning.add_argument("--dtype", type=_dtype, default=torch.bfloat16)
     tuning.add_argument("--adapter-dtype", type=_dtype, default=None, help="default: the same")
     tuning.add_argument("--dropout", type=float, default=0.0)
@@ -163,6 +173,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.r < 1 or not 0 <= arguments.dropout < 1:
         parser.error("--r must be at least 1 and --dropout in [0, 1)")
+    mixed = arguments.slots > 0
+    arguments.ops = arguments.ops or list(SEGMENTED_OPERATORS if mixed else OPERATORS)
+    for op in arguments.ops:
+        if (op in SEGMENTED_OPERATORS) != mixed:
+            parser.error(f"--ops: {op} is {'not ' if mixed else ''}an operator with --slots")
+    if not mixed and not all(isinstance(shape[2], int) for shape in arguments.shapes):
+        parser.error("--shapes: slices, as in N+N, are of batches with --slots")
     try:
         _tune(arguments)
     except (ValueError, RuntimeError) as error:

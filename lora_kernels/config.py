@@ -28,7 +28,9 @@ PLANS = (
 TILED_PLANS = ("in_loop", "tail", "producer", "skinny", "decode", "grouped")
 SEGMENTED_PLANS = ("decode", "grouped")
 SKINNY_OPS = ("lora_shrink", "lora_linear_dab")
-DECODE_OPS = ("segmented_lora", "segmented_lora_")
+DECODE_OPS = ("segmented_lora", "segmented_lora_", "segmented_lora_pointers_")
+# A base linear whose tail differs from row to row.
+MIXED_LINEAR_OPS = ("segmented_linear_fwd", "segmented_linear_dx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ def shared_memory(config: Config, problem: Problem) -> int:
     """Bytes that the software pipeline keeps of the operands of its main loop."""
     size = ELEMENT_BYTES[problem.dtype]
     rank = block_r(config, problem.r)
-    if problem.slots:
+    if problem.slots and problem.op not in MIXED_LINEAR_OPS:
         adapter = ELEMENT_BYTES[problem.adapter_dtype]
         shrink = config.block_k * (config.block_m * size + rank * adapter)
         expand = rank * (config.block_m * size + config.block_n * adapter)
@@ -102,7 +104,10 @@ def invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str 
     if config.plan == "native" and not facts.native:
         return "no CPU extension is loaded" if facts.kind == "cpu" else "it runs on CPUs"
     if config.plan == "vendor" and problem.slots:
-        return "the library has no call that mixes adapters"
+        if facts.kind != "cuda" or problem.op not in MIXED_LINEAR_OPS:
+            return "the library has no call that mixes adapters"
+        # The base is the library's, the adapters are added by our kernels.
+        return _tiled_invalid_reason(Config("grouped"), problem.adapters(), facts)
     if config.plan in ("native", "vendor"):
         if problem.dtype == "float64":
             return "float64 is computed by the reference"
@@ -123,9 +128,12 @@ def _tiled_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) 
         return "there is no kernel for it yet"
     if problem.dtype == "float64" or problem.adapter_dtype == "float64":
         return "float64 is computed by the reference"
-    if (problem.slots > 0) != (config.plan in SEGMENTED_PLANS):
+    if problem.op in MIXED_LINEAR_OPS:
+        if config.plan != "tail":
+            return f"{problem.op} mixes adapters under a base: its tail comes from a shrink"
+    elif (problem.slots > 0) != (config.plan in SEGMENTED_PLANS):
         return f"{problem.op} mixes {'' if problem.slots else 'no '}adapters"
-    if problem.slots:
+    elif problem.slots:
         return _segmented_invalid_reason(config, problem, facts)
     if skinny != (config.plan == "skinny"):
         return f"{problem.op} has {'no tail to place' if skinny else 'a tail to place'}"
@@ -214,7 +222,7 @@ def _register_reason(config: Config, problem: Problem, facts: DeviceFacts) -> st
             if (tile == (64, 64, 32) and _sm(facts.arch) < 90) or (tile[0] == 16 and not nvidia):
                 return "its warps would repeat part of the base product"
         half = problem.dtype != "float32"
-        masked = problem.dropout and problem.op == "lora_linear_dx"
+        masked = problem.dropout and problem.op in ("lora_linear_dx", "segmented_linear_dx")
         if config.block_n > 128 and (masked or problem.out_scale or not config.descriptors):
             return _REGISTERS
         if half and masked and config.block_m > 16 and config.num_warps < 8:
@@ -309,7 +317,8 @@ def tiled_configs(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:
     """Every shipped tile as a configuration for ``problem``, valid or not."""
     half = ELEMENT_BYTES[problem.dtype] == 2
     processors = max(facts.processors, 1)
-    if problem.slots:
+    mixed_linear = problem.op in MIXED_LINEAR_OPS
+    if problem.slots and not mixed_linear:
         yield from _segmented_configs(problem)
         return
     if problem.op == "lora_shrink":
@@ -334,7 +343,7 @@ def tiled_configs(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:
         split = 1
         if problem.m <= SMALL_M:
             split = _split(tiles, problem.inner // block_k, processors)
-        for plan in ("in_loop", "tail"):
+        for plan in ("tail",) if mixed_linear else ("in_loop", "tail"):
             for descriptors in (True, False):
                 yield Config(
                     plan,

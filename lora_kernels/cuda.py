@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import plan, reference, vendor
-from .config import SKINNY_OPS, TILED_PLANS, Config, tiled_configs
+from .config import (
+    MIXED_LINEAR_OPS,
+    SEGMENTED_PLANS,
+    SKINNY_OPS,
+    TILED_PLANS,
+    Config,
+    tiled_configs,
+)
 from .device import DeviceFacts, facts
 from .problem import PROBLEM_OF, Problem
 
@@ -25,6 +33,9 @@ def answer(op: str, *args: Any, **kwargs: Any) -> Any:
             plan.answered("reference", config, problem)
             return getattr(reference, op)(*args, **kwargs)
         plan.answered("cuda", config, problem)
+        if config.plan == "vendor" and problem.slots:
+            onto = adapters_onto(problem.adapters(), facts(device))
+            return getattr(vendor, op)(*args, **kwargs, onto=onto)
         if config.plan == "vendor":
             return getattr(vendor, op)(*args, **kwargs, masked=masked)
         return run_kernel(op, config, problem, facts(device), *args, **kwargs)
@@ -39,15 +50,40 @@ def masked(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
     return common.masked(x, rng, dropout_p)
 
 
+def adapters_onto(problem: Problem, known: DeviceFacts) -> Callable[..., Tensor]:
+    """What adds the adapters of a mixed batch to the library's result, by the plan that they would
+    have without it."""
+    from .kernels import segmented, segmented_decode
+
+    config = plan.unforced(problem, known)
+    if config.plan not in SEGMENTED_PLANS:
+        config = Config("grouped")
+    config = with_numbers(config, problem, known)
+    if problem.op == "segmented_lora_dx":
+        return functools.partial(segmented.dx_onto, config=config)
+    module = segmented_decode if config.plan == "decode" else segmented
+    return functools.partial(module.lora_onto, config=config)
+
+
 def run_kernel(
     op: str, config: Config, problem: Problem, known: DeviceFacts, *args: Any, **kwargs: Any
 ) -> Any:
     """Launch the kernel of ``op`` with ``config``; a plan by its name alone gets the planner's
     numbers."""
     # Triton is imported by the first launch, not by importing the package.
-    from .kernels import linear_bwd, linear_fwd, segmented, segmented_bwd, segmented_decode
+    from .kernels import (
+        linear_bwd,
+        linear_fwd,
+        segmented,
+        segmented_bwd,
+        segmented_decode,
+        segmented_linear,
+    )
 
     config = with_numbers(config, problem, known)
+    if op in MIXED_LINEAR_OPS:
+        shrink = with_numbers(Config("grouped"), problem.adapters(), known)
+        return getattr(segmented_linear, op)(*args, **kwargs, config=config, shrink=shrink)
     if problem.slots:
         module = segmented_decode if config.plan == "decode" else segmented
         module = segmented_bwd if op == "segmented_lora_dab" else module
@@ -80,6 +116,6 @@ def with_numbers(config: Config, problem: Problem, known: DeviceFacts) -> Config
     ]
     if not valid:
         raise ValueError(f"no tile of plan {config.plan!r} can compute {problem} on {known.name}")
-    if problem.slots:
+    if problem.slots and problem.op not in MIXED_LINEAR_OPS:
         return valid[0]
     return min(valid, key=lambda c: plan.estimate_us(c, problem, known))

@@ -35,8 +35,10 @@ import torch
 
 from .config import (
     MANY_ROWS,
+    MIXED_LINEAR_OPS,
     PLANS,
     SKINNY_OPS,
+    SMALL_M,
     Config,
     block_r,
     invalid_reason,
@@ -91,6 +93,11 @@ def plan(problem: Problem, facts: DeviceFacts) -> Config:
                 f"{_forced} was forced and cannot answer {problem} on {facts.name}: {reason}"
             )
         return _forced
+    return unforced(problem, facts)
+
+
+def unforced(problem: Problem, facts: DeviceFacts) -> Config:
+    """The same where :func:`force_plan` does not reach: for a part of what a plan computes."""
     if _batch_invariant and problem.slots:
         # One choice for all M, by rule: a measured one holds for a range of M.
         return heuristic(problem._replace(m=MANY_ROWS), facts)
@@ -107,13 +114,13 @@ def _plan(problem: Problem, facts: DeviceFacts) -> Config:
 
 def heuristic(problem: Problem, facts: DeviceFacts) -> Config:
     """Valid everywhere: on a GPU the candidate with the shortest estimate (of those for a batch
-    that mixes adapters the first), on a CPU its native kernels, else the library's GEMM where a
-    backend of ours calls it, else the reference."""
+    that mixes adapters without a base the first), on a CPU its native kernels, else the library's
+    GEMM where a backend of ours calls it, else the reference."""
     native, vendor = Config("native"), Config("vendor")
     # The baseline is for machines of which the library knows more than 128-bit vectors (a guess).
     if is_valid(native, problem, facts) and facts.native != "baseline":
         return native
-    if problem.slots:
+    if problem.slots and problem.op not in MIXED_LINEAR_OPS:
         # In their order: nothing is measured that an estimate could weigh.
         shipped = (c for c in tiled_configs(problem, facts) if is_valid(c, problem, facts))
         return next(shipped, Config("reference"))
@@ -126,7 +133,8 @@ def heuristic(problem: Problem, facts: DeviceFacts) -> Config:
 # What the estimate takes for granted, none of it measured by us yet: a launch in a graph; the share
 # of peak that the library's GEMM reaches (FIELD's cuBLAS on an H200: 0.73 to 0.79 of the
 # datasheet's 989 TFLOP/s) and that a Triton tile of each size does (0.95 of cuBLAS for the largest,
-# at large K); the share of bandwidth that streaming kernels reach, and how much faster the L2 is.
+# at large K); the share of bandwidth that streaming kernels reach, and how much faster the L2 is;
+# of a batch that mixes adapters, that its rows are dealt out evenly among all slots.
 _LAUNCH_US = 2.0
 _LIBRARY_SHARE = 0.76
 _TILE_SHARE = {128 * 256: 0.72, 128 * 128: 0.66, 64 * 128: 0.55}
@@ -146,6 +154,8 @@ def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
         return elements * size / (bandwidth * _STREAM_SHARE)
 
     m, n, k, r = problem.m, problem.columns, problem.inner, problem.r
+    mixed = problem.slots > 0
+    adapters = max(min(problem.slots, m), 1)
     if problem.op in SKINNY_OPS:
         columns = k if problem.op == "lora_shrink" else problem.n + problem.k
         once = streamed(m * columns + r * columns)
@@ -158,19 +168,35 @@ def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
 
     base_bytes = streamed(m * k + n * k + m * n)
     base_flops = 2.0 * m * n * k
-    shrink = streamed(m * k + r * k) + _LAUNCH_US
+    shrink = streamed(m * k + adapters * problem.slices * r * k) + _LAUNCH_US
     if config.plan == "vendor":
-        tail = streamed(2 * m * n) + _LAUNCH_US
+        tail = streamed(2 * m * n + mixed * adapters * r * n) + _LAUNCH_US
+        if mixed and m <= SMALL_M and not problem.dropout and problem.op != "segmented_linear_dx":
+            # The decode kernel shrinks and expands in one launch.
+            tail -= _LAUNCH_US
         # A masked copy of x, or for dX of the tail's product, written and read.
-        masks = _LAUNCH_US + streamed(3 * m * problem.k) if problem.dropout else 0.0
+        masks = 0.0
+        if problem.dropout and not mixed:
+            masks = _LAUNCH_US + streamed(3 * m * problem.k)
         product = max(base_flops / (flops * _LIBRARY_SHARE), base_bytes)
-        return product + shrink + tail + masks + 2 * _LAUNCH_US
+        # The scale is a launch of its own where the library makes S.
+        return product + shrink + tail + masks + (1 if mixed else 2) * _LAUNCH_US
     rank = block_r(config, problem.r)
     tiles_m, tiles_n = -(-m // config.block_m), -(-n // config.block_n)
     waves = -(-tiles_m * tiles_n * config.split_k // max(facts.processors, 1))
     share = _TILE_SHARE.get(config.block_m * config.block_n, 0.4)
     depth = k / config.split_k * (1 + rank / config.block_n * (config.plan == "in_loop"))
-    tile_flops = 2.0 * config.block_m * config.block_n * (depth + rank)
+    walked: float = rank
+    if mixed:
+        # Every slot that occurs in a tile is walked, by all of its rows.
+        occur = min(config.block_m, 1 + (adapters - 1) * config.block_m / max(m, 1))
+        walked = (
+            occur
+            * -(-r // rank)
+            * rank
+            * (problem.slices if problem.op == "segmented_linear_dx" else 1)
+        )
+    tile_flops = 2.0 * config.block_m * config.block_n * (depth + walked)
     per_processor = flops * share / max(facts.processors, 1)
     # Every row of tiles reads the weight and every column x, from the cache at best.
     cache_bytes = streamed(tiles_m * n * k + tiles_n * m * k) / _CACHE_OVER_MEMORY

@@ -46,6 +46,12 @@ class Problem(NamedTuple):
         """The axis that this product sums over: K, and N for dX."""
         return self.n if self.op in _DX else self.k
 
+    def adapters(self) -> Problem:
+        """Of a base linear under adapters that differ from row to row: the adapters alone, added in
+        place."""
+        op = "segmented_lora_dx" if self.op in _DX else "segmented_lora_"
+        return self._replace(op=op, fan_in_fan_out=False)
+
     def bucketed(self) -> Problem:
         """The key of the tables: N and K exact, M rounded up to a power of two, r to a multiple of
         16."""
@@ -280,7 +286,10 @@ def _segmented_linear_fwd(
     n, r, k = sum(b.shape[1] for b in lora_b), lora_b[0].shape[2], lora_a[0].shape[2]
     stacks, dtype = (weight, *lora_a, *lora_b), lora_b[0].dtype
     found = _segmented("segmented_linear_fwd", x, n, k, table, r, len(lora_b), dtype, rng, stacks)
-    return found._replace(fan_in_fan_out=fan_in_fan_out)
+    # The columns of a slice begin behind those of the one before it.
+    vector = 16 // x.element_size()
+    aligned = found.aligned and not (x.is_cuda and any(b.shape[1] % vector for b in lora_b))
+    return found._replace(fan_in_fan_out=fan_in_fan_out, aligned=aligned)
 
 
 def _segmented_linear_dx(

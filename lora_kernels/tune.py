@@ -7,9 +7,10 @@ graph capture.
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,12 @@ from torch import Tensor
 from . import cpu, cuda, plan
 from .config import Config, candidates
 from .device import facts
+from .pointers import AdapterPointers
 from .problem import PROBLEM_OF, Problem
+from .segments import SegmentTable
+
+# M, K and N; or in the place of N the widths of the slices of a batch that mixes adapters.
+Shape = tuple[int, int, int | Sequence[int]]
 
 ANSWERS: dict[str, Callable[..., Any]] = {"cpu": cpu.answer, "cuda": cuda.answer}
 
@@ -81,6 +87,66 @@ def arguments_for(
     return common | rows | adapter
 
 
+def mixed_arguments_for(
+    op: str,
+    m: int,
+    k: int,
+    widths: Sequence[int],
+    r: int,
+    *,
+    slots: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    dropout_p: float,
+    fan_in_fan_out: bool,
+    device: torch.device,
+) -> tuple[dict[str, Any], list[Any]]:
+    """The same for an operator of a batch that mixes adapters, whose rows take turns among the
+    slots; and what has to be kept while the arguments are used."""
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    n, total = len(widths), sum(widths)
+    seg = SegmentTable.from_rows(
+        [row % slots for row in range(m)], [r] * slots, [1.0] * slots, device=device
+    )
+    a = [normal(slots, r, k, dtype=adapter_dtype) for _ in widths]
+    b = [normal(slots, width, r, dtype=adapter_dtype) for width in widths]
+    tails = [normal(m, n, r) for _ in range(2)]
+    given: dict[str, Any] = {
+        "x": normal(m, k),
+        "y": normal(m, total),
+        "dy": normal(m, total),
+        "s": tails[0],
+        "d": tails[1],
+        "lora_a": a,
+        "lora_b": b,
+        "weight": normal(k, total) if fan_in_fan_out else normal(total, k),
+        "fan_in_fan_out": fan_in_fan_out,
+        "table": seg.tensors(),
+        "widths": list(widths),
+        "r_max": r,
+        "dtype": adapter_dtype,
+        "da_dtype": adapter_dtype,
+        "db_dtype": adapter_dtype,
+    }
+    if dropout_p:
+        given |= {"rng": torch.tensor([1, 2, 0, 0], device=device), "dropout_p": dropout_p}
+    kept: list[Any] = [seg]
+    if op == "segmented_lora_pointers_":
+        pointers = AdapterPointers(slots, k, widths, r, dtype=adapter_dtype, device=device)
+        for slot in range(slots):
+            pointers.set_(slot, [t[slot] for t in a], [t[slot] for t in b])
+        kept += [pointers, a, b]
+        given["pointers"] = pointers.table
+    names = set(inspect.signature(PROBLEM_OF[op]).parameters)
+    if op == "segmented_lora_dx":
+        # Its builder hands everything behind dY to the forward's.
+        names |= set(inspect.signature(PROBLEM_OF["segmented_lora"]).parameters) - {"x"}
+    return {name: value for name, value in given.items() if name in names}, kept
+
+
 def measure(op: str, arguments: dict[str, Any], *, seconds: float = 2.0) -> Measurement:
     """Time every candidate of one call, interleaved, for about ``seconds`` in all."""
     device = next(v for v in arguments.values() if isinstance(v, Tensor)).device
@@ -117,10 +183,11 @@ def _time_once(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def tune(
-    shapes: Iterable[tuple[int, int, int]],
+    shapes: Iterable[Shape],
     ops: Iterable[str],
     *,
     r: int,
+    slots: int = 0,
     dtype: torch.dtype,
     adapter_dtype: torch.dtype | None = None,
     dropout_p: float = 0.0,
@@ -129,7 +196,7 @@ def tune(
     seconds: float = 2.0,
 ) -> Iterator[Measurement]:
     """Measure each operator at each shape (M, K, N); yields as it goes and writes the table at the
-    end.
+    end. With ``slots`` the operators are those of a batch that mixes so many adapters.
 
     Raises:
         ValueError: a device without a backend, whose calls the reference alone can answer.
@@ -142,18 +209,22 @@ def tune(
     try:
         for m, k, n in shapes:
             for op in operators:
-                arguments = arguments_for(
-                    op,
-                    m,
-                    k,
-                    n,
-                    r,
-                    dtype=dtype,
-                    adapter_dtype=adapter_dtype or dtype,
-                    dropout_p=dropout_p,
-                    fan_in_fan_out=fan_in_fan_out,
-                    device=device,
-                )
+                common: dict[str, Any] = {
+                    "dtype": dtype,
+                    "adapter_dtype": adapter_dtype or dtype,
+                    "dropout_p": dropout_p,
+                    "fan_in_fan_out": fan_in_fan_out,
+                    "device": device,
+                }
+                if slots:
+                    widths = [n] if isinstance(n, int) else n
+                    # Addresses among the arguments do not keep what they point to.
+                    arguments, _kept = mixed_arguments_for(
+                        op, m, k, widths, r, slots=slots, **common
+                    )
+                else:
+                    assert isinstance(n, int), "slices are of a batch that mixes adapters"
+                    arguments = arguments_for(op, m, k, n, r, **common)
                 measurement = measure(op, arguments, seconds=seconds)
                 best = measurement.best
                 entry = {"config": best, "median_us": round(measurement.medians_us[best], 3)}

@@ -3,18 +3,21 @@ shape.
 
 Same names, arguments and results as ``reference.py``, with two roundings more than the contract's
 single one: the base product is rounded before the tail is added, and S before it is scaled.
-``masked`` is the device's dropout kernel.
+``masked`` is the device's dropout kernel. For a batch that mixes adapters the library has the base
+alone; ``onto`` is the device's kernel that adds the rest, and S is rounded once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Masked = Callable[[Tensor, Tensor, float], Tensor]
+# Adds the adapters of a mixed batch to its first argument, and returns S or D.
+Onto = Callable[..., Tensor]
 
 
 def lora_shrink(
@@ -112,3 +115,41 @@ def lora_linear_dab(
     if dbias_dtype is not None:
         dbias = dy.sum(0, dtype=torch.float32).to(dbias_dtype)
     return da, db, dbias
+
+
+def segmented_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    table: Sequence[Tensor],
+    packed_slices: int = 0,
+    bias: Tensor | None = None,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    fan_in_fan_out: bool = False,
+    packed: Tensor | None = None,
+    *,
+    onto: Onto,
+) -> tuple[Tensor, Tensor]:
+    bias = None if bias is None else bias.to(x.dtype)
+    y = F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
+    return y, onto(y, x, lora_a, lora_b, table, packed_slices, rng, dropout_p)
+
+
+def segmented_linear_dx(
+    dy: Tensor,
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    table: Sequence[Tensor],
+    packed_slices: int = 0,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    fan_in_fan_out: bool = False,
+    packed: Tensor | None = None,
+    *,
+    onto: Onto,
+) -> tuple[Tensor, Tensor]:
+    dx = torch.mm(dy, weight.t() if fan_in_fan_out else weight)
+    return dx, onto(dx, dy, lora_a, lora_b, table, packed_slices, rng, dropout_p)

@@ -4,6 +4,10 @@ Every shipped tile of every operator, as far as ``config.invalid_reason`` admits
 slices of unequal widths: ranks up to 256 (a mixed stack is compiled for its largest) and up to 16,
 aligned operands and odd ones, adapters in fp32 and in the rows' bf16, masked where there is a mask;
 and fp32 rows. Once per architecture: packed slices, fp16, and operands whose columns step.
+
+The base linear under them is the GEMM of ``aot.py`` with another tail: each tile as the forward and
+as the masked dX, aligned and odd; the first of each way to load besides with a Conv1D's weight,
+packed slices in fp16, and columns that step.
 """
 
 from __future__ import annotations
@@ -14,7 +18,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_kernels.config import DECODE_OPS, Config, invalid_reason, tiled_configs
+from lora_kernels.config import (
+    DECODE_OPS,
+    MIXED_LINEAR_OPS,
+    SMALL_M,
+    Config,
+    invalid_reason,
+    tiled_configs,
+)
 from lora_kernels.device import DeviceFacts
 from lora_kernels.ops import SEGMENTED_OPERATORS
 from lora_kernels.problem import Problem
@@ -54,8 +65,11 @@ def variants(op: str) -> Iterator[Variant]:
 def calls(known: DeviceFacts) -> Iterator[tuple[Config, Problem, str, bool, int]]:
     """(configuration, problem, layout, packed, launch) of everything that is compiled; the whole
     operators in the grouped plan are launches of their halves."""
+    yield from _linear_calls(known)
     seen = set()
     for op in SEGMENTED_OPERATORS:
+        if op in MIXED_LINEAR_OPS:
+            continue
         for variant in variants(op):
             for m in (32, 4096):
                 problem = variant.problem._replace(m=m, aligned=variant.layout == "aligned")
@@ -71,11 +85,47 @@ def calls(known: DeviceFacts) -> Iterator[tuple[Config, Problem, str, bool, int]
                             yield config, problem, variant.layout, variant.packed, launch
 
 
+def _linear_calls(known: DeviceFacts) -> Iterator[tuple[Config, Problem, str, bool, int]]:
+    """The launches of the base linear's kernel; its shrinks are the other operators'."""
+    r, first = 64, set()
+    for op in MIXED_LINEAR_OPS:
+        masked = op == "segmented_linear_dx"
+        base = Problem(op, 4096, sum(WIDTHS), 4096, r, "bfloat16", "float32", slots=SLOTS, slices=3)
+        half = base._replace(adapter_dtype="bfloat16", dropout=masked)
+        single = base._replace(dtype="float32", dropout=masked)
+        every = [Variant(base, "aligned"), Variant(half, "odd")]
+        if masked:
+            every = [Variant(half, "aligned"), Variant(base._replace(dropout=True), "odd")]
+        every.append(Variant(single, "aligned" if masked else "odd"))
+        short = half._replace(dtype="float16", adapter_dtype="float16")
+        once = [
+            Variant(half._replace(fan_in_fan_out=True), "aligned"),
+            Variant(short, "aligned", packed=True),
+            Variant(half, "strided"),
+        ]
+        for variant in (*every, *once):
+            for m in (SMALL_M // 2, 4096):
+                problem = variant.problem._replace(m=m, aligned=variant.layout == "aligned")
+                for config in tiled_configs(problem, known):
+                    few = config.block_m == 16
+                    if few != (m <= SMALL_M) or invalid_reason(config, problem, known) is not None:
+                        continue
+                    kind = variant, few, config.descriptors
+                    if variant in once and kind in first:
+                        continue
+                    first.add(kind)
+                    yield config, problem, variant.layout, variant.packed, -1
+
+
 def products(kernel: str, c: dict[str, Any]) -> list[tuple[int, int, int]]:
     """(rows, columns, depth) of the product in each innermost loop, in the order of the text."""
     if kernel == "_segmented_lora_dab_kernel":
         # dA, then dB
         return 2 * [(c["BLOCK_C"], c["BLOCK_R"], c["BLOCK_M"])]
+    if kernel == "_lora_linear_kernel":
+        tails = c["SLICES"] if c["SUM_SLICES"] else 1
+        tile = (c["BLOCK_M"], c["BLOCK_N"])
+        return [(*tile, c["BLOCK_R"])] * tails + [(*tile, c["BLOCK_K"])]
     shrink, expand = [], []
     if "BLOCK_K" in c:
         shrink = [(c["BLOCK_M"], c["BLOCK_R"], c["BLOCK_K"])]
@@ -109,12 +159,22 @@ def arguments(problem: Problem, layout: str, packed: bool) -> dict[str, Any]:
     a = {"lora_a": stacks, "table": table, "packed_slices": len(widths) * packed}
     x, wide = tensor(m, k), tensor(m, sum(widths))
     s = torch.empty(m, len(widths), r, dtype=dtype)
+    sizes = (k, sum(widths)) if problem.fan_in_fan_out else (sum(widths), k)
+    base = {"weight": tensor(*sizes), "fan_in_fan_out": problem.fan_in_fan_out}
+    pointers = torch.empty(SLOTS, len(widths), 5, dtype=torch.int64)
     return {
         "segmented_shrink": a | dropout | {"x": x},
         "segmented_expand": {"s": s, "lora_b": lora_b, "table": table},
         "segmented_expand_": {"y": wide, "s": s, "lora_b": lora_b, "table": table},
         "segmented_lora": a | dropout | {"x": x, "lora_b": lora_b},
         "segmented_lora_": a | {"y": wide, "x": x, "lora_b": lora_b},
+        "segmented_lora_pointers_": {"y": wide, "x": x, "pointers": pointers, "table": table}
+        | {"widths": widths, "r_max": r, "dtype": adapters},
+        "segmented_linear_fwd": a
+        | dropout
+        | base
+        | {"x": x, "lora_b": lora_b, "bias": tensor(sum(widths))},
+        "segmented_linear_dx": a | dropout | base | {"dy": wide, "lora_b": lora_b},
         "segmented_lora_dx": a | dropout | {"dy": wide, "lora_b": lora_b},
         "segmented_lora_dab": dropout
         | {"dy": wide, "x": x, "s": s, "d": s, "table": table, "widths": widths, "r_max": r}

@@ -33,7 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..config import Config, block_r
 from ..reference import dropout_threshold
 from .common import counters, dropout_keep, last_to_arrive, partials, tile_order
-from .mixed import Stacks, pick, slice_of_block, tails_of_tile
+from .mixed import Stacks, blocks_of_slices, pick, slice_of_block, tails_of_tile
 
 
 @triton.jit
@@ -93,9 +93,7 @@ def _lora_linear_kernel(
     dtype = y_ptr.dtype.element_ty
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     if SLICES > 0 and not SUM_SLICES:
-        num_n = 0
-        for j in tl.static_range(SLICES):
-            num_n += tl.cdiv(widths[j], BLOCK_N)
+        num_n = blocks_of_slices(widths, BLOCK_N, SLICES)
     num_k = tl.cdiv(K, BLOCK_K)
     scale = (tl.load(scale_ptr) * inverse_keep).to(tl.float32)
     for work in tl.range(tl.program_id(0), num_m * num_n * SPLIT_K, tl.num_programs(0)):

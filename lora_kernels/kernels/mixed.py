@@ -30,6 +30,15 @@ def pick(values, index, SLICES: tl.constexpr):
 
 
 @triton.jit
+def blocks_of_slices(widths, BLOCK: tl.constexpr, SLICES: tl.constexpr):
+    """Blocks of columns in all slices."""
+    blocks = 0
+    for j in tl.static_range(SLICES):
+        blocks += tl.cdiv(widths[j], BLOCK)
+    return blocks
+
+
+@triton.jit
 def slice_of_block(block, widths, BLOCK: tl.constexpr, SLICES: tl.constexpr):
     """The slice that a block of columns lies in, its number there, and the slice's first column;
     every slice begins with a block of its own."""
