@@ -3,6 +3,7 @@ forward and backward."""
 
 from .functional import lora_linear
 from .integrations.peft import load_adapter, save_adapter
+from .integrations.peft_swap import accelerate_peft, restore_peft
 from .models import (
     LoRAConfig,
     LoRAReport,
@@ -32,6 +33,7 @@ __all__ = [
     "MultiLoRALinear",
     "SegmentTable",
     "UnknownAdapterError",
+    "accelerate_peft",
     "apply_lora",
     "batch_invariant",
     "force_plan",
@@ -41,6 +43,7 @@ __all__ = [
     "lora_report",
     "merge_adapter",
     "record_plans",
+    "restore_peft",
     "save_adapter",
     "segmented_expand",
     "segmented_linear",

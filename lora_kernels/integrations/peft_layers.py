@@ -1,0 +1,511 @@
+"""``FusedLinear``: the class that a LoRA layer of PEFT has while our kernels answer its calls.
+
+Only a subclass at module level, with the attributes of its base, leaves everything of PEFT's as it
+is: ``isinstance``, pickles, copies, names in ``state_dict``. Everything is read afresh in each
+call, because PEFT replaces Parameters, scalings and modules behind a layer's back, and nothing is
+kept that would have to notice a changed adapter: a fused optimizer or a write through ``.data``
+changes values without moving ``Tensor._version``.
+
+PEFT's forward answers, and the reason is counted, where
+
+- an adapter is a variant (DoRA, aLoRA, ...), or not made of plain ``nn.Linear`` modules;
+- a hook, a parametrisation or a forward of its own stands on the base layer or a module of the
+  adapter, or a global hook on all modules: they expect to be called (accelerate's hooks that only
+  send inputs to the weight's device are seen through);
+- a weight is no plain floating tensor (quantised, sharded, tensor-parallel), dtypes or devices
+  differ, or x is a tensor subclass, nested or sparse;
+- the call is traced for a file (``torch.export``, ``torch.jit.trace``) or transformed
+  (``torch.func``, forward-mode derivatives);
+- a mixed batch (``adapter_names=``) is compiled, or meets dropout or ``lora_bias``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import nn as our_nn
+from ..functional import Packed, lora_linear
+from ..ops import autocast_enabled
+from ..packed import PackedWeight
+from ..segmented import segmented_lora
+from ..segments import SegmentTable
+from .peft_swap import Calls
+from .transformers import offload_reason
+
+_PLAIN = (Tensor, nn.Parameter)
+_DTYPES = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])
+_KNOWN_ARGUMENTS = frozenset(["adapter_names", "alora_offsets"])
+
+# A call without an adapter to compute: PEFT's forward, and nothing to count.
+_NOTHING = ""
+
+
+class _Base(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
+    transposed: bool
+    # The compute dtype.
+    dtype: torch.dtype
+
+
+class _Adapter(NamedTuple):
+    name: str
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    scaling: float | Tensor
+    # 0.0 in evaluation mode.
+    dropout_p: float
+
+
+class FusedLinear(lora.Linear):
+    """``peft.tuners.lora.Linear`` on our kernels; made by :func:`swap`, never by a constructor."""
+
+    kernel_calls: Calls
+    _packed: PackedWeight
+    _pack_weight: str
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., in_features] -> [..., out_features], as PEFT's layer."""
+        if self._disable_adapters or self.merged_adapters:
+            return super().forward(x, *args, **kwargs)
+        y: Tensor | str
+        if not args and not kwargs:
+            y = self._forward_active(x)
+        elif args or not kwargs.keys() <= _KNOWN_ARGUMENTS:
+            y = "arguments that the base layer would have to take"
+        elif kwargs.get("adapter_names") is None:
+            y = self._forward_active(x)
+        else:
+            y = self._forward_mixed(x, kwargs["adapter_names"])
+        counts = not torch.compiler.is_compiling()
+        if not isinstance(y, str):
+            if counts:
+                self.kernel_calls.fused += 1
+            return y
+        if counts and y is not _NOTHING:
+            self.kernel_calls.fall_back(y)
+        return super().forward(x, *args, **kwargs)
+
+    def _forward_active(self, x: Tensor) -> Tensor | str:
+        """The sum of the active adapters on the base; or why not."""
+        held = cast(Any, self._modules["lora_A"])._modules
+        active = self._active_adapter
+        names = (active,) if isinstance(active, str) else active
+        names = [name for name in names if name in held]
+        if not names:
+            return _NOTHING
+        base = self._base_operands(x)
+        if isinstance(base, str):
+            return base
+        adapters = []
+        for name in names:
+            adapter = self._adapter_operands(name, x, base)
+            if isinstance(adapter, str):
+                return adapter
+            adapters.append(adapter)
+        if len(adapters) == 1:
+            return self._fused(x, base, adapters[0])
+        return self._fused_sum(x, base, adapters)
+
+    def _fused(self, x: Tensor, base: _Base, adapter: _Adapter) -> Tensor:
+        bias = base.bias
+        if adapter.bias is not None:
+            bias = _add(bias, adapter.bias * adapter.scaling)
+        return lora_linear(
+            x,
+            base.weight,
+            adapter.a,
+            adapter.b,
+            adapter.scaling,
+            bias,
+            dropout_p=adapter.dropout_p,
+            training=adapter.dropout_p > 0.0,
+            fan_in_fan_out=base.transposed,
+            packed=self._packed_copies(x, base),
+        )
+
+    def _fused_sum(self, x: Tensor, base: _Base, adapters: list[_Adapter]) -> Tensor:
+        # Adapters that see the same x are one adapter of the summed rank. Each mask makes an x of
+        # its own, so of those with dropout one can be in the call; the others are PEFT's lines.
+        together = [t for t in adapters if t.dropout_p == 0.0] or adapters[:1]
+        apart = [t for t in adapters if t.dropout_p > 0.0 and t is not together[0]]
+        y = self._fused(x, base, _concatenated(together))
+        dtype = y.dtype
+        for name, _, _, _, scaling, _ in apart:
+            lora_a, lora_b = cast(Any, self.lora_A[name]), self.lora_B[name]
+            rows = self._cast_input_dtype(x, lora_a.weight.dtype)
+            y = y + lora_b(lora_a(self.lora_dropout[name](rows))) * scaling
+        return y.to(dtype)
+
+    def _forward_mixed(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor | str:
+        """Each sequence of the batch with its own adapter; or why not."""
+        if torch.compiler.is_compiling():
+            return "adapter_names in compiled code"
+        if x.dim() < 2 or len(adapter_names) != x.shape[0]:
+            # PEFT's own error.
+            return _NOTHING
+        held = cast(Any, self._modules["lora_A"])._modules
+        names = [n for n in dict.fromkeys(adapter_names) if n != "__base__" and n in held]
+        if not names:
+            return _NOTHING
+        base = self._base_operands(x)
+        if isinstance(base, str):
+            return base
+        adapters = []
+        for name in names:
+            adapter = self._adapter_operands(name, x, base)
+            if isinstance(adapter, str):
+                return adapter
+            if adapter.dropout_p > 0.0:
+                return "adapter_names with dropout in training mode"
+            if adapter.bias is not None:
+                return "adapter_names with lora_bias"
+            adapters.append(adapter)
+        slots = {name: slot for slot, name in enumerate(names)}
+        table = _table(
+            tuple([slots.get(name, -1) for name in adapter_names]),
+            math.prod(x.shape[1:-1]),
+            tuple([adapter.a.shape[0] for adapter in adapters]),
+            tuple([float(adapter.scaling) for adapter in adapters]),
+            x.device,
+        )
+        return _segmented_linear(
+            x.to(base.dtype),
+            base.weight,
+            *_stacked(adapters),
+            table,
+            base.bias,
+            fan_in_fan_out=base.transposed,
+        )
+
+    def _base_operands(self, x: Tensor) -> _Base | str:
+        """What the base layer computes with; or why its forward has to be called."""
+        if type(x) not in _PLAIN or x.is_nested or x.layout is not torch.strided:
+            return "x is no plain tensor"
+        # Dynamo knows nothing of these and needs none of them.
+        if not torch.compiler.is_compiling():
+            if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+                return "a transformation of torch.func, or a forward-mode derivative"
+            if torch.jit.is_tracing():
+                return "traced by torch.jit"
+        elif torch.compiler.is_exporting():
+            return "traced by torch.export"
+        if _has_any_global_hook():
+            return "a global hook on all modules"
+        layer: Any = self._modules["base_layer"]
+        transposed = _orientation(layer)
+        if isinstance(transposed, str):
+            return transposed
+        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        if type(weight) not in _PLAIN or not (bias is None or type(bias) in _PLAIN):
+            return "a weight of the base layer that is no plain Parameter"
+        if x.device != weight.device:
+            return "x and the base weight are on different devices"
+        if not _is_called_plainly(layer):
+            return "a hook, or a forward of its own, on the base layer"
+        dtype = x.dtype
+        if dtype not in _DTYPES or weight.dtype not in _DTYPES:
+            return f"x is {dtype}, the base weight {weight.dtype}"
+        if dtype != torch.float64 and autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            if weight.dtype == torch.float64:
+                return "a float64 weight under autocast"
+        elif dtype != weight.dtype:
+            return f"x is {dtype}, the base weight {weight.dtype}"
+        if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[0 if transposed else 1]:
+            return "shapes that do not fit"
+        return _Base(weight, bias, transposed, dtype)
+
+    def _adapter_operands(self, name: str, x: Tensor, base: _Base) -> _Adapter | str:
+        """What the adapter ``name`` computes with; or why its modules have to be called."""
+        variant = self.lora_variant.get(name)
+        if variant is not None:
+            return f"the adapter is a {type(variant).__name__}"
+        # Past nn.Module.__getattr__, which costs more than the lookup.
+        modules: dict[str, Any] = self._modules
+        lora_a = modules["lora_A"]._modules[name]
+        lora_b = modules["lora_B"]._modules[name]
+        dropout = modules["lora_dropout"]._modules[name]
+        if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+            return "lora_A or lora_B is no plain nn.Linear"
+        if type(dropout) is nn.Identity:
+            dropout_p = 0.0
+        elif type(dropout) is nn.Dropout:
+            dropout_p = dropout.p if dropout.training else 0.0
+        else:
+            return f"the dropout is a {type(dropout).__name__}"
+        if not (
+            _is_called_plainly(lora_a)
+            and _is_called_plainly(lora_b)
+            and _is_called_plainly(dropout)
+        ):
+            return "a hook, or a forward of its own, on a module of the adapter"
+        a: Any = lora_a._parameters.get("weight")
+        b: Any = lora_b._parameters.get("weight")
+        bias = lora_b._parameters.get("bias")
+        if (
+            type(a) not in _PLAIN
+            or type(b) not in _PLAIN
+            or not (bias is None or type(bias) in _PLAIN)
+            or lora_a._parameters.get("bias") is not None
+        ):
+            return "a weight of the adapter that is no plain Parameter"
+        device = x.device
+        if a.device != device or b.device != device:
+            return "x and the adapter are on different devices"
+        adapter_dtype = a.dtype
+        if adapter_dtype not in _DTYPES or b.dtype != adapter_dtype:
+            return f"lora_A is {adapter_dtype}, lora_B {b.dtype}"
+        if adapter_dtype != x.dtype and base.dtype == x.dtype:
+            # Outside autocast PEFT casts x, unless told not to; its result is then float64's, or
+            # its error.
+            if adapter_dtype == torch.float64:
+                return "a float64 adapter on another base"
+            if not self.cast_input_dtype_enabled:
+                return "the cast of x to the adapter's dtype is switched off"
+        scaling = self.scaling[name]
+        if isinstance(scaling, Tensor) and (scaling.requires_grad or scaling.dim() != 0):
+            return "a scaling that trains, or is no single number"
+        n, k = base.weight.shape[::-1] if base.transposed else base.weight.shape
+        if a.shape[1] != k or b.shape[0] != n or a.shape[0] != b.shape[1] or not dropout_p < 1.0:
+            return "shapes that do not fit, or dropout of everything"
+        return _Adapter(name, a, b, bias, scaling, dropout_p)
+
+    def _packed_copies(self, x: Tensor, base: _Base) -> Packed:
+        training = self.training
+        if self._pack_weight == "never" or (training and self._pack_weight == "eval"):
+            return None, None
+        # A traced call would make its copy a constant of the graph.
+        if base.dtype != base.weight.dtype or torch.compiler.is_compiling():
+            return None, None
+        packed = self._packed.get(base.weight, base.transposed)
+        if training and torch.is_grad_enabled():
+            return packed, self._packed.get(base.weight, base.transposed, for_dx=True)
+        return packed, None
+
+    # What PEFT writes into the base weight, it writes through .data, a small adapter perhaps in few
+    # places: the packed copies go first.
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        self._packed.drop()
+        super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        self._packed.drop()
+        super().unmerge()
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        # PiSSA, OLoRA and their like take their adapter out of the weight.
+        self._packed.drop()
+        super().update_layer(*args, **kwargs)
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        self._packed.drop()
+        super().set_base_weight(weight_data)
+
+    def train(self, mode: bool = True) -> FusedLinear:
+        if mode and self._pack_weight == "eval":
+            self._packed.drop()
+        super().train(mode)
+        return self
+
+
+def lora_layers(model: nn.Module) -> dict[str, lora.LoraLayer]:
+    """PEFT's LoRA layers by name; one that stands at several paths appears under its first."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, lora.LoraLayer)}
+
+
+def unsupported_reason(layer: Any) -> str | None:
+    """Why no call of this layer could be fused, or None if some could."""
+    if type(layer) not in (lora.Linear, FusedLinear):
+        return f"is a {type(layer).__name__}; lora.Linear is served"
+    if layer.quantization_backend is not None:
+        return "its base is quantised"
+    base = layer.base_layer
+    transposed = _orientation(base)
+    if isinstance(transposed, str):
+        return transposed
+    reason = our_nn.unsupported_reason(base)
+    if reason is not None:
+        return f"its base layer {reason}"
+    if type(base.weight) not in _PLAIN:
+        return f"its weight is a {type(base.weight).__name__}"
+    reason = offload_reason(layer) or offload_reason(base)
+    if reason is not None:
+        return reason
+    forward = vars(layer).get("forward")
+    if forward is not None and not _is_accelerate_hook(layer):
+        return "its forward was replaced on the instance"
+    variants = {name: type(v).__name__ for name, v in layer.lora_variant.items()}
+    if variants and variants.keys() >= layer.lora_A.keys():
+        return f"its adapter is a {', '.join(sorted(set(variants.values())))}"
+    return None
+
+
+def description(layer: Any) -> str:
+    """ "kind [out, in], adapters" of a swapped layer."""
+    adapters = []
+    for name, module in layer.lora_A.items():
+        variant = layer.lora_variant.get(name)
+        what = f"r={module.weight.shape[0]}" if variant is None else f"{type(variant).__name__}"
+        adapters.append(f"{name} {what}" + " by PEFT" * (variant is not None))
+    kind = type(layer.base_layer).__name__
+    return f"{kind} [{layer.out_features}, {layer.in_features}], {', '.join(adapters)}"
+
+
+def swap(layer: Any, calls: Calls, pack_weight: str) -> None:
+    """Make ``layer``, for which :func:`unsupported_reason` is None, a :class:`FusedLinear`."""
+    if not isinstance(layer, FusedLinear):
+        layer.__class__ = FusedLinear
+        layer._packed = PackedWeight()
+        _rebind(layer)
+    layer.kernel_calls = calls
+    if vars(layer).get("_pack_weight") != pack_weight:
+        layer._pack_weight = pack_weight
+        layer._packed.drop()
+
+
+def restore(layer: Any) -> None:
+    """Undo :func:`swap`."""
+    for name in ("kernel_calls", "_packed", "_pack_weight"):
+        vars(layer).pop(name, None)
+    layer.__class__ = lora.Linear
+    _rebind(layer)
+
+
+def _rebind(layer: Any) -> None:
+    # accelerate keeps the forward that it found, bound, and calls that one.
+    held = vars(layer).get("_old_forward")
+    if getattr(held, "__func__", None) in (lora.Linear.forward, FusedLinear.forward):
+        layer._old_forward = type(layer).forward.__get__(layer)
+
+
+def _is_accelerate_hook(module: nn.Module) -> bool:
+    state = vars(module)
+    held = getattr(state.get("_old_forward"), "__func__", None)
+    return "_hf_hook" in state and held is type(module).forward
+
+
+def _is_called_plainly(module: Any) -> bool:
+    """Whether calling ``module`` is running its class's forward, and nothing else."""
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return False
+    if "forward" not in module.__dict__:
+        return True
+    # With x on the weight's device, sending it there is nothing.
+    if not _is_accelerate_hook(module):
+        return False
+    hook = module._hf_hook
+    return (
+        type(hook).__name__ == "AlignDevicesHook"
+        and not hook.offload
+        and _is_device(hook.execution_device, module)
+    )
+
+
+def _is_device(device: Any, module: nn.Module) -> bool:
+    parameter = next(module.parameters(), None)
+    if device is None or parameter is None:
+        return True
+    wanted = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    index = wanted.index or 0
+    return wanted.type == parameter.device.type and index == (parameter.device.index or 0)
+
+
+def _orientation(module: nn.Module) -> bool | str:
+    """Whether the class of ``module`` keeps its weight as [in, out]; or why it is not served."""
+    known = _ORIENTATIONS.get(type(module))
+    if known is None:
+        known = any(matches(module) for matches in our_nn.TRANSPOSED_LINEARS)
+        if not known:
+            plain = type(module).forward is nn.Linear.forward
+            plain = plain or any(same(module) for same in our_nn.PLAIN_LINEARS)
+            if not plain or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+                return f"its base layer is a {type(module).__name__}"
+        _ORIENTATIONS[type(module)] = known
+    return known
+
+
+_ORIENTATIONS: dict[type, bool] = {nn.Linear: False}
+
+
+def _concatenated(adapters: list[_Adapter]) -> _Adapter:
+    """Adapters without dropout (or one with it) as one, whose rank is the sum of theirs."""
+    if len(adapters) == 1:
+        return adapters[0]
+    scaled = [t.b.to(torch.promote_types(t.b.dtype, torch.float32)) * t.scaling for t in adapters]
+    bias = None
+    for t in adapters:
+        if t.bias is not None:
+            bias = _add(bias, t.bias * t.scaling)
+    a, b = torch.cat([t.a for t in adapters]), torch.cat(scaled, dim=1)
+    return _Adapter("", a, b, bias, 1.0, 0.0)
+
+
+def _add(bias: Tensor | None, other: Tensor) -> Tensor:
+    return other if bias is None else bias + other
+
+
+@functools.lru_cache(maxsize=64)
+def _table(
+    slots: tuple[int, ...],
+    rows: int,
+    ranks: tuple[int, ...],
+    scales: tuple[float, ...],
+    device: torch.device,
+) -> SegmentTable:
+    """The table of a batch whose sequence i has ``rows`` rows of slot ``slots[i]``: one for all
+    layers with the same ranks and scales."""
+    # One made in inference mode could not be saved for a backward later.
+    with torch.inference_mode(False):
+        lengths = [rows] * len(slots)
+        return SegmentTable.from_lengths(slots, lengths, ranks, scales, device=device)
+
+
+def _stacked(adapters: list[_Adapter]) -> tuple[Tensor, Tensor]:
+    """A [S, r_max, K] and B [S, N, r_max], made in every call, see the module's docstring."""
+    if len(adapters) == 1:
+        return adapters[0].a.unsqueeze(0), adapters[0].b.unsqueeze(0)
+    a, b = [t.a for t in adapters], [t.b for t in adapters]
+    if any(t.dtype != a[0].dtype for t in a):
+        a, b = [t.float() for t in a], [t.float() for t in b]
+    rank = max(t.shape[0] for t in a)
+    a = [t if t.shape[0] == rank else F.pad(t, (0, 0, 0, rank - t.shape[0])) for t in a]
+    b = [t if t.shape[1] == rank else F.pad(t, (0, rank - t.shape[1])) for t in b]
+    return torch.stack(a), torch.stack(b)
+
+
+def _segmented_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    seg: SegmentTable,
+    bias: Tensor | None = None,
+    *,
+    fan_in_fan_out: bool = False,
+) -> Tensor:
+    """The base product and every row's own adapter on it: x [..., K] -> [..., N]."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = F.linear(rows, weight.t() if fan_in_fan_out else weight, bias)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, lora_a, lora_b)):
+        y = y + segmented_lora(rows, lora_a, lora_b, seg)
+    else:
+        segmented_lora(rows, lora_a, lora_b, seg, out=y)
+    return y.view(*x.shape[:-1], y.shape[1])
