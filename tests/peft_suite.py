@@ -48,7 +48,11 @@ FILES = (
     "test_bdlora.py",
     "test_velora.py",
 )
-SELECTION = "lora and not adalora and not randlora and not vblora and not gralora and not tinylora"
+SELECTION = "lora" + "".join(
+    f" and not {other}"
+    for other in ("adalora", "randlora", "vblora", "gralora", "tinylora", "unilora", "delora")
+    + ("gloraconfig",)
+)
 
 # What only PEFT's tests import: module -> distributions.
 IMPORTED = {

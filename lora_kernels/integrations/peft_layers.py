@@ -320,6 +320,13 @@ class FusedLinear(lora.Linear):
         super().train(mode)
         return self
 
+    def _get_name(self) -> str:
+        # What PEFT prints of it is known by heart to others' code.
+        return lora.Linear.__name__
+
+    def extra_repr(self) -> str:
+        return "on lora_kernels"
+
 
 def lora_layers(model: nn.Module) -> dict[str, lora.LoraLayer]:
     """PEFT's LoRA layers by name; one that stands at several paths appears under its first."""

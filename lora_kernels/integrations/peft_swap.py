@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..nn import check_pack_weight
+from ..packed import check_pack_weight
 
 logger = logging.getLogger("lora_kernels")
 
@@ -59,7 +59,7 @@ class Calls:
         return Calls()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Calls, ()
+        return type(self), ()
 
 
 @dataclass
