@@ -295,15 +295,11 @@ class FusedLinear(lora.Linear):
         return packed, None
 
     # What PEFT writes into the base weight, it writes through .data, a small adapter perhaps in few
-    # places: the packed copies go first.
+    # places: the packed copies go first. While merged none is made, so unmerging finds none.
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         self._packed.drop()
         super().merge(*args, **kwargs)
-
-    def unmerge(self) -> None:
-        self._packed.drop()
-        super().unmerge()
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         # PiSSA, OLoRA and their like take their adapter out of the weight.
