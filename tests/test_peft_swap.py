@@ -5,6 +5,7 @@ each step the swapped one has to be within the error budget, and to have answere
 """
 
 import copy
+import json
 import io
 import pickle
 import warnings
@@ -164,7 +165,13 @@ def test_names_and_files_are_pefts(family, tmp_path):
     assert "adapter_model.safetensors" in names
     assert names == sorted(p.name for p in (tmp_path / "ours").iterdir())
     for name in names:
-        assert (tmp_path / "stock" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
+        one, other = ((tmp_path / whose / name).read_bytes() for whose in ("stock", "ours"))
+        if name.endswith(".json"):
+            # PEFT keeps target_modules as a set, whose order a deep copy may change.
+            one, other = (json.loads(text) for text in (one, other))
+            for config in (one, other):
+                config["target_modules"] = sorted(config["target_modules"])
+        assert one == other
     loaded = peft.PeftModel.from_pretrained(models.build(family), tmp_path / "ours").eval()
     lk.accelerate_peft(loaded)
     assert torch.equal(models.logits(loaded), models.logits(ours))
@@ -255,9 +262,9 @@ def test_mixed_batches(family):
     with_b = sum("b" in layer.lora_A for layer in layers_of(stock))
     assert 0 < with_b < n
     names = ["b", "__base__", "default", "b"]
-    mixed = trio.check(n, op="segmented_lora_", adapter_names=names)
+    mixed = trio.check(n, op="segmented_linear_fwd", adapter_names=names)
     assert models.relative_difference(mixed[0], mixed[3]) > 0.01
-    trio.check(with_b, op="segmented_lora_", adapter_names=["b", "b", "__base__", "__base__"])
+    trio.check(with_b, op="segmented_linear_fwd", adapter_names=["b", "b", "__base__", "__base__"])
     trio.check(0, adapter_names=["__base__"] * 4)
     assert not trio.report.calls.fallen_back
     # Each sequence is what it is by itself.

@@ -37,7 +37,7 @@ from .. import nn as our_nn
 from ..functional import Packed, lora_linear
 from ..ops import autocast_enabled
 from ..packed import PackedWeight
-from ..segmented import segmented_lora
+from ..segmented import segmented_linear
 from ..segments import SegmentTable
 from .peft_swap import Calls
 from .transformers import offload_reason
@@ -180,13 +180,14 @@ class FusedLinear(lora.Linear):
             tuple([float(adapter.scaling) for adapter in adapters]),
             x.device,
         )
-        return _segmented_linear(
+        return segmented_linear(
             x.to(base.dtype),
             base.weight,
             *_stacked(adapters),
             table,
             base.bias,
             fan_in_fan_out=base.transposed,
+            packed=self._packed_copies(x, base),
         )
 
     def _base_operands(self, x: Tensor) -> _Base | str:
@@ -492,23 +493,3 @@ def _stacked(adapters: list[_Adapter]) -> tuple[Tensor, Tensor]:
     a = [t if t.shape[0] == rank else F.pad(t, (0, 0, 0, rank - t.shape[0])) for t in a]
     b = [t if t.shape[1] == rank else F.pad(t, (0, rank - t.shape[1])) for t in b]
     return torch.stack(a), torch.stack(b)
-
-
-def _segmented_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    seg: SegmentTable,
-    bias: Tensor | None = None,
-    *,
-    fan_in_fan_out: bool = False,
-) -> Tensor:
-    """The base product and every row's own adapter on it: x [..., K] -> [..., N]."""
-    rows = x.reshape(-1, x.shape[-1])
-    y = F.linear(rows, weight.t() if fan_in_fan_out else weight, bias)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, lora_a, lora_b)):
-        y = y + segmented_lora(rows, lora_a, lora_b, seg)
-    else:
-        segmented_lora(rows, lora_a, lora_b, seg, out=y)
-    return y.view(*x.shape[:-1], y.shape[1])
