@@ -5,8 +5,8 @@ each step the swapped one has to be within the error budget, and to have answere
 """
 
 import copy
-import json
 import io
+import json
 import pickle
 import warnings
 
