@@ -41,7 +41,7 @@ JSON_NAME, TABLE_NAME = "memory.json", "memory.md"
 PEFT, OURS, SWAPPED = "PEFT", "lora_kernels", "PEFT, accelerate_peft"
 
 # Of a cell: importing, building and training it, on a machine that does other things as well.
-CELL_SECONDS = 300
+CELL_SECONDS = 600
 
 # What two libraries may differ by in the loss of the first step, where both adapters add nothing
 # yet. It is bfloat16's step at the size of a loss; a wrong batch or model differs by far more.
