@@ -16,14 +16,14 @@ from .ops import autocast_enabled
 
 PACK_WEIGHT = ("eval", "always", "never")
 
-# What FSDP1 and FSDP2 leave on every module whose parameters they gather and free.
-_FSDP_MARK = "_is_fsdp_managed_module"
-
 
 class _Copy(NamedTuple):
     weight: weakref.ref[Tensor]
     data_ptr: int
     version: int
+    fan_in_fan_out: bool
+    # The weight with its inner axis first, as it was packed: a view, made once.
+    operand: Tensor
     panels: Tensor
 
 
@@ -46,22 +46,29 @@ class PackedWeight:
         (fake, sharded, being traced)."""
         if not _is_plain(weight) or weight.requires_grad or not cpu.packs(weight):
             return None
-        # The inner axis first: [K, N] for the forward, [N, K] for dX.
-        operand = weight.detach() if fan_in_fan_out != for_dx else weight.detach().t()
         held = self._copies.get(for_dx)
         if (
             held is not None
             and held.weight() is weight
             and held.data_ptr == weight.data_ptr()
             and held.version == weight._version
-            and torch.ops.lora_kernels_cpu.is_packed(operand, held.panels)
+            and held.fan_in_fan_out == fan_in_fan_out
+            and torch.ops.lora_kernels_cpu.is_packed(held.operand, held.panels)
         ):
             return held.panels
         # Gone before its successor comes, not after.
+        held = None
         self._copies.pop(for_dx, None)
+        # The inner axis first: [K, N] for the forward, [N, K] for dX.
+        operand = weight.detach() if fan_in_fan_out != for_dx else weight.detach().t()
         panels = torch.ops.lora_kernels_cpu.pack(operand)
         self._copies[for_dx] = _Copy(
-            weakref.ref(weight), weight.data_ptr(), weight._version, panels
+            weakref.ref(weight),
+            weight.data_ptr(),
+            weight._version,
+            fan_in_fan_out,
+            operand,
+            panels,
         )
         return panels
 
@@ -77,6 +84,15 @@ class PackedWeight:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedWeight, ()
+
+
+def gathered_by_fsdp(module: nn.Module) -> bool:
+    """Whether the parameters of ``module`` are whole for one call at a time: a packed copy would
+    hold what sharding frees, and be made anew by every call.
+
+    FSDP1 and FSDP2 leave this mark on every module they manage.
+    """
+    return "_is_fsdp_managed_module" in module.__dict__
 
 
 def _is_plain(weight: Tensor) -> bool:
@@ -126,7 +142,7 @@ class PackedLinear(nn.Linear):
         wanted = self._pack_weight == "always" or (
             self._pack_weight == "eval" and not self.training
         )
-        if wanted and _FSDP_MARK in self.__dict__:
+        if wanted and gathered_by_fsdp(self):
             self.drop_packed()
             return None, None
         # A traced call would make its copy a constant of the graph.

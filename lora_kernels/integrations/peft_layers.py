@@ -36,7 +36,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import nn as our_nn
 from ..functional import Packed, lora_linear
 from ..ops import autocast_enabled
-from ..packed import PackedWeight
+from ..packed import PackedWeight, gathered_by_fsdp
 from ..segmented import segmented_linear
 from ..segments import SegmentTable
 from .peft_swap import Calls
@@ -286,6 +286,9 @@ class FusedLinear(lora.Linear):
     def _packed_copies(self, x: Tensor, base: _Base) -> Packed:
         training = self.training
         if self._pack_weight == "never" or (training and self._pack_weight == "eval"):
+            return None, None
+        if gathered_by_fsdp(self):
+            self._packed.drop()
             return None, None
         # A traced call would make its copy a constant of the graph.
         if base.dtype != base.weight.dtype or torch.compiler.is_compiling():
