@@ -30,6 +30,8 @@ from .demo_stages import has_peft, load_model, load_tokenizer, rows_of, token_id
 # each batch of it.
 STREAM_SLOTS = 6
 STREAM_ADAPTERS, STREAM_BATCH = 5, 8
+# Sequences of each package in a training step.
+SEQUENCES = 2
 HELD_OUT_BLOCKS = 16
 ROUNDS = 3
 
@@ -68,13 +70,13 @@ def serve(settings: Settings) -> dict[str, Any]:
     stream = [stream_batch(i, texts, draw) for i in range(settings.stream_batches)]
     expected = Merged(settings, base, whole, stream)
 
-    everybody = new_store(settings, copy.deepcopy(base), len(texts))
+    everybody = new_store(settings, base, list(texts), len(texts))
     result["together"] = together(settings, everybody, whole, expected)
-    few = new_store(settings, copy.deepcopy(base), min(STREAM_SLOTS, len(texts)))
+    few = new_store(settings, base, list(texts), min(STREAM_SLOTS, len(texts)))
     result["stream"] = through(settings, few, stream, expected)
     runs = {FEW: store_run(settings, few, stream), ALL: store_run(settings, everybody, stream)}
     if has_peft():
-        runs[PEFT] = peft_run(settings, copy.deepcopy(base), stream)
+        runs[PEFT] = peft_run(settings, base, list(texts), stream)
     result["seconds"] = {name: [] for name in runs}
     for _ in range(ROUNDS):
         for name, run in runs.items():
@@ -106,7 +108,7 @@ def ranks(settings: Settings, texts: dict[str, Text]) -> dict[str, int]:
 
 
 def train(settings: Settings, base: Any, texts: dict[str, Text]) -> dict[str, Any]:
-    """One adapter for each package; every step has one sequence of each, and one backward."""
+    """One adapter for each package; every step has sequences of each, and one backward."""
     model = copy.deepcopy(base)
     store = lk.AdapterStore(model, len(texts), 2 * settings.rank, dtype=torch.float32)
     for name, rank in ranks(settings, texts).items():
@@ -114,18 +116,26 @@ def train(settings: Settings, base: Any, texts: dict[str, Text]) -> dict[str, An
     before = held_out_losses(store, texts)
     store.requires_grad_()
     model.train()
+    draw, steps, began = random.Random(settings.seed), 0, time.perf_counter()
     optimizer = torch.optim.AdamW(store.parameters(), settings.learning_rate, weight_decay=0.0)
-    draw = random.Random(settings.seed)
+
+    def share() -> float:
+        passed = (time.perf_counter() - began) / settings.package_seconds
+        return max(min(1.0, 1.0 - max(passed, steps / settings.package_steps)), 0.02)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: share() if steps else 0.2)
     answers: Counter[tuple[str, str, str]] = Counter()
-    began, steps = time.perf_counter(), 0
     for _ in tqdm(range(settings.package_steps), desc="an adapter for each package"):
-        ids = torch.stack([text.train[draw.randrange(len(text.train))] for text in texts.values()])
+        ids = torch.stack(
+            [text.train[i] for text in texts.values() for i in picks(draw, len(text.train))]
+        )
         with lk.record_plans() as recorded:
             losses_of(store, list(texts), ids).sum().backward()
         answers = answers or Counter((a.op, a.backend, a.plan) for a in recorded)
         optimizer.step()
         optimizer.zero_grad()
         steps += 1
+        schedule.step()
         if time.perf_counter() - began > settings.package_seconds:
             break
     seconds = time.perf_counter() - began
@@ -138,13 +148,17 @@ def train(settings: Settings, base: Any, texts: dict[str, Text]) -> dict[str, An
         "before": before,
         "after": after,
         "steps": steps,
-        "tokens_per_second": steps * len(texts) * settings.context / seconds,
+        "tokens_per_second": steps * ids.numel() / seconds,
         "answers": [[*which, count] for which, count in answers.items()],
     }
 
 
+def picks(draw: random.Random, count: int) -> list[int]:
+    return [draw.randrange(count) for _ in range(SEQUENCES)]
+
+
 def losses_of(store: lk.AdapterStore, names: Sequence[str], ids: Tensor) -> Tensor:
-    """The mean loss of each sequence, so that no adapter's depends on the others."""
+    """The mean loss of each adapter's sequences, so that none depends on the others."""
     ids = ids.to(store.model.device)
     with store.batch(names):
         y = store.model(input_ids=ids).logits
@@ -271,10 +285,11 @@ def clock(model: Any) -> float:
 # Serving.
 
 
-def new_store(settings: Settings, model: Any, slots: int) -> lk.AdapterStore:
-    store = lk.AdapterStore(model, slots, 2 * settings.rank)
-    for path in sorted(settings.adapters.iterdir()):
-        store.load(path.name, path)
+def new_store(settings: Settings, base: Any, names: Sequence[str], slots: int) -> lk.AdapterStore:
+    """A store of the saved adapters, on a copy of the base."""
+    store = lk.AdapterStore(copy.deepcopy(base), slots, 2 * settings.rank)
+    for name in names:
+        store.load(name, settings.adapters / name)
     return store
 
 
@@ -354,13 +369,12 @@ def store_run(
 
 
 def peft_run(
-    settings: Settings, model: Any, stream: Sequence[Sequence[Request]]
+    settings: Settings, base: Any, names: Sequence[str], stream: Sequence[Sequence[Request]]
 ) -> Callable[[], float]:
     """PEFT's own mixed batch, with all adapters loaded."""
-    first, *others = sorted(settings.adapters.iterdir())
-    model = with_peft_adapter(model, first, name=first.name)
-    for path in others:
-        model.load_adapter(str(path), adapter_name=path.name)
+    model = with_peft_adapter(copy.deepcopy(base), settings.adapters / names[0], name=names[0])
+    for name in names[1:]:
+        model.load_adapter(str(settings.adapters / name), adapter_name=name)
     model.eval()
 
     def run() -> float:
