@@ -227,6 +227,8 @@ def _register_reason(config: Config, problem: Problem, facts: DeviceFacts) -> st
             return _REGISTERS
         if half and masked and config.block_m > 16 and config.num_warps < 8:
             return _REGISTERS
+        if problem.slots and _mixed_tail_spills(config, problem, facts, masked):
+            return _REGISTERS
         if family(facts.arch) == "sm_100" and half and problem.aligned and not config.descriptors:
             return _REGISTERS
         if family(facts.arch) == "sm_100" and (config.block_m, config.block_k) == (64, 32):
@@ -236,6 +238,22 @@ def _register_reason(config: Config, problem: Problem, facts: DeviceFacts) -> st
     if nvidia and not problem.aligned and loaded > 2048:
         return _REGISTERS
     return None
+
+
+def _mixed_tail_spills(config: Config, problem: Problem, facts: DeviceFacts, masked: bool) -> bool:
+    """What a tail chosen row by row costs beside the base: a second accumulator, and its mask."""
+    arch, few = family(facts.arch), config.block_m == 16
+    if problem.dtype == "float32":
+        return _sm(facts.arch) < 1000 and (masked or (arch == "sm_100" and not problem.aligned))
+    if config.block_n > 128 or (masked and config.block_m * config.block_n > 64 * 64):
+        return True
+    if arch == "sm_80":
+        return few and not problem.aligned
+    if arch != "sm_90":
+        return False
+    if few and problem.aligned:
+        return not config.descriptors or (masked and config.block_k == 32)
+    return (config.block_m, config.block_n) == (64, 128)
 
 
 def _sm(arch: str) -> int:

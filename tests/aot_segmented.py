@@ -49,6 +49,13 @@ def variants(op: str) -> Iterator[Variant]:
     masked = op in ("segmented_shrink", "segmented_lora_dx", "segmented_lora_dab")
     base = Problem(op, 4096, sum(WIDTHS), 4096, r, "bfloat16", "float32", slots=SLOTS, slices=3)
     half = base._replace(adapter_dtype="bfloat16")
+    if op == "segmented_lora_pointers_":
+        # What is pointed to has its rows in memory; x may have them elsewhere.
+        yield Variant(base, "aligned")
+        yield Variant(half, "aligned")
+        yield Variant(half, "odd")
+        yield Variant(base._replace(dtype="float32"), "aligned")
+        return
     for problem in (base, half, half._replace(r=16)):
         for dropout in (False, True) if masked else (False,):
             yield Variant(problem._replace(dropout=dropout), "aligned")
@@ -60,6 +67,10 @@ def variants(op: str) -> Iterator[Variant]:
     single = base._replace(dtype="float32", dropout=masked)
     yield Variant(single, "aligned")
     yield Variant(single, "odd")
+
+
+# Operators of two launches, whose kernels take flags that no other has.
+_HALVES = ("segmented_lora_dx", "segmented_lora_pointers_")
 
 
 def calls(known: DeviceFacts) -> Iterator[tuple[Config, Problem, str, bool, int]]:
@@ -74,14 +85,15 @@ def calls(known: DeviceFacts) -> Iterator[tuple[Config, Problem, str, bool, int]
             for m in (32, 4096):
                 problem = variant.problem._replace(m=m, aligned=variant.layout == "aligned")
                 for config in tiled_configs(problem, known):
-                    if config.plan == "grouped" and op in DECODE_OPS:
+                    halves = config.plan == "grouped" and op in _HALVES
+                    if config.plan == "grouped" and op in DECODE_OPS and not halves:
                         continue
                     # What the chunk says is a number of iterations.
                     tile = dataclasses.replace(config, chunk=0)
                     key = tile, problem._replace(m=0), variant.layout, variant.packed
                     if key not in seen and invalid_reason(config, problem, known) is None:
                         seen.add(key)
-                        for launch in (0, 1) if op == "segmented_lora_dx" else (-1,):
+                        for launch in (0, 1) if halves else (-1,):
                             yield config, problem, variant.layout, variant.packed, launch
 
 
@@ -123,9 +135,8 @@ def products(kernel: str, c: dict[str, Any]) -> list[tuple[int, int, int]]:
         # dA, then dB
         return 2 * [(c["BLOCK_C"], c["BLOCK_R"], c["BLOCK_M"])]
     if kernel == "_lora_linear_kernel":
-        tails = c["SLICES"] if c["SUM_SLICES"] else 1
         tile = (c["BLOCK_M"], c["BLOCK_N"])
-        return [(*tile, c["BLOCK_R"])] * tails + [(*tile, c["BLOCK_K"])]
+        return [(*tile, c["BLOCK_R"]), (*tile, c["BLOCK_K"])]
     shrink, expand = [], []
     if "BLOCK_K" in c:
         shrink = [(c["BLOCK_M"], c["BLOCK_R"], c["BLOCK_K"])]

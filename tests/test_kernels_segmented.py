@@ -2,73 +2,40 @@
 adapter: compiled on a GPU, in Triton's interpreter (a process of its own) elsewhere."""
 
 import functools
-import importlib.metadata
-import importlib.util
-import os
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 # Below the skip: nothing of Triton's is imported where it is missing.
-import lora_kernels as lk  # noqa: E402
-from lora_kernels import cuda, ops, reference, segmented  # noqa: E402
-from lora_kernels.config import Config, is_valid  # noqa: E402
-from lora_kernels.device import DeviceFacts, facts  # noqa: E402
-from lora_kernels.kernels import segmented as forward  # noqa: E402
-from lora_kernels.kernels import segmented_bwd, segmented_decode  # noqa: E402
-from lora_kernels.problem import PROBLEM_OF  # noqa: E402
-from lora_kernels.segments import SegmentTable  # noqa: E402
-from lora_kernels.testing_segmented import SegmentedCase, check_segmented  # noqa: E402
+import segmented_kernels
+from segmented_kernels import (
+    CONFIGS,
+    DEVICE,
+    DTYPES,
+    GROUPED,
+    SIZE,
+    assert_red,
+    combinations,
+    launch,
+)
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+import lora_kernels as lk
+from lora_kernels import cuda, ops, reference, segmented
+from lora_kernels.config import DECODE_OPS, MIXED_LINEAR_OPS, Config, is_valid
+from lora_kernels.device import DeviceFacts, facts
+from lora_kernels.kernels import segmented as forward
+from lora_kernels.kernels import segmented_decode
+from lora_kernels.problem import PROBLEM_OF
+from lora_kernels.segments import SegmentTable
+from lora_kernels.testing_segmented import check_segmented
 
+pytestmark = segmented_kernels.SKIPS
 
-def release(package):
-    return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
-
-
-pytestmark = [
-    pytest.mark.skipif(
-        DEVICE == "cpu" and not INTERPRETED, reason="no GPU, and TRITON_INTERPRET=1 is not set"
-    ),
-    pytest.mark.skipif(
-        INTERPRETED and release("triton") < (3, 7) and release("numpy") >= (2, 4),
-        reason="the interpreter of Triton 3.6 fails with NumPy 2.4",
-    ),
-]
-
-# The interpreter multiplies bfloat16 by its raw bits.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
-
-GROUPED = Config("grouped", 32, 32, 16, 0, 3, 4, 2, block_r=16)
-CONFIGS = {
-    "grouped": GROUPED,
-    "grouped, whole": replace(GROUPED, split_k=1, block_r=64),
-    "decode": replace(GROUPED, plan="decode", chunk=32),
-    "decode, whole": replace(GROUPED, plan="decode", chunk=64, split_k=1, block_n=32, block_r=64),
-}
+OPERATORS = [op for op in ops.SEGMENTED_OPERATORS if op not in MIXED_LINEAR_OPS]
 DECODES = [name for name in CONFIGS if name.startswith("decode")]
-
-# Two tiles and a remainder in K and in the widths, two blocks of rows of one slot, and live ranks
-# of none, one, less than a tile, a tile and a remainder, two tiles, and more.
-RANKS = (33, 0, 1, 8, 41, 16)
-SIZE = SegmentedCase(150, 43, (37, 70, 16), RANKS, device=DEVICE)
-
-
-def launch(op, config, modules=(forward, segmented_bwd, segmented_decode)):
-    grouped, backward, decode = modules
-    module = backward if op == "segmented_lora_dab" else grouped
-    if config.plan == "decode":
-        module = decode
-    return functools.partial(getattr(module, op), config=config)
-
 
 VARIANTS = {
     "plain": {},
@@ -91,33 +58,19 @@ VARIANTS = {
 }
 
 
-def combinations(operators):
-    """(operator, variant, dtype). The interpreter takes seconds for one: there the dtypes alternate
-    from variant to variant and from operator to operator."""
-    for i, op in enumerate(operators):
-        for j, variant in enumerate(VARIANTS):
-            for k, dtype in enumerate(DTYPES):
-                if not INTERPRETED or (i + j + k) % len(DTYPES) == 0:
-                    yield op, variant, dtype
-
-
-@pytest.mark.parametrize(
-    ("op", "variant", "dtype"), [*combinations(ops.SEGMENTED_OPERATORS)], ids=str
-)
+@pytest.mark.parametrize(("op", "variant", "dtype"), [*combinations(OPERATORS, VARIANTS)], ids=str)
 def test_grouped(op, variant, dtype):
     case = replace(SIZE, dtype=dtype, **VARIANTS[variant])
     check_segmented(op, launch(op, CONFIGS["grouped"]), case)
 
 
-@pytest.mark.parametrize("op", ops.SEGMENTED_OPERATORS)
+@pytest.mark.parametrize("op", OPERATORS)
 def test_grouped_without_a_split(op):
     case = replace(SIZE, dtype=torch.float16)
     check_segmented(op, launch(op, CONFIGS["grouped, whole"]), case)
 
 
-@pytest.mark.parametrize(
-    ("op", "variant", "dtype"), [*combinations(["segmented_lora", "segmented_lora_"])], ids=str
-)
+@pytest.mark.parametrize(("op", "variant", "dtype"), [*combinations(DECODE_OPS, VARIANTS)], ids=str)
 def test_decode(op, variant, dtype):
     case = replace(SIZE, **({"m": 70, "dtype": dtype} | VARIANTS[variant]))
     for name in DECODES:
@@ -198,19 +151,7 @@ def test_bitwise_repeatable_and_counters_left_as_zeros(name, monkeypatch):
 
 @pytest.fixture
 def rows_apart(monkeypatch):
-    """NumPy's product gives a row other bits in another place of the matrix; a tensor core's
-    instruction does not, and neither does this one."""
-    if not INTERPRETED:
-        return
-    from triton.runtime import interpreter
-
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        x, w, acc = a.data.astype(np.float32), b.data.astype(np.float32), d.data.copy()
-        for k in range(x.shape[1]):
-            acc += x[:, k, None] * w[None, k, :]
-        return interpreter.TensorHandle(acc, d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    segmented_kernels.rows_apart(monkeypatch)
 
 
 @pytest.mark.usefixtures("rows_apart")
@@ -244,7 +185,7 @@ def test_the_backend_launches_what_it_ships(arch, plan, m):
     known = DeviceFacts("cuda", arch, arch, processors=4, shared_memory=shared)
     if DEVICE == "cuda":
         known = facts("cuda")
-    for op in ops.SEGMENTED_OPERATORS:
+    for op in OPERATORS:
         for packed, dtype in ((False, torch.float16), (True, torch.float32)):
             case = replace(SIZE, m=m, packed=packed, dtype=dtype)
             problem = PROBLEM_OF[op](**case.draw().arguments(op))
@@ -288,7 +229,7 @@ def test_the_functional_layer_trains_through_the_kernels(monkeypatch):
 SHRINK, EXPAND, LORA, DX, DAB = (
     f"segmented_{name}" for name in ("shrink", "expand", "lora", "lora_dx", "lora_dab")
 )
-IN_PLACE = "segmented_lora_"
+IN_PLACE, POINTERS = "segmented_lora_", "segmented_lora_pointers_"
 MISTAKES = {
     "the first slot's scale": (LORA, "grouped", {}, "table[1] + slot", "table[1] + 0 * slot"),
     "no scale": (LORA, "grouped", {}, "(acc * scale.to(tl.float32))", "acc"),
@@ -296,8 +237,8 @@ MISTAKES = {
         LORA,
         "grouped",
         {},
-        "slot.to(tl.int64) * pick(strides_at",
-        "0 * pick(strides_at",
+        "slot.to(tl.int64) * pick(strides, j",
+        "0 * pick(strides, j",
     ),
     "packed by the largest rank": (
         SHRINK,
@@ -399,39 +340,17 @@ MISTAKES = {
         "stop = within * CHUNK + 1",
     ),
     "no scale in the decode": (LORA, "decode", {}, "acc * scale, 0.0", "acc, 0.0"),
+    "B at the address of A": (POINTERS, "decode", {}, "* 5 + FIELD", "* 5"),
+    "rows of A a rank apart": (POINTERS, "grouped", {}, "tl.load(entry + 1", "tl.load(entry + 4"),
 }
-
-
-def broken_copies(tmp_path, sound, broken):
-    """The three modules with a mistake in whichever says it."""
-    modules, said = [], 0
-    for module in (forward, segmented_bwd, segmented_decode):
-        source = Path(module.__file__).read_text()
-        said += sound in source
-        path = tmp_path / Path(module.__file__).name
-        source = source.replace(sound, broken).replace(
-            "from .segmented import", "from .broken_segmented import"
-        )
-        path.write_text(source)
-        name = f"lora_kernels.kernels.broken_{path.stem}"
-        spec = importlib.util.spec_from_file_location(name, path)
-        modules.append(importlib.util.module_from_spec(spec))
-        sys.modules[name] = modules[-1]
-        spec.loader.exec_module(modules[-1])
-    assert said, "the kernel has changed: say the mistake anew"
-    return modules
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_broken_kernel_turns_the_check_red(mistake, tmp_path, monkeypatch):
     op, name, changes, sound, broken = MISTAKES[mistake]
-    for module in ("segmented", "segmented_bwd", "segmented_decode"):
-        monkeypatch.setitem(sys.modules, f"lora_kernels.kernels.broken_{module}", None)
-    modules = broken_copies(tmp_path, sound, broken)
     case = replace(SIZE, dtype=torch.float16, **changes)
     config = replace(CONFIGS[name], chunk=64)
-    with pytest.raises(AssertionError, match="segmented"):
-        check_segmented(op, launch(op, config, modules), case)
+    assert_red((op, sound, broken), config, case, tmp_path, monkeypatch)
 
 
 def no_grad(function):

@@ -250,8 +250,11 @@ def test_mixed_batches_get_a_valid_plan(facts, dtype, op):
         assert chosen in set(candidates(asked, facts))
         kernels = facts in (HOPPER, AMPERE, INSTINCT, TOMORROW) and dtype != "float64"
         few = op in config.DECODE_OPS and m <= config.SMALL_M and not dropout
-        expected = ("decode" if few else "grouped") if kernels else "reference"
-        assert chosen.plan == expected
+        expected = {"decode" if few else "grouped"} if kernels else {"reference"}
+        if kernels and op in config.MIXED_LINEAR_OPS:
+            expected = {"tail", "vendor"}
+            assert Config("vendor") in set(candidates(asked, facts))
+        assert chosen.plan in expected
 
 
 @pytest.mark.parametrize(
@@ -261,6 +264,13 @@ def test_mixed_batches_get_a_valid_plan(facts, dtype, op):
         ("decode", {"dropout": True}, "no dropout"),
         ("decode", {"m": 257}, "grow with the rows"),
         ("vendor", {}, "no call that mixes adapters"),
+        ("vendor", {"op": "segmented_linear_fwd", "dtype": "float64"}, "by the reference"),
+        ("grouped", {"op": "segmented_linear_fwd"}, "its tail comes from a shrink"),
+        (
+            Config("tail", 128, 256, 64, num_warps=8, descriptors=True),
+            {"op": "segmented_linear_fwd"},
+            "registers",
+        ),
         ("tail", {}, "mixes adapters"),
         ("grouped", {"slots": 0, "op": "lora_linear_fwd"}, "mixes no adapters"),
         (
@@ -284,6 +294,40 @@ def test_the_split_of_a_mixed_batch_does_not_depend_on_the_rows():
             for m in (1, 17, 64, 200)
         }
         assert len(found) == 1
+
+
+def test_the_base_of_a_mixed_batch_is_the_librarys_only_with_our_kernels_on_it():
+    asked = mixed(op="segmented_linear_fwd")
+    assert invalid_reason(Config("vendor"), asked, HOPPER) is None
+    assert "sm_80 and later" in invalid_reason(Config("vendor"), asked, VOLTA)
+    assert "Triton is not installed" in invalid_reason(Config("vendor"), asked, NO_TRITON)
+    assert "no call that mixes" in invalid_reason(Config("vendor"), asked, CPU)
+    for op, alone in (("fwd", "segmented_lora_"), ("dx", "segmented_lora_dx")):
+        part = asked._replace(op=f"segmented_linear_{op}", fan_in_fan_out=True).adapters()
+        assert part == asked._replace(op=alone)
+        with lk.force_plan("vendor"):
+            assert plan.unforced(part, HOPPER).plan in config.SEGMENTED_PLANS
+
+
+def test_a_tail_is_dearer_the_more_slots_a_tile_holds():
+    def estimate(**changes):
+        asked = mixed(op="segmented_linear_fwd", m=4096, **changes)
+        tails = [c for c in candidates(asked, HOPPER) if c.plan == "tail" and c.block_m == 128]
+        return min(plan.estimate_us(c, asked, HOPPER) for c in tails)
+
+    assert estimate(slots=1) < estimate(slots=64) < estimate(slots=64, r=256)
+
+
+def test_batch_invariance_pins_one_plan_for_the_base_as_well():
+    def chosen():
+        found = [mixed(op="segmented_linear_fwd", m=m) for m in (1, 16, 64, 65, 300, 8192)]
+        return {(plan.plan(p, HOPPER), plan.unforced(p.adapters(), HOPPER)) for p in found}
+
+    assert len(chosen()) > 1
+    with lk.batch_invariant(True):
+        ((pinned, adapters),) = chosen()
+        assert adapters.plan == "grouped"
+        assert pinned.split_k in (0, 1)
 
 
 def test_batch_invariance_pins_one_plan():
@@ -345,6 +389,27 @@ def test_tuning_measures_every_candidate_and_writes_the_best(op, dropout_p):
     assert plan.read_table(tune.table_path("cpu"))[measurement.problem.bucketed().key()]
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("op", ops.SEGMENTED_OPERATORS)
+def test_tuning_a_mixed_batch(op, dropout_p):
+    (measurement,) = tune.tune(
+        [(9, 24, (16, 5))],
+        [op],
+        r=4,
+        slots=3,
+        dtype=torch.float32,
+        dropout_p=dropout_p,
+        seconds=0.01,
+    )
+    asked, facts = measurement.problem, device.facts("cpu")
+    assert (asked.op, asked.m, asked.r, asked.slots, asked.slices) == (op, 9, 4, 3, 2)
+    draws = "rng" in str(getattr(torch.ops.lora_kernels, op).default._schema)
+    assert asked.dropout == (dropout_p > 0 and draws)
+    assert set(measurement.medians_us) == set(candidates(asked, facts))
+    assert plan.plan(asked, facts) == measurement.best
+    assert plan.read_table(tune.table_path("cpu"))[asked.bucketed().key()]
+
+
 def test_the_report_says_what_answers_and_why(capsys, monkeypatch):
     assert cli.main([]) == 0
     text = capsys.readouterr().out
@@ -364,10 +429,21 @@ def test_tune_from_the_command_line(capsys):
     assert len(plan.read_table(tune.table_path("cpu"))) == len(ops.OPERATORS)
 
 
+def test_tune_mixed_batches_from_the_command_line(capsys):
+    options = ["--shapes", "4x16x8+3,2x8x8", "--r", "2", "--dtype", "fp32", "--seconds", "0.01"]
+    chosen = ["--slots", "2", "--ops", "segmented_lora_,segmented_linear_fwd"]
+    assert cli.main(["tune", *options, *chosen]) == 0
+    assert "N 11 slots 2 slices 2" in capsys.readouterr().out
+    assert len(plan.read_table(tune.table_path("cpu"))) == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("tune --shapes 4x16", "'4x16' is not MxKxN"),
+        ("tune --shapes 4x16x8+8", "of batches with --slots"),
+        ("tune --shapes 4x16x8 --ops segmented_lora", "an operator with --slots"),
+        ("tune --shapes 4x16x8 --slots 2 --ops lora_shrink", "not an operator with --slots"),
         ("tune --shapes 4x16x0", "below 1"),
         ("tune --shapes 4x16x8 --dtype int8", "'int8' is none of"),
         ("tune --shapes 4x16x8 --ops lora_linear", "'lora_linear' is none of"),

@@ -169,8 +169,8 @@ def tails_of_tile(
         following = tl.load(table[4] + slot + 1)
         own = ((offs_m >= place) & (offs_m < following))[:, None]
         if SUM_SLICES:
-            for i in tl.static_range(SLICES):
-                b_ptr = b_ptrs[i] + slot.to(tl.int64) * strides_bt[i]
+            for i in tl.range(0, SLICES, num_stages=1):
+                b_ptr = pick(b_ptrs, i, SLICES) + slot.to(tl.int64) * pick(strides_bt, i, SLICES)
                 if PACKED:
                     b_ptr += (i * rank).to(tl.int64) * stride_br
                 # One stage: the walk is a step or two, and pipelined products have been
@@ -179,10 +179,10 @@ def tails_of_tile(
                     s_ptr + i * stride_sj, b_ptr, rows, inside, offs_n, width, rank, R,
                     stride_sm, 1, stride_bn, stride_br, BLOCK_M, BLOCK_N, BLOCK_R, False, 1,
                 )  # fmt: skip
+                keep = own
                 if HAS_MASK:
-                    keep = dropout_keep_rows(rng_ptr, i, logical, col, threshold, BLOCK_M, BLOCK_N)
-                    tail = tl.where(keep, tail, 0.0)
-                acc += tl.where(own, tail, 0.0)
+                    keep &= dropout_keep_rows(rng_ptr, i, logical, col, threshold, BLOCK_M, BLOCK_N)
+                acc += tl.where(keep, tail, 0.0)
         else:
             b_ptr = pick(b_ptrs, j, SLICES) + slot.to(tl.int64) * pick(strides_bt, j, SLICES)
             tail = expand_tile(
