@@ -35,6 +35,8 @@ class Variant:
     computes: ClassVar[Computes] = "lora"
     # Where it is measured unless told otherwise.
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    # Somebody else's code, whose failure is a reason and no failure of the run.
+    peer: ClassVar[bool] = False
     trainable: tuple[Tensor, ...] = ()
 
     def __init__(self, setting: Setting, inputs: Inputs) -> None:

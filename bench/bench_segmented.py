@@ -13,6 +13,8 @@ from lora_kernels import testing
 
 from .checks import rows_to_check
 from .measure import CapturedStep, Outputs, Rounds, Step, quartiles
+from .peers import tolerated
+from .peers_serving import MIXED_PEERS
 from .segmented_baselines import MIXED_VARIANTS, MixedVariant, Part
 from .segmented_cases import MixedInputs, MixedSetting, draw
 
@@ -35,12 +37,12 @@ def test_segmented_lora(mixed: MixedSetting, benchmark: Any, session: Any) -> No
     steps: dict[str, list[Step]] = {}
     missing: dict[str, str] = {}
     plans: dict[str, dict[str, str]] = {}
-    for key, variant in MIXED_VARIANTS.items():
+    for key, variant in (MIXED_VARIANTS | MIXED_PEERS).items():
         reason = variant.missing(mixed, device)
         if reason is not None:
             missing[key] = reason
             continue
-        with lk.record_plans() as answers:
+        with tolerated(variant, missing, steps), lk.record_plans() as answers:
             eager = [MixedStep(variant(mixed, one)) for one in sets]
             captured = device == "cuda" and variant.captured
             steps[key] = [CapturedStep(step) for step in eager] if captured else [*eager]

@@ -36,6 +36,8 @@ class MixedVariant:
     computes: ClassVar[Computes] = "mixed"
     # Whether a CUDA graph can hold it; else the host's time is in its own.
     captured: ClassVar[bool] = True
+    # Somebody else's code, whose failure is a reason and no failure of the run.
+    peer: ClassVar[bool] = False
     # The operators of ours that must have answered.
     operators: ClassVar[tuple[str, ...]] = ()
 
