@@ -14,7 +14,7 @@ from lora_kernels import testing
 from .checks import rows_to_check
 from .measure import CapturedStep, Outputs, Rounds, Step, quartiles
 from .peers import tolerated
-from .peers_serving import MIXED_PEERS
+from .peers_serving import mixed_peers
 from .segmented_baselines import MIXED_VARIANTS, MixedVariant, Part
 from .segmented_cases import MixedInputs, MixedSetting, draw
 
@@ -37,8 +37,8 @@ def test_segmented_lora(mixed: MixedSetting, benchmark: Any, session: Any) -> No
     steps: dict[str, list[Step]] = {}
     missing: dict[str, str] = {}
     plans: dict[str, dict[str, str]] = {}
-    for key, variant in (MIXED_VARIANTS | MIXED_PEERS).items():
-        reason = variant.missing(mixed, device)
+    for key, variant in (MIXED_VARIANTS | mixed_peers(device)).items():
+        reason = session.broken_peers.get(key) or variant.missing(mixed, device)
         if reason is not None:
             missing[key] = reason
             continue

@@ -14,10 +14,12 @@ import torch
 
 from lora_kernels.device import facts
 
-from . import cases, report, segmented_cases
+from . import cases, peers, peers_probe, report, segmented_cases
 from .baselines import VARIANTS, Variant, version
 from .cases import Setting
 from .measure import CpuClock, CudaClock, roofline
+from .peers_serving import mixed_peers
+from .peers_training import TRAINING_PEERS
 from .segmented_baselines import MIXED_VARIANTS, MixedVariant
 from .segmented_cases import MixedSetting
 
@@ -30,6 +32,7 @@ _GPU_ROUNDS = 200
 # A mixed batch, whose slowest rival takes tens of times as long as ours.
 _MIXED_SECONDS = 1.5
 _DEVICES = ("cpu", "cuda")
+_VARIANTS = VARIANTS | TRAINING_PEERS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -73,6 +76,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     add("--time-limit", metavar="S", help="skip the rows that would begin after S seconds")
     add("--bench-device", metavar="NAME", help="cpu or cuda; default cuda where there is one")
+    add(
+        "--peers",
+        metavar="DIR",
+        help="copies of others' kernels (python -m bench.fetch_peers), measured on a GPU; "
+        f"default {peers.DEFAULT_DIRECTORY.name} beside this file",
+    )
     add("--report-dir", metavar="DIR", help="where the report is written; default bench/out")
 
 
@@ -150,6 +159,8 @@ class Session:
         # Compiling takes longer than all else in a quick run.
         default = [key for key in _baselines(self.device) if not (self.quick and key == "compiled")]
         self.variants = [*(default if chosen is None else chosen), "fused"]
+        peers.use(Path(option("--peers") or peers.DEFAULT_DIRECTORY).resolve())
+        self.broken_peers: dict[str, str] = {}
         self.rounds = _parsed(config, "--rounds", _parse_count)
         clock = CudaClock if self.device == "cuda" else CpuClock
         warmup = _parsed(config, "--warmup", _parse_count)
@@ -167,10 +178,16 @@ class Session:
         self.started = time.time()
 
     def begin(self) -> None:
-        """Measure the machine; asked for by the first row, so collecting touches no device."""
+        """Measure the machine and try the peers; asked for by the first row, so collecting touches
+        no device."""
         self.clock = CudaClock() if self.device == "cuda" else CpuClock()
         dtypes = list(dict.fromkeys(setting.dtype for setting in self.settings))
         self.roofline = roofline(self.clock, self.device, dtypes)
+        if self.device == "cuda":
+            self.broken_peers = peers_probe.broken_here(
+                self.variants if self.settings else [],
+                list(mixed_peers("cuda")) if self.mixed_settings else [],
+            )
 
     def skip_if_late(self) -> None:
         if self.time_limit is not None and time.time() - self.started > self.time_limit:
@@ -246,13 +263,16 @@ class Session:
             "cache_bytes": self.clock.cache_bytes,
             "warmup": self.warmup,
             "variants": {
-                key: _described(VARIANTS[key])
-                | {"work": "adapter" if VARIANTS[key].computes == "lora" else "plain"}
+                key: _described(_VARIANTS[key])
+                | {"work": "adapter" if _VARIANTS[key].computes == "lora" else "plain"}
                 for key in self.variants
             },
             "rows": self.rows,
             "mixed": {
-                "variants": {key: _described(v) for key, v in MIXED_VARIANTS.items()},
+                "variants": {
+                    key: _described(variant)
+                    for key, variant in (MIXED_VARIANTS | mixed_peers(self.device)).items()
+                },
                 "rows": self.mixed_rows,
             },
             "unmeasured": self.unmeasured,
@@ -262,8 +282,11 @@ class Session:
 _SESSION = pytest.StashKey[Session]()
 
 
-def _described(variant: type[Variant] | type[MixedVariant]) -> dict[str, str]:
+def _described(variant: type[Variant] | type[MixedVariant]) -> dict[str, Any]:
     """What a report says about a variant."""
+    if variant.peer:
+        named = f"{variant.package} {peers.version(variant.package) or 'not copied'}"
+        return {"label": variant.label, "what": variant.what, "version": named, "peer": True}
     named = f"{variant.package} {version(variant.package)}"
     return {"label": variant.label, "what": variant.what, "version": named}
 
@@ -283,7 +306,7 @@ def _baselines(device: str | None = None) -> list[str]:
     """Those measured by default on a device, or all."""
     return [
         key
-        for key, variant in VARIANTS.items()
+        for key, variant in _VARIANTS.items()
         if key != "fused" and (device is None or device in variant.devices)
     ]
 

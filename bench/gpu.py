@@ -29,6 +29,7 @@ from pathlib import Path
 
 from . import report
 from .cases import GPU_SHAPES, QUICK_SHAPES
+from .peers import DEFAULT_DIRECTORY
 
 _ROOT = Path(__file__).parent.parent
 # What the whole run keeps back for starting Python and for writing down what was found.
@@ -83,12 +84,15 @@ class Stage:
         self.last_line = next((line for line in reversed(lines) if line), "")
 
 
-def stages(out: Path, bench_seconds: float, quick: bool) -> list[Stage]:
+def stages(
+    out: Path, bench_seconds: float, quick: bool, peers: Path = DEFAULT_DIRECTORY
+) -> list[Stage]:
     python = [sys.executable, "-m"]
     shapes = QUICK_SHAPES["cuda"] if quick else GPU_SHAPES
     shape_names = ",".join("x".join(map(str, shape)) for shape in shapes)
     bench = [*python, "pytest", "bench", "-q", "--bench-device", "cuda", "--report-dir", str(out)]
     bench += ["--time-limit", str(int(bench_seconds)), "--benchmark-columns", "median,iqr,rounds"]
+    bench += ["--peers", str(peers)]
     on_gpu = "(cuda or gpu or kernels) and bfloat16"
     tune = [*python, "lora_kernels", "tune", "--shapes", shape_names, "--seconds", "0.7"]
     return [
@@ -113,13 +117,13 @@ def _sanitizer_stages(python: list[str]) -> list[Stage]:
     ]
 
 
-def run(out: Path, minutes: float, quick: bool) -> int:
+def run(out: Path, minutes: float, quick: bool, peers: Path = DEFAULT_DIRECTORY) -> int:
     out.mkdir(parents=True, exist_ok=True)
     # An earlier run's must not pass for this one's.
     (out / report.JSON_NAME).unlink(missing_ok=True)
     whole = minutes * 60 - _RESERVE_S
     end = time.monotonic() + whole
-    planned = stages(out, _BENCH_SHARE * whole - _LAST_ROW_S, quick)
+    planned = stages(out, _BENCH_SHARE * whole - _LAST_ROW_S, quick, peers)
     for stage in planned:
         limit = min(stage.share * whole, end - time.monotonic())
         if limit < 5:
@@ -150,6 +154,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(default), help="default $OUT or bench/out")
     parser.add_argument("--minutes", type=float, default=10.0, help="for all of it; default 10")
     parser.add_argument("--quick", action="store_true", help="one shape: does all of it work?")
+    parser.add_argument(
+        "--peers", type=Path, default=DEFAULT_DIRECTORY, help="for pytest bench --peers"
+    )
     chosen = parser.parse_args()
     if chosen.minutes < 3:
         parser.error("--minutes: it takes three at least")
@@ -160,7 +167,7 @@ def main() -> None:
             f"bench.gpu needs a GPU, and torch {torch.__version__} sees none here; "
             "on a CPU, run: pytest bench"
         )
-    sys.exit(run(chosen.out.resolve(), chosen.minutes, chosen.quick))
+    sys.exit(run(chosen.out.resolve(), chosen.minutes, chosen.quick, chosen.peers.resolve()))
 
 
 if __name__ == "__main__":

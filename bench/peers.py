@@ -48,6 +48,10 @@ def use(directory: Path) -> None:
     _directory = directory
 
 
+def directory() -> Path:
+    return _directory
+
+
 def folder(name: str) -> Path:
     return _directory / name
 

@@ -507,6 +507,11 @@ class SglangTritonV2Table(PeerTable, SglangTritonV2):
     what = "triton_v2's prepare_lora_batch and route for a new batch, called by the host"
 
 
+def mixed_peers(device: str) -> dict[str, type[MixedVariant]]:
+    """Those that a device's rows have; on a CPU none, without a word."""
+    return MIXED_PEERS if device == "cuda" else {}
+
+
 MIXED_PEERS: dict[str, type[MixedVariant]] = {
     variant.key: variant
     for variant in (

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import bar, segmented_cases, segmented_report
+from . import bar, peers_report, segmented_cases, segmented_report
 from .cases import MODES
 from .picture import picture
 from .rows import (
@@ -37,7 +37,7 @@ from .rows import (
 JSON_NAME, MARKDOWN_NAME, PICTURE_NAME = "results.json", "report.md", "report.png"
 
 # What the fused layer's time is divided by.
-_RIVALS = ("plain", "packed", "addmm", "peft", "peft_fp32")
+_RIVALS = ("plain", "packed", "addmm", "peft", "peft_fp32", "lorafusion", "unsloth")
 # The quotients of a grid, cell by cell.
 _QUOTIENTS = (
     ("fused", "plain"),
@@ -209,6 +209,8 @@ def notes(content: Content) -> list[str]:
     for row in content["rows"]:
         setting = setting_of(row)
         for key, reason in row["missing"].items():
+            if peers_report.is_peer(content["variants"], key):
+                continue
             where = missing.setdefault(f"{content['variants'][key]['label']}: {reason}", {})
             where[f"{setting.dtype} {MODES[setting.mode]}"] = None
     lines = [f"no number for {what} ({', '.join(where)})" for what, where in missing.items()]
@@ -223,7 +225,7 @@ def notes(content: Content) -> list[str]:
     for outcome, names in content["unmeasured"].items():
         if names:
             lines.append(f"{outcome}, so no row: {', '.join(names)}")
-    return [*lines, *segmented_report.notes(content)]
+    return [*lines, *segmented_report.notes(content), *peers_report.lines(content)]
 
 
 def _is_restless(row: Row, ours: str) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .peers_report import is_peer
 from .rows import Content, Row, Table, median, milliseconds, plans, quotient, ratio
 from .segmented_cases import ADAPTERS, DECODE, GROUPS, PREFILL, RANK, MixedSetting, setting_of
 
@@ -20,6 +21,11 @@ _QUOTIENTS = (
     ("gather_fp32", "segmented"),
     ("gather", "segmented"),
     ("loop", "segmented"),
+    ("vllm", "segmented"),
+    ("sglang_csgmv", "segmented"),
+    ("sglang_csgmv_split", "segmented"),
+    ("sglang_triton", "segmented"),
+    ("sglang_triton_v2", "segmented"),
     ("gather_fp32_part", "segmented_part"),
     ("gather_part", "segmented_part"),
 )
@@ -138,6 +144,8 @@ def notes(content: Content) -> list[str]:
     missing: dict[str, list[str]] = {}
     for row in rows_of(content):
         for key, reason in row["missing"].items():
+            if is_peer(content["mixed"]["variants"], key):
+                continue
             what = f"{content['mixed']['variants'][key]['label']}: {reason}"
             missing.setdefault(what, []).append(str(setting_of(row)))
     return [f"no number for {what} ({', '.join(rows)})" for what, rows in missing.items()]
