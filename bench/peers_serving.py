@@ -437,9 +437,10 @@ class SglangCsgmvSplit(SglangCsgmv):
 
     @classmethod
     def missing(cls, setting: MixedSetting, device: str) -> str | None:
-        if setting.r != 32 or setting.k not in (4096, 12288) or setting.dtype != "bfloat16":
-            return "it splits K at rank 32 in bfloat16 and K of 4096 or 12288 alone"
-        return super().missing(setting, device)
+        reason = super().missing(setting, device)
+        if reason is None and (setting.r != 32 or setting.k not in (4096, 12288)):
+            return "it splits K of 4096 and 12288 at rank 32 alone"
+        return reason
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         _VARIABLES.set[_SPLIT_K] = True
