@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from triton.runtime import interpreter
 
 from bench import bench_lora_linear, bench_segmented, checks, peers
 from bench.cases import Setting
@@ -27,8 +28,7 @@ BATCHES = (
     MixedSetting("T2", "qkv", 21, 280, (160, 64, 64), 16, "modulo", 3, "float16"),
     MixedSetting("T2", "gate_up", 21, 280, (144, 144), 16, "modulo", 3, "float16"),
     MixedSetting("T2", "down", 21, 280, (144,), 32, "zipf", 7, "float16"),
-    # As few rows as a plan for a GPU treats in a way of its own; full tiles are masked there by what
-    # the interpreter takes for integers.
+    # As few rows as a GPU's plans have a way of their own for.
     MixedSetting("T4", "", 4, 1024, (200,), 16, "modulo", 4, "float16"),
     # More than a decoding batch has.
     MixedSetting("T3", "", 514, 64, (48, 48, 48), 16, "modulo", 4, "float16"),
@@ -54,6 +54,15 @@ def prepare() -> None:
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     torch.cuda.get_device_name = lambda device=None: "NVIDIA H200"
+    masked_load = interpreter.InterpreterBuilder.create_masked_load
+
+    def load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        # A number of Python's compared with a tensor makes a mask of integers here, and of bits
+        # where it is compiled.
+        mask.data = mask.data.astype(bool)
+        return masked_load(self, pointers, mask, *rest)
+
+    interpreter.InterpreterBuilder.create_masked_load = load
 
 
 def plan_as_on_hopper() -> None:
