@@ -185,8 +185,7 @@ class Session:
         self.roofline = roofline(self.clock, self.device, dtypes)
         if self.device == "cuda":
             self.broken_peers = peers_probe.broken_here(
-                self.variants if self.settings else [],
-                list(mixed_peers("cuda")) if self.mixed_settings else [],
+                self.variants, self.settings, list(mixed_peers("cuda")), self.mixed_settings
             )
 
     def skip_if_late(self) -> None:

@@ -22,8 +22,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import peers
@@ -78,6 +76,9 @@ def _capability(major: int) -> bool:
 
 @functools.cache
 def _vllm() -> Any:
+    import triton
+    import triton.language as tl
+
     logger = logging.getLogger("vllm")
     told_once = {"info_once": logger.info, "warning_once": logger.debug}
     # As they are where nobody sets them.

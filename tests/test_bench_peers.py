@@ -9,7 +9,6 @@ import importlib
 import os
 import subprocess
 import sys
-import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -241,35 +240,41 @@ def test_what_fails_in_a_training_step_has_a_reason_and_no_time(monkeypatch):
 
 
 PROBE = """
-import os, sys, time
-for key in sys.argv[1:]:
-    print("begin", key, flush=True)
-    if key == "dies":
-        print("broken an illegal memory access", flush=True)
-        os._exit(1)
-    if key == "aborts":
-        os.abort()
-    if key == "hangs":
-        time.sleep(60)
-    print("end", key, flush=True)
+import json, os, sys, time
+key, rows = sys.argv[1], json.load(sys.stdin)
+print(rows[0], flush=True)
+if key == "dies":
+    print("row-2: an illegal memory access", flush=True)
+    os._exit(1)
+if key == "aborts":
+    os.abort()
+if key == "hangs":
+    time.sleep(60)
 """
 
 
 def test_the_probe_finds_those_that_end_their_process():
-    command = [sys.executable, "-c", PROBE]
-    keys = ["well", "dies", "also_well", "hangs", "aborts", "last"]
-    start = time.monotonic()
-    found = peers_probe.broken(keys, command, seconds=5.0)
+    keys = ["well", "dies", "also_well", "hangs", "aborts"]
+    found = peers_probe.broken(keys, [sys.executable, "-c", PROBE], '["row-1"]', seconds=10.0)
     assert set(found) == {"dies", "hangs", "aborts"}
-    assert "illegal memory access" in found["dies"]
-    assert "stopped after 5 s" in found["hangs"] and "exit status" in found["aborts"]
-    assert time.monotonic() - start < 40
+    assert "exit status 1; row-2: an illegal memory access" in found["dies"]
+    assert "stopped after 10 s; row-1" in found["hangs"]
+    assert "exit status" in found["aborts"] and "row-1" in found["aborts"]
 
 
 def test_a_probe_that_tries_nothing_clears_nobody():
-    found = peers_probe.broken(["one", "two"], [sys.executable, "-c", "raise SystemExit(3)"])
-    assert set(found) == {"one", "two"} and "exit status 3" in found["one"]
-    assert not peers_probe.broken([], ["no-such-command"])
+    found = peers_probe.broken(["one"], [sys.executable, "-c", "raise SystemExit(3)"], "", 60.0)
+    assert "exit status 3; before its first row" in found["one"]
+    assert not peers_probe.broken([], ["no-such-command"], "", 60.0)
+
+
+def test_only_peers_with_a_copy_are_probed(copies):
+    rows = ["plain", *TRAINING_PEERS], [STEP], list(MIXED_PEERS), [SMALL]
+    assert not peers_probe.broken_here(*rows)
+    # No GPU is asked for the rows it is not to measure.
+    write(copies / "unsloth", {"PKG-INFO": "Version: 1\n"})
+    assert not peers_probe.broken_here(rows[0], [], *rows[2:])
+    assert list(peers_probe._rows("unsloth", {"training": [], "mixed": []})) == []
 
 
 def test_the_report_says_which_peer_ran_and_why_another_did_not():
