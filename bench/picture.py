@@ -34,6 +34,8 @@ _COLOURS = {
     "unpacked": "#a8cf5f",
     "always": "#2b8c96",
     "fused": "#1f8a4c",
+    "lorafusion": "#6c5fc7",
+    "unsloth": "#c9a227",
 }
 _ROWS_PER_PANEL = 9
 
@@ -157,7 +159,8 @@ def _bars(pyplot: Any, content: Content, rows_of: dict[str, list[Row]]) -> Any:
         for title, rows in rows_of.items()
         for i in range(0, len(rows), _ROWS_PER_PANEL)
     ]
-    keys = [key for key in content["variants"] if key != "plain"]
+    measured = {key for rows in rows_of.values() for row in rows for key in row["variants"]}
+    keys = [key for key in content["variants"] if key in measured and key != "plain"]
     figure, grid = pyplot.subplots(
         len(panels), 1, figsize=(13, 1.4 + 2.9 * len(panels)), squeeze=False, layout="constrained"
     )

@@ -157,7 +157,8 @@ HOW = """\
 All of it without gradients. Every row of the batch has an adapter, and every variant computes base
 + adapters, but for those called "alone": the adapters, added to the same y every time. Steps take
 turns among copies of the weight and of the adapters. The table is built once per batch for all
-layers, so its time is a column of its own and in no other. Before a row is timed, every variant is
+layers, so its time is a column of its own and in no other; the same holds for the metadata of other
+engines, which their hosts build. Before a row is timed, every variant is
 held against float64 (on a CPU up to 64 rows), with adapters whose part is as large as the base's.
 Rows of the populations arrive in a drawn order; identical: one adapter, distinct: one a row,
 uniform: sqrt(M) of them, zipf: each 1.5 times as popular as the next."""

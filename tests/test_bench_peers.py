@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ from bench import (
     peers_report,
     report,
 )
-from bench.baselines import Addmm
+from bench.baselines import VARIANTS, Addmm
 from bench.cases import Setting
 from bench.measure import CpuClock
 from bench.peers_serving import MIXED_PEERS
 from bench.peers_training import TRAINING_PEERS
+from bench.picture import picture
 from bench.segmented_baselines import Loop
 from bench.segmented_cases import MixedSetting
 from tests.test_bench_segmented import content, row
@@ -296,6 +297,22 @@ def test_the_report_says_which_peer_ran_and_why_another_did_not():
         assert text.count("no copy of sglang") == 1 and told in text
         # Its time, divided by ours.
         assert "vLLM" in text and "1.82" in text
+
+
+def test_the_picture_has_every_variant(tmp_path):
+    pytest.importorskip("matplotlib")
+    for key in (VARIANTS | TRAINING_PEERS).keys() - {"plain"}:
+        found = {name: {"median_s": 1e-3, "q1_s": 1e-3, "q3_s": 1e-3} for name in ("plain", key)}
+        run = {
+            "device": {"kind": "cuda", "name": "a GPU"},
+            "variants": {
+                name: {"label": name} for name in ("plain", key, "merged", "a peer without a row")
+            },
+            "rows": [{"setting": asdict(STEP), "variants": found}],
+            "date": "today",
+        }
+        picture(run, tmp_path / f"{key}.png")
+        assert (tmp_path / f"{key}.png").stat().st_size > 1000
 
 
 def test_the_run_on_a_gpu_passes_the_folder_on():
