@@ -310,6 +310,7 @@ def test_the_picture_has_every_variant(tmp_path):
             },
             "rows": [{"setting": asdict(STEP), "variants": found}],
             "date": "today",
+            "versions": {"torch": "2"},
         }
         picture(run, tmp_path / f"{key}.png")
         assert (tmp_path / f"{key}.png").stat().st_size > 1000
