@@ -21,9 +21,10 @@ def masked(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
     return torch.ops.lora_kernels_cpu.masked(x, rng, dropout_p)
 
 
+@functools.cache
 def native(op: str) -> Callable[..., Any]:
     """The C++ kernel of an operator: the operator's own arguments and results."""
-    return getattr(torch.ops.lora_kernels_cpu, op)
+    return getattr(torch.ops.lora_kernels_cpu, op).default
 
 
 @functools.cache

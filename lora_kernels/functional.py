@@ -97,7 +97,7 @@ def lora_linear(
         )
     y, _ = ops.lora_linear_fwd(
         rows_of(x, dtype),
-        weight.to(dtype),
+        weight if weight.dtype == dtype else weight.to(dtype),
         lora_a,
         lora_b,
         scale,
@@ -275,6 +275,26 @@ def check_rng(rng: Tensor, device: torch.device) -> Tensor:
     return rng.contiguous()
 
 
+_OPERANDS = ("x", "weight", "lora_a", "lora_b", "bias")
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _check_operand(name: str, tensor: Any, device: torch.device | None) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if is_dtensor(tensor):
+        raise TypeError(
+            f"{name} is a DTensor, and lora_linear computes on local tensors: under "
+            "fully_shard call the layer inside the sharded model's forward, which gathers its "
+            "parameters; for tensor parallelism leave the adapted layers out of the plan, or "
+            "pass each rank's own part (to_local())"
+        )
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor, not {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, x on {device}")
+
+
 def _check(
     x: Tensor,
     weight: Tensor,
@@ -285,28 +305,15 @@ def _check(
     fan_in_fan_out: bool,
 ) -> torch.dtype:
     """Raise on a wrong call, else return the compute dtype."""
-    for name, tensor in (
-        ("x", x),
-        ("weight", weight),
-        ("lora_a", lora_a),
-        ("lora_b", lora_b),
-        ("bias", bias),
-    ):
+    device = x.device if isinstance(x, Tensor) else None
+    operands: tuple[Any, ...] = (x, weight, lora_a, lora_b, bias)
+    for name, tensor in zip(_OPERANDS, operands, strict=True):
+        # The usual case first: this is on the path of every call.
         if tensor is None and name == "bias":
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
-        if is_dtensor(tensor):
-            raise TypeError(
-                f"{name} is a DTensor, and lora_linear computes on local tensors: under "
-                "fully_shard call the layer inside the sharded model's forward, which gathers its "
-                "parameters; for tensor parallelism leave the adapted layers out of the plan, or "
-                "pass each rank's own part (to_local())"
-            )
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating tensor, not {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+        if type(tensor) in _PLAIN and tensor.is_floating_point() and tensor.device == device:
+            continue
+        _check_operand(name, tensor, device)
     if x.dim() < 1 or weight.dim() != 2 or lora_a.dim() != 2 or lora_b.dim() != 2:
         raise ValueError(
             "lora_linear wants x [..., K] and 2-D weight, lora_a, lora_b: "
