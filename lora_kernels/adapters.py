@@ -158,7 +158,7 @@ class Room(NamedTuple):
     pinned: bool
 
     def weights(self, path: str, module: nn.Module, a: Tensor, b: Tensor, scale: float) -> Weights:
-        """In memory of their own: a file's tensors are the file, mapped, which may be written
+        """In memory of their own: the caller's tensors, or a file that is mapped, may be written
         again."""
         dtype = self.dtypes.get(path, _weight(module).dtype)
         own = [torch.empty(t.shape, dtype=dtype, pin_memory=self.pinned) for t in (a, b)]

@@ -218,7 +218,7 @@ def test_small_run_passes_its_checks(small_run):
     status, _, content = small_run
     assert status == 0
     assert all(check.passed for check in demo_report.checks(content))
-    assert len(demo_report.checks(content)) == (15 if HAS_PEFT else 14)
+    assert len(demo_report.checks(content)) == (16 if HAS_PEFT else 15)
 
 
 def test_small_run_writes_its_files(small_run):
@@ -350,6 +350,7 @@ def test_a_failed_check_shows(small_run, monkeypatch, capsys, tmp_path, key, val
         ("stream", "same_tokens", 31),
         ("stream", "back_again", 0),
         ("after", "asyncio", 99.0),
+        ("others", "asyncio", -99.0),
     ],
 )
 def test_a_failed_check_of_serving_shows(

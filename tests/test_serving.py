@@ -316,6 +316,21 @@ def test_rslora_and_what_the_file_owns(zoo, tmp_path):
     assert models.relative_difference(y.double(), exact) < 1e-5
 
 
+def test_a_state_dict_that_changes_later_is_no_matter(zoo):
+    theirs = peft.PeftModel.from_pretrained(zoo.base(), zoo.directory / "a")
+    tensors = peft.get_peft_model_state_dict(theirs)
+    store = lk.AdapterStore(zoo.base(), max_adapters=1, max_rank=16)
+    store.load("c", zoo.directory / "c")
+    store.load("a", tensors, config=theirs.peft_config["default"])
+    assert store.resident == ["c"]
+    for tensor in tensors.values():
+        tensor.fill_(float("nan"))
+    batch = models.batch_for(store.model, rows=1)
+    with store.batch(["a"]):
+        y = models.logits(store.model, batch)
+    zoo.check(torch.cat([y, y]), ["a"], {k: torch.cat([v, v]) for k, v in batch.items()})
+
+
 def test_half_precision_base(zoo):
     model = zoo.base().to(torch.bfloat16)
     store = zoo.store(model)

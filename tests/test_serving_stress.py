@@ -310,6 +310,15 @@ def test_a_nested_batch_does_not_wait_behind_one_that_waits_for_it():
     assert not waiting.is_alive()
 
 
+def test_a_replaced_adapters_slot_is_free_when_its_batches_have_ended():
+    slots, r, calls = new_slots(2, "ab")
+    with use(slots, r["a"]), slots.condition:
+        slots.replace(r["a"], r["b"])
+        assert (r["a"].slot, r["b"].slot, slots.free()) == (0, 1, 0)
+    assert (r["a"].slot, r["b"].slot, slots.free()) == (None, 1, 1)
+    assert slots.residents() == [r["b"]] and not slots._holds
+
+
 def test_trained_values_are_written_back_once():
     slots, r, calls = new_slots(1, "ab")
     with use(slots, r["a"]):

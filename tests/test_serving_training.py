@@ -276,6 +276,11 @@ def test_nobody_is_evicted_while_training_and_what_was_trained_survives_eviction
         store.create("e", r=2)
     with pytest.raises(RuntimeError, match="no slot is free for 'e'"):
         store.load("e", directory / "c")
+    snapshot = models.Snapshot(store.model)
+    with pytest.raises(RuntimeError, match="no slot is free for 'e'"):
+        # It would be the first with this layer, which is then left as it was.
+        store.create("e", r=2, target_modules=["lm_head"])
+    snapshot.assert_unchanged()
     assert store.names == list("abcd") == sorted(store.resident)
     steps = torch.optim.SGD(store.parameters(), lr=0.1)
     batch = models.batch_for(store.model, rows=4)
