@@ -10,6 +10,7 @@ from torch import Tensor
 
 import lora_kernels as lk
 from lora_kernels import testing
+from lora_kernels.config import MIXED_LINEAR_OPS
 
 from .checks import rows_to_check
 from .measure import CapturedStep, Outputs, Rounds, Step, quartiles
@@ -62,8 +63,10 @@ def test_segmented_lora(mixed: MixedSetting, benchmark: Any, session: Any) -> No
         )
     if device != "cuda":
         # A replayed graph asks no planner: what was captured is what was timed.
-        segmented = [answer for answer in answers if answer.op == "segmented_lora_"]
-        plans_of(segmented, device, ("segmented_lora_",))
+        for key in ("segmented", "fused"):
+            if key in steps:
+                operators = MIXED_VARIANTS[key].operators
+                plans_of((a for a in answers if a.op in operators), device, operators)
     measured = {key: quartiles(found) for key, found in rounds.samples.items()}
     benchmark.extra_info.update(session.add_mixed(mixed, measured, missing, plans))
 
@@ -131,6 +134,8 @@ def plans_of(
     for answer in answers:
         assert answer.backend == device, f"answered by {answer.backend}, not {device}: {answer}"
         own = answer.plan == "native" if device == "cpu" else answer.plan not in _NOT_OURS
+        # The library's GEMM, and our kernels that add the adapters to it.
+        own |= device == "cuda" and answer.op in MIXED_LINEAR_OPS and answer.plan == "vendor"
         assert own or not answer.op.startswith("segmented"), f"answered by {answer.plan}: {answer}"
         plan = plans.setdefault(answer.op, answer.plan)
         assert plan == answer.plan, f"{answer.op} was answered by {plan}, then by {answer.plan}"

@@ -4,7 +4,7 @@
 
 1. the tests of the GPU in bfloat16;
 2. ``python -m lora_kernels tune`` for the shapes of the report, its tables in DIR/plans, with and
-   without dropout;
+   without dropout, and for its batches that mix 8 adapters;
 3. ``pytest bench`` with those tables: results.json, report.md, report.png. Others' kernels are in
    it where their copies were carried along (``--peers``, made by ``bench.fetch_peers``);
 4. ``compute-sanitizer`` (memcheck, then racecheck) over the smallest kernel tests, where it is
@@ -31,6 +31,7 @@ from pathlib import Path
 from . import report
 from .cases import GPU_SHAPES, QUICK_SHAPES
 from .peers import DEFAULT_DIRECTORY
+from .segmented_cases import ADAPTERS, mixed_settings
 
 _ROOT = Path(__file__).parent.parent
 # What the whole run keeps back for starting Python and for writing down what was found.
@@ -97,12 +98,33 @@ def stages(
     on_gpu = "(cuda or gpu or kernels) and bfloat16"
     tune = [*python, "lora_kernels", "tune", "--shapes", shape_names, "--seconds", "0.7"]
     return [
-        Stage("tests in bfloat16", [*python, "pytest", "tests", "-q", "-k", on_gpu], 0.2),
+        Stage("tests in bfloat16", [*python, "pytest", "tests", "-q", "-k", on_gpu], 0.16),
         Stage("tune with dropout", [*tune, "--dropout", "0.1"], 0.12, tuned=True),
         Stage("tune", tune, 0.12, tuned=True),
+        *_mixed_stages(python, quick),
         Stage("bench", bench + ["--quick"] * quick, _BENCH_SHARE, tuned=True),
         *_sanitizer_stages(python),
         Stage("all tests", [*python, "pytest", "tests", "-q"], 1.0),
+    ]
+
+
+def _mixed_stages(python: list[str], quick: bool) -> list[Stage]:
+    """Tuning of the report's batches of 8 adapters (the populations have others, and keep the
+    heuristic), rank by rank."""
+    shapes: dict[int, list[str]] = {}
+    for setting in mixed_settings("cuda", quick=quick):
+        if setting.adapters == ADAPTERS and setting.population == "modulo":
+            shapes.setdefault(setting.r, []).append(setting.shape)
+    tune = [*python, "lora_kernels", "tune", "--slots", str(ADAPTERS), "--seconds", "0.4"]
+    tune += ["--ops", "segmented_lora_,segmented_linear_fwd"]
+    return [
+        Stage(
+            f"tune mixed rank {r}",
+            [*tune, "--r", str(r), "--shapes", ",".join(found)],
+            0.08 / len(shapes),
+            tuned=True,
+        )
+        for r, found in sorted(shapes.items())
     ]
 
 

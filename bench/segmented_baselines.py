@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 import lora_kernels as lk
 from lora_kernels import _native, cpu
+from lora_kernels.config import Config, invalid_reason
+from lora_kernels.device import facts
+from lora_kernels.packed import PackedWeight
+from lora_kernels.problem import Problem
 
 from .segmented_cases import MixedInputs, MixedSetting
 
@@ -113,6 +117,35 @@ class PackedBase(Ours):
         if cpu.packs(torch.empty(0, dtype=getattr(torch, setting.dtype))):
             return None
         return f"no weight is packed here: {_native.why_not() or setting.dtype}"
+
+
+class Fused(MixedVariant):
+    key, label = "fused", "ours, fused"
+    what = "segmented_linear: base and adapters in one operator, on a CPU over a packed weight"
+    package = "lora_kernels"
+    operators = ("segmented_linear_fwd",)
+
+    def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
+        super().__init__(setting, inputs)
+        self.table = inputs.table()
+        self.packed = PackedWeight().get(inputs.weight, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs, packed = self.inputs, (self.packed, None)
+        return lk.segmented_linear(
+            x, inputs.weight, inputs.lora_a, inputs.lora_b, self.table, packed=packed
+        )
+
+    @classmethod
+    def missing(cls, setting: MixedSetting, device: str) -> str | None:
+        if device != "cpu":
+            return None
+        s, dtype = setting, setting.dtype
+        slots, slices = s.adapters, len(s.widths)
+        problem = Problem(
+            cls.operators[0], s.m, s.n, s.k, s.r, dtype, dtype, slots=slots, slices=slices
+        )
+        return invalid_reason(Config("native"), problem, facts("cpu"))
 
 
 class Peft(MixedVariant):
@@ -270,6 +303,7 @@ MIXED_VARIANTS: dict[str, type[MixedVariant]] = {
     for variant in (
         Plain,
         PackedBase,
+        Fused,
         Peft,
         GatherFloat32,
         Gather,

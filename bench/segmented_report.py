@@ -17,6 +17,7 @@ from .segmented_cases import ADAPTERS, DECODE, GROUPS, PREFILL, RANK, MixedSetti
 _QUOTIENTS = (
     ("segmented", "plain"),
     ("packed", "plain"),
+    ("fused", "plain"),
     ("peft", "segmented"),
     ("gather_fp32", "segmented"),
     ("gather", "segmented"),

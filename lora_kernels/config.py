@@ -108,6 +108,9 @@ def invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str 
             return "the library has no call that mixes adapters"
         # The base is the library's, the adapters are added by our kernels.
         return _tiled_invalid_reason(Config("grouped"), problem.adapters(), facts)
+    by_address = problem.op == "segmented_lora_pointers_" and facts.kind != "cpu"
+    if config.plan == "reference" and by_address:
+        return "it reads addresses of this process's memory alone"
     if config.plan in ("native", "vendor"):
         if problem.dtype == "float64":
             return "float64 is computed by the reference"

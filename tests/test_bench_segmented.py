@@ -10,7 +10,7 @@ import torch
 
 import lora_kernels as lk
 from bench import bench_segmented, report, segmented_report
-from bench.segmented_baselines import MIXED_VARIANTS, Loop, Ours, OursPart, Plain
+from bench.segmented_baselines import MIXED_VARIANTS, Fused, Loop, Ours, OursPart, Plain
 from bench.segmented_cases import (
     DECODE,
     POPULATIONS,
@@ -23,6 +23,8 @@ from bench.segmented_cases import (
     setting_of,
     slots_of,
 )
+from lora_kernels.config import Config
+from lora_kernels.problem import Problem
 
 SMALL = MixedSetting("T2", "qkv", 70, 96, (64, 48), 8, "modulo", 5, "float32")
 
@@ -196,6 +198,24 @@ def test_an_answer_by_the_reference_is_refused():
         bench_segmented.MixedStep(Plain(SMALL, inputs))()
     with pytest.raises(AssertionError, match="never called"):
         bench_segmented.plans_of(answers, "cpu", Ours.operators)
+
+
+def answer(op, plan, backend="cuda"):
+    asked = Problem(op, 8, 64, 64, 8, "bfloat16", "bfloat16", slots=4)
+    return lk.Answer(backend, Config(plan), asked)
+
+
+def test_the_librarys_base_is_ours_with_our_kernels_on_it_alone():
+    fused = Fused.operators
+    for plan in ("vendor", "tail"):
+        assert bench_segmented.plans_of([answer(*fused, plan)], "cuda", fused) == {fused[0]: plan}
+    for wrong in (
+        answer(*fused, "reference", "reference"),
+        answer(*fused, "vendor", "cpu"),
+        answer("segmented_lora_", "vendor"),
+    ):
+        with pytest.raises(AssertionError, match="answered by"):
+            bench_segmented.plans_of([wrong], "cuda", (wrong.op,))
 
 
 def test_copies_share_x_alone():

@@ -9,7 +9,7 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels import ops
-from lora_kernels.config import candidates
+from lora_kernels.config import MIXED_LINEAR_OPS, candidates
 from lora_kernels.device import facts
 from lora_kernels.problem import PROBLEM_OF
 from lora_kernels.segments import SegmentTable
@@ -187,11 +187,19 @@ def test_every_candidate_of_the_planner_for_a_mixed_batch(op, m, dropout_p, dtyp
             with lk.force_plan(config):
                 check_segmented(op, getattr(ops, op), case, backend=backend)
             tried.add(config.plan)
-        assert "grouped" in tried
+        if op in MIXED_LINEAR_OPS:
+            assert "vendor" in tried and ("tail" in tried or dtype == torch.float32)
+        else:
+            assert "grouped" in tried
 
 
-@pytest.mark.parametrize("plan", ["grouped", "decode"])
-@pytest.mark.parametrize("op", ["segmented_lora", "segmented_lora_"])
+@pytest.mark.parametrize(
+    ("op", "plan"),
+    [
+        *itertools.product(["segmented_lora", "segmented_lora_"], ["grouped", "decode"]),
+        *itertools.product(MIXED_LINEAR_OPS, ["tail", "vendor"]),
+    ],
+)
 def test_graph_replay_takes_another_mapping(op, plan):
     """The table is refilled in place between replays, with other slots, ranks and scales."""
     case = replace(MIXED, m=64, dtype=torch.bfloat16, ranks=(16, 0, 32, 8, 64, 16), r_max=64)
@@ -212,7 +220,7 @@ def test_graph_replay_takes_another_mapping(op, plan):
         results = run()
     for seed, ranks in ((1, (8, 64, 0, 33, 16, 1)), (2, (1, 1, 2, 0, 3, 5))):
         fresh = replace(case, seed=seed, ranks=ranks).draw()
-        for name in ("x", "y"):
+        for name in ("x", "y", "dy", "weight"):
             getattr(inputs, name).copy_(getattr(fresh, name))
         if "y" in arguments:
             arguments["y"].copy_(fresh.y)
@@ -228,8 +236,51 @@ def test_graph_replay_takes_another_mapping(op, plan):
         eager = naive_segmented(fresh, op, torch.bfloat16)
         for number, result in enumerate(ours):
             assert_within_budget(f"{op} {number}", result, eager[number], exact[number])
+        if op in MIXED_LINEAR_OPS:
+            continue
         bare = fresh.bare()
         assert torch.equal(ours[0][bare], fresh.y[bare] if results is None else 0 * fresh.y[bare])
+
+
+@pytest.mark.parametrize("plan", ["grouped", "decode"])
+def test_graph_replay_takes_a_hot_swap(plan):
+    """Slots are pointed to other adapters between replays, of other ranks, and emptied."""
+    op = "segmented_lora_pointers_"
+    case = replace(MIXED, m=64, dtype=torch.bfloat16, ranks=(16, 4, 32, 8, 64, 16), r_max=64)
+    inputs = case.draw()
+    arguments, pointers = inputs.arguments(op), inputs.pointers
+
+    def run():
+        with lk.force_plan(plan):
+            ops.segmented_lora_pointers_(**arguments)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for seed, ranks in ((1, (8, 64, 0, 33, 16, 1)), (2, (64, 1, 2, 0, 3, 5))):
+        fresh = replace(case, seed=seed, ranks=ranks).draw()
+        arguments["x"].copy_(fresh.x)
+        arguments["y"].copy_(fresh.y)
+        for slot, rank in enumerate(ranks):
+            pointers.clear_(slot)
+            if rank and slot < len(ranks) - 1:
+                a = [fresh.slice_of_a(slot, j).clone() for j in range(len(case.widths))]
+                pointers.set_(slot, a, [b[slot, :, :rank].clone() for b in fresh.lora_b])
+        seg = fresh.seg
+        # What the slots' pointers hold cuts the table's ranks, which stay at the most there are.
+        most = torch.full_like(seg.rank_of_slot, 64)
+        inputs.seg.update_(seg.slot_of_row, most, seg.scale_of_slot, validate=False)
+        graph.replay()
+        exact = naive_segmented(fresh, op, torch.float64)
+        eager = naive_segmented(fresh, op, torch.bfloat16)
+        assert_within_budget(op, arguments["y"], eager[0], exact[0])
+        bare = fresh.bare()
+        assert torch.equal(arguments["y"][bare], fresh.y[bare])
 
 
 def test_a_schedule_built_inside_a_graph():
@@ -266,7 +317,51 @@ def test_a_row_has_the_same_bits_in_every_batch(plan):
         assert torch.equal(delta(torch.tensor([7], device="cuda")), whole[7:8])
 
 
-@pytest.mark.parametrize("plan", ["grouped", "decode"])
+@pytest.mark.parametrize("op", MIXED_LINEAR_OPS)
+def test_a_row_has_the_same_bits_under_a_base_of_ours(op):
+    """The tail plan's base is ours as well, so that the whole row depends on no other."""
+    inputs = replace(MIXED, dtype=torch.bfloat16).draw()
+    given, name = inputs.arguments(op), "x" if op == "segmented_linear_fwd" else "dy"
+
+    def result(rows):
+        table = inputs.seg
+        seg = SegmentTable.from_rows(
+            table.slot_of_row[rows], table.rank_of_slot, table.scale_of_slot
+        )
+        arguments = given | {name: given[name][rows], "table": seg.tensors()}
+        return getattr(ops, op)(**arguments)[0]
+
+    problem = PROBLEM_OF[op](**given)
+    config = next(c for c in candidates(problem, facts("cuda")) if c.plan == "tail")
+    with lk.force_plan(config):
+        whole = result(torch.arange(150, device="cuda"))
+        for rows in ([149], [3, 77], list(range(149, -1, -2))):
+            rows = torch.tensor(rows, device="cuda")
+            assert torch.equal(result(rows), whole[rows])
+
+
+@pytest.mark.parametrize("plan", ["tail", "vendor"])
+def test_rows_of_a_mixed_batch_beyond_two_to_the_31(plan):
+    """x and y have more than 2^31 elements; the last rows, of several slots, are compared."""
+    k, n, r = 4096, 4096, 16
+    m = 2**31 // k + 300
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free memory")
+    small = SegmentedCase(512, k, (n,), (r, 8, r), torch.bfloat16, device="cuda").draw()
+    x = torch.zeros(m, k, dtype=torch.bfloat16, device="cuda")
+    x[-512:] = small.x
+    slots = torch.full((m,), -1, device="cuda")
+    slots[-512:] = small.seg.slot_of_row
+    seg = SegmentTable.from_rows(slots, small.seg.rank_of_slot, small.seg.scale_of_slot)
+    given = small.arguments("segmented_linear_fwd") | {"x": x, "table": seg.tensors()}
+    with lk.force_plan(plan):
+        y, _ = ops.segmented_linear_fwd(**given)
+    exact = naive_segmented(small, "segmented_linear_fwd", torch.float64)
+    eager = naive_segmented(small, "segmented_linear_fwd", torch.bfloat16)
+    assert_within_budget("the last rows", y[-512:], eager[0], exact[0])
+
+
+@pytest.mark.parametrize("plan", ["grouped", "decode", "tail"])
 def test_stacks_of_more_than_two_to_the_31_elements(plan):
     k, n, r, slots = 8192, 8192, 64, 2**31 // (8192 * 64) + 8
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
@@ -282,7 +377,11 @@ def test_stacks_of_more_than_two_to_the_31_elements(plan):
         torch.where(rows == 0, slots - 1, -1), ranks, scales, device="cuda"
     )
     with lk.force_plan(plan):
-        y, _ = ops.segmented_lora(small.x, [a], [b], seg.tensors())
+        if plan == "tail":
+            weight = torch.zeros(n, k, dtype=torch.bfloat16, device="cuda")
+            y, _ = ops.segmented_linear_fwd(small.x, weight, [a], [b], seg.tensors())
+        else:
+            y, _ = ops.segmented_lora(small.x, [a], [b], seg.tensors())
     exact = naive_segmented(small, "segmented_lora", torch.float64)
     eager = naive_segmented(small, "segmented_lora", torch.bfloat16)
     assert_within_budget("the last slot", y, eager[0], exact[0])
