@@ -4,12 +4,14 @@ The plans, one contract (how S reaches the accumulator of the base product):
 
 - ``in_loop``   one pass: x W^T and x A^T accumulate side by side, S B^T is added before the only
   store (p = 0);
-- ``tail``      a skinny shrink writes S, the GEMM starts with dot(S, B);
+- ``tail``      a skinny shrink writes S, the GEMM starts with dot(S, B), in a batch that mixes
+  adapters every row with the B of its own;
 - ``producer``  one persistent launch, tiles that own S for a row block publish it to the others;
 - ``decode``    a batch that mixes adapters, of few rows: shrink and expand in one launch;
 - ``grouped``   a batch that mixes adapters: shrink, then expand, by blocks of rows of one adapter;
 - ``native``    the CPU's C++ kernels: tail, then GEMM, in one pass over tiles;
-- ``vendor``    the library's GEMM, then the tail added in place: the floor under every shape;
+- ``vendor``    the library's GEMM, then the tail added in place (adapters that are mixed: by decode
+  or grouped kernels): the floor under every shape;
 - ``reference`` plain torch in float32 or float64: where no backend exists.
 
 A measured table decides if there is one (the user's, written by ``python -m lora_kernels tune``,

@@ -116,8 +116,8 @@ def _lora_linear_kernel(
 
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         s_acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+        # Of several splits one brings the tail.
         if SLICES > 0:
-            # Of several splits one brings the tail.
             acc = tails_of_tile(
                 s_ptr, b, rng_ptr, table, row, tl.where(split == 0, row + BLOCK_M, row), slots,
                 rows, inside, j, offs_n - first, col, end - first, R,
