@@ -247,11 +247,17 @@ def _mixed_tail_spills(config: Config, problem: Problem, facts: DeviceFacts, mas
     """What a tail chosen row by row costs beside the base: a second accumulator, and its mask."""
     arch, few = family(facts.arch), config.block_m == 16
     if problem.dtype == "float32":
-        return _sm(facts.arch) < 1000 and (masked or (arch == "sm_100" and not problem.aligned))
+        summed = problem.op == "segmented_linear_dx" and not config.descriptors
+        return _sm(facts.arch) < 1000 and (
+            masked
+            or (arch == "sm_100" and not problem.aligned)
+            or (summed and arch in ("sm_80", "sm_100"))
+        )
     if config.block_n > 128 or (masked and config.block_m * config.block_n > 64 * 64):
         return True
     if arch == "sm_80":
-        return few and not problem.aligned
+        summed = problem.op == "segmented_linear_dx" and not masked and config.block_k == 128
+        return few and (not problem.aligned or summed)
     if arch != "sm_90":
         return False
     if few and problem.aligned:

@@ -104,11 +104,14 @@ def _linear_calls(known: DeviceFacts) -> Iterator[tuple[Config, Problem, str, bo
         masked = op == "segmented_linear_dx"
         base = Problem(op, 4096, sum(WIDTHS), 4096, r, "bfloat16", "float32", slots=SLOTS, slices=3)
         half = base._replace(adapter_dtype="bfloat16", dropout=masked)
-        single = base._replace(dtype="float32", dropout=masked)
+        # Masked it spills, and is not valid.
+        single = base._replace(dtype="float32")
         every = [Variant(base, "aligned"), Variant(half, "odd")]
         if masked:
             every = [Variant(half, "aligned"), Variant(base._replace(dropout=True), "odd")]
-        every.append(Variant(single, "aligned" if masked else "odd"))
+            # Without a mask wider tiles are valid.
+            every += [Variant(half._replace(dropout=False), "aligned"), Variant(base, "odd")]
+        every += [Variant(single, "aligned"), Variant(single, "odd")]
         short = half._replace(dtype="float16", adapter_dtype="float16")
         once = [
             Variant(half._replace(fan_in_fan_out=True), "aligned"),
