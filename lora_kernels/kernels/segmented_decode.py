@@ -66,7 +66,11 @@ def _segmented_decode_kernel(
     dtype = x_ptr.dtype.element_ty
     block, split = tl.program_id(0) // SPLIT_K, tl.program_id(0) % SPLIT_K
     slot, rank = slot_of_block(block, blocks, table, pointers, SLICES, POINTERS)
-    if (slot < 0) & ((block < blocks) | (split > 0)):
+    nothing = (slot < 0) & ((block < blocks) | (split > 0))
+    if POINTERS:
+        # An empty slot may have rows: even a zero added would change bits of theirs.
+        nothing = rank == 0
+    if nothing:
         return
     rows, inside = rows_of_block(block, blocks, slot, table, slots, M, T, BLOCK_M)
     j, within, first = slice_of_block(tl.program_id(1), widths, CHUNK, SLICES)
@@ -103,8 +107,8 @@ def _segmented_decode_kernel(
             tile_ptr, in_tile, offs_r, rank, scale, dtype, SPLIT_K, SIZE, BLOCK_M, BLOCK_R
         )
         stop = tl.minimum((within + 1) * CHUNK, width)
-        if ADD:
-            # Where there is no adapter, even a zero added may change the bits.
+        if ADD and HAS_S:
+            # Rows without an adapter have an S, but not even a zero is added to them.
             stop = tl.where(rank > 0, stop, 0)
         for col in tl.range(within * CHUNK, stop, BLOCK_N):
             offs_n = col + tl.arange(0, BLOCK_N)
