@@ -277,7 +277,7 @@ MISTAKES = {
         FWD,
         "tail",
         0,
-        "acc.to(dtype), mask=(offs_m < M)",
+        "acc.to(dtype), mask=inside",
         "acc.to(dtype), mask=(offs_m < M - 1)",
     ),
     "no bias": (FWD, "tail", 0, "acc += tl.load(bias_ptr", "acc += 0 * tl.load(bias_ptr"),
