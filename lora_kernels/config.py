@@ -164,6 +164,9 @@ def _segmented_invalid_reason(config: Config, problem: Problem, facts: DeviceFac
             return f"its partial sums grow with the rows, of which it takes {MOST_DECODE_ROWS}"
         if config.chunk and _decode_room(config, problem) > MOST_DECODE_ROOM:
             return f"its partial sums would take more than {MOST_DECODE_ROOM} bytes"
+    by_address = config.plan == "decode" and problem.op == "segmented_lora_pointers_"
+    if by_address and problem.dtype == "float32" and family(facts.arch) == "sm_80":
+        return _REGISTERS
     if config.block_m == 0:
         return None
     if config.block_m != BLOCK_ROWS:

@@ -133,13 +133,14 @@ def test_main_loops_hold_the_predicted_instructions_at_most(rows_of, arch):
     """Loop by loop: as many loops with tensor-core instructions as there are products in loops, and
     in each no more than its tile and rank should take.
 
-    Not asserted on gfx942 beyond the half types of the GEMM: Triton's placement of waves repeats
-    tiles of small products there, up to twice (see the table).
+    Not asserted on gfx942 beyond the half types of the GEMM of one adapter: Triton's placement of
+    waves repeats tiles of small products there, up to twice, and the walk over the slices of a
+    mixed batch is unrolled (see the table).
     """
     wrong = []
     for row in rows_of(arch):
         small = row.kernel != "_lora_linear_kernel" or row.call.problem.dtype == "float32"
-        if arch.startswith("gfx") and small:
+        if arch.startswith("gfx") and (small or row.call.problem.slots):
             continue
         counted, most = aot.counted(row), aot.predicted(row)
         if len(counted) != len(most) or any(n > m for n, m in zip(counted, most, strict=True)):
