@@ -60,7 +60,8 @@ class MixedCriterion:
 
 
 CRITERIA = (
-    MixedCriterion(DECODE, "segmented", "plain", 1.25),
+    MixedCriterion(DECODE, "fused", "plain", 1.25),
+    MixedCriterion(DECODE, "segmented", "plain"),
     MixedCriterion(DECODE, "packed", "plain"),
     MixedCriterion(DECODE, "peft", "segmented", 1.5, True),
     MixedCriterion(DECODE, "loop", "segmented"),

@@ -98,9 +98,11 @@ def test_a_setting_survives_json():
 
 @pytest.mark.parametrize(("ours", "outcome"), [(1.2, "met"), (1.3, "not met")])
 def test_the_criteria_are_judged(ours, outcome):
-    run = content(row(mixed("rows", DECODE), {"plain": 1.0, "segmented": ours, "peft": 2.6}))
+    times = {"plain": 1.0, "fused": ours, "segmented": 1.3, "peft": 2.6}
+    run = content(row(mixed("rows", DECODE), times))
     outcomes = {(c.of, c.to): c.outcome(value) for c, value in segmented_report.verdicts(run)}
-    assert outcomes["segmented", "plain"] == outcome
+    assert outcomes["fused", "plain"] == outcome
+    assert outcomes["segmented", "plain"] == "-"
     assert outcomes["peft", "segmented"] == "met"
     assert outcomes["packed", "plain"] == "-"
     assert outcomes["gather_part", "segmented_part"] == "no number"
