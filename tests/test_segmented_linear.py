@@ -1,6 +1,7 @@
 """The base linear of a batch that mixes adapters, and adapters by address: the operators on this
 machine against float64, and their gradients."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -241,3 +242,18 @@ def test_wrong_calls():
     with pytest.raises(TypeError, match="AdapterPointers only"):
         lk.segmented_lora(x, a, None, seg, out=y)
     assert not y.any()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="its memory is but reserved there")
+def test_stacks_of_more_than_2_31_elements():
+    r, k = 16, 2048
+    slots = 2**31 // (r * k) + 9
+    a, b = (torch.empty(slots, *shape, dtype=torch.bfloat16) for shape in ((r, k), (k, r)))
+    # Of all that memory only the last slot is ever touched.
+    a[-1], b[-1] = torch.randn(r, k) / k**0.5, torch.randn(k, r)
+    seg = lk.SegmentTable.from_rows([slots - 1, -1], [r] * slots, [1.0] * slots)
+    x, weight = torch.randn(2, k).bfloat16(), torch.randn(k, k).bfloat16() / k**0.5
+    y = lk.segmented_linear(x, weight, a, b, seg).double()
+    exact = x.double() @ weight.double().t()
+    exact[0] += x[0].double() @ a[-1].double().t() @ b[-1].double().t()
+    assert (y - exact).abs().max() <= 0.01 * exact.abs().max()
