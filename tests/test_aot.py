@@ -133,16 +133,19 @@ def test_main_loops_hold_the_predicted_instructions_at_most(rows_of, arch):
     """Loop by loop: as many loops with tensor-core instructions as there are products in loops, and
     in each no more than its tile and rank should take.
 
-    Not asserted on gfx942 beyond the half types of the GEMM of one adapter: Triton's placement of
-    waves repeats tiles of small products there, up to twice, and the walk over the slices of a
-    mixed batch is unrolled (see the table).
+    Not asserted on gfx942 beyond the half types of the GEMM: Triton's placement of waves repeats
+    tiles of small products there, up to twice (see the table). Where slices are summed, its
+    compiler may write the tail's loop out once for each of them.
     """
     wrong = []
     for row in rows_of(arch):
         small = row.kernel != "_lora_linear_kernel" or row.call.problem.dtype == "float32"
-        if arch.startswith("gfx") and (small or row.call.problem.slots):
+        if arch.startswith("gfx") and small:
             continue
         counted, most = aot.counted(row), aot.predicted(row)
+        unrolled = [most[0]] * row.call.problem.slices + most[1:]
+        if arch.startswith("gfx") and row.constants["SUM_SLICES"] and len(counted) == len(unrolled):
+            most = unrolled
         if len(counted) != len(most) or any(n > m for n, m in zip(counted, most, strict=True)):
             wrong.append(row)
     none_of(wrong)
