@@ -143,7 +143,7 @@ def test_main_loops_hold_the_predicted_instructions_at_most(rows_of, arch):
         if arch.startswith("gfx") and small:
             continue
         counted, most = aot.counted(row), aot.predicted(row)
-        unrolled = [most[0]] * row.call.problem.slices + most[1:]
+        unrolled = most[:1] * row.call.problem.slices + most[1:]
         if arch.startswith("gfx") and row.constants["SUM_SLICES"] and len(counted) == len(unrolled):
             most = unrolled
         if len(counted) != len(most) or any(n > m for n, m in zip(counted, most, strict=True)):
