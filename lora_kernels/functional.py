@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from . import ops
 
 # A packed weight for the forward, and one for dX.
 Packed = tuple[Tensor | None, Tensor | None]
+NOT_PACKED: Packed = (None, None)
 
 
 def lora_linear(
@@ -27,7 +29,7 @@ def lora_linear(
     training: bool = False,
     fan_in_fan_out: bool = False,
     rng: Tensor | None = None,
-    packed: Packed = (None, None),
+    packed: Packed = NOT_PACKED,
 ) -> Tensor:
     """``y = x W^T + scale * (dropout(x) A^T) B^T + bias``: a linear layer with an unmerged LoRA
     adapter.
@@ -78,13 +80,39 @@ def lora_linear(
             [0.5000, 0.5000, 0.5000]])
     """
     dtype = _check(x, weight, lora_a, lora_b, bias, dropout_p, fan_in_fan_out)
-    if weight.dtype != dtype:
-        packed = (None, None)
-    scale = _scale_tensor(scale, x.device, dtype)
-    if training and dropout_p > 0.0:
-        rng = draw_rng(x.device) if rng is None else check_rng(rng, x.device)
-    else:
+    scale = scale_tensor(scale, x.device, dtype)
+    if not training or dropout_p == 0.0:
         rng, dropout_p = None, 0.0
+    elif rng is not None:
+        rng = check_rng(rng, x.device)
+    call = Call(dropout_p, fan_in_fan_out, dtype, packed if weight.dtype == dtype else NOT_PACKED)
+    return checked_lora_linear(x, weight, lora_a, lora_b, scale, bias, call, rng)
+
+
+class Call(NamedTuple):
+    """What a call of :func:`lora_linear` is besides its tensors."""
+
+    # 0.0: none
+    dropout_p: float
+    fan_in_fan_out: bool
+    # what is computed in
+    dtype: torch.dtype
+    packed: Packed
+
+
+def checked_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    call: Call,
+    rng: Tensor | None = None,
+) -> Tensor:
+    """:func:`lora_linear` of checked operands, with ``scale`` as the operators take it."""
+    if call.dropout_p > 0.0 and rng is None:
+        rng = draw_rng(x.device)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or lora_a.requires_grad
@@ -92,22 +120,35 @@ def lora_linear(
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        return _LoRALinear.apply(
-            x, weight, lora_a, lora_b, scale, bias, rng, dropout_p, fan_in_fan_out, dtype, packed
-        )
-    y, _ = ops.lora_linear_fwd(
-        rows_of(x, dtype),
-        weight if weight.dtype == dtype else weight.to(dtype),
+        return _LoRALinear.apply(x, weight, lora_a, lora_b, scale, bias, rng, call)
+    return _forward(x, weight, lora_a, lora_b, scale, bias, rng, call)[0]
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    rng: Tensor | None,
+    call: Call,
+) -> tuple[Tensor, Tensor]:
+    """y [..., N] and S [M, r]."""
+    y, s = ops.direct_lora_linear_fwd(
+        rows_of(x, call.dtype),
+        weight if weight.dtype == call.dtype else weight.to(call.dtype),
         lora_a,
         lora_b,
         scale,
         bias,
         rng,
-        dropout_p,
-        fan_in_fan_out,
-        packed=packed[0],
+        call.dropout_p,
+        call.fan_in_fan_out,
+        None,
+        call.packed[0],
     )
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]), s
 
 
 def packed_linear(
@@ -116,7 +157,7 @@ def packed_linear(
     """``x W^T + bias`` by the kernel of :func:`lora_linear` with an adapter of rank 0, without a
     graph: x [..., K] -> [..., N]."""
     k, n = weight.shape if fan_in_fan_out else weight.shape[::-1]
-    y, _ = ops.lora_linear_fwd(
+    y, _ = ops.direct_lora_linear_fwd(
         rows_of(x, weight.dtype),
         weight,
         weight.new_empty(0, k),
@@ -143,23 +184,9 @@ class _LoRALinear(torch.autograd.Function):
         scale: Tensor,
         bias: Tensor | None,
         rng: Tensor | None,
-        dropout_p: float,
-        fan_in_fan_out: bool,
-        dtype: torch.dtype,
-        packed: Packed,
+        call: Call,
     ) -> Tensor:
-        y, s = ops.lora_linear_fwd(
-            rows_of(x, dtype),
-            weight.to(dtype),
-            lora_a,
-            lora_b,
-            scale,
-            bias,
-            rng,
-            dropout_p,
-            fan_in_fan_out,
-            packed=packed[0],
-        )
+        y, s = _forward(x, weight, lora_a, lora_b, scale, bias, rng, call)
         _, need_w, need_a, need_b, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if need_a or need_w else None,
@@ -170,66 +197,76 @@ class _LoRALinear(torch.autograd.Function):
             scale,
             rng,
         )
-        ctx.dropout_p, ctx.fan_in_fan_out, ctx.dtype = dropout_p, fan_in_fan_out, dtype
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        # Not among the saved tensors: a copy of one of them, which its owner keeps.
-        ctx.packed_dx = packed[1]
+        # Its packed weight is not among the saved tensors: a copy of one, which its owner keeps.
+        ctx.call = call
+        ctx.like_x = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+        return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, s, weight, lora_a, lora_b, scale, rng = ctx.saved_tensors
-        need_x, need_w, need_a, need_b, _, need_bias, *_ = ctx.needs_input_grad
-        dy = rows_of(grad, ctx.dtype)
-        rows = None if x is None else rows_of(x, ctx.dtype)
-        dx = dw = da = db = dbias = d = None
-        if need_x:
-            dx, d = ops.lora_linear_dx(
-                dy,
-                weight.to(ctx.dtype),
-                lora_a,
-                lora_b,
-                scale,
-                rng,
-                ctx.dropout_p,
-                ctx.fan_in_fan_out,
-                packed=ctx.packed_dx,
-            )
-            dx = dx.to(ctx.x_dtype).view(ctx.x_shape)
-        elif need_a:
-            # D = c dY B: no mask, only its 1/(1-p).
-            d = ops.lora_shrink(dy, lora_b.t(), scale, None, ctx.dropout_p)
-        if need_a or need_b or need_bias:
-            da, db, dbias = ops.lora_linear_dab(
-                dy,
-                rows if need_a else None,
-                s,
-                d if need_a else None,
-                rng,
-                ctx.dropout_p,
-                lora_a.dtype if need_a else None,
-                lora_b.dtype if need_b else None,
-                ctx.bias_dtype if need_bias else None,
-            )
-        if need_w and rows is not None:
-            # The base is frozen in LoRA training; for whoever trains it too, the library's GEMM is
-            # the answer.
-            dw = (rows.t() @ dy if ctx.fan_in_fan_out else dy.t() @ rows).to(weight.dtype)
-        return (
-            dx,
-            dw,
-            da if need_a else None,
-            db if need_b else None,
+        # What makes second derivatives an error is not free, and of use only where there is a graph
+        # of the gradients.
+        return _backward_once(ctx, grad) if torch.is_grad_enabled() else _backward(ctx, grad)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, s, weight, lora_a, lora_b, scale, rng = ctx.saved_tensors
+    need_x, need_w, need_a, need_b, _, need_bias, *_ = ctx.needs_input_grad
+    dropout_p, fan_in_fan_out, dtype, packed = ctx.call
+    dy = rows_of(grad, dtype)
+    rows = None if x is None else rows_of(x, dtype)
+    dx = dw = da = db = dbias = d = None
+    if need_x:
+        dx, d = ops.direct_lora_linear_dx(
+            dy,
+            weight if weight.dtype == dtype else weight.to(dtype),
+            lora_a,
+            lora_b,
+            scale,
+            rng,
+            dropout_p,
+            fan_in_fan_out,
             None,
-            dbias if need_bias else None,
-            None,
-            None,
-            None,
-            None,
-            None,
+            packed[1],
         )
+        x_shape, x_dtype = ctx.like_x
+        if x_dtype != dtype:
+            dx = dx.to(x_dtype)
+        if len(x_shape) != 2:
+            dx = dx.view(x_shape)
+    elif need_a:
+        # D = c dY B: no mask, only its 1/(1-p).
+        d = ops.direct_lora_shrink(dy, lora_b.t(), scale, None, dropout_p)
+    if need_a or need_b or need_bias:
+        da, db, dbias = ops.direct_lora_linear_dab(
+            dy,
+            rows if need_a else None,
+            s,
+            d if need_a else None,
+            rng,
+            dropout_p,
+            lora_a.dtype if need_a else None,
+            lora_b.dtype if need_b else None,
+            ctx.bias_dtype if need_bias else None,
+        )
+    if need_w and rows is not None:
+        # The base is frozen in LoRA training; for whoever trains it too, the library's GEMM is
+        # the answer.
+        dw = (rows.t() @ dy if fan_in_fan_out else dy.t() @ rows).to(weight.dtype)
+    return (
+        dx,
+        dw,
+        da if need_a else None,
+        db if need_b else None,
+        None,
+        dbias if need_bias else None,
+        None,
+        None,
+    )
+
+
+_backward_once = once_differentiable(_backward)
 
 
 def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -241,11 +278,12 @@ def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
-def _scale_tensor(
-    scale: float | Tensor, device: torch.device, compute_dtype: torch.dtype
-) -> Tensor:
-    dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
+def scale_tensor(scale: float | Tensor, device: torch.device, compute: torch.dtype) -> Tensor:
+    """A scale as the operators take it: 0-d, on ``device``, without a gradient."""
+    dtype = torch.float64 if compute == torch.float64 else torch.float32
     if not isinstance(scale, Tensor):
+        if device.type == "cpu" and not ops.is_observed():
+            return _cpu_scale(float(scale), dtype)
         # full() is a fill on the device; tensor() would be a copy that waits for it.
         return torch.full((), scale, dtype=dtype, device=device)
     if scale.dim() != 0 or not scale.is_floating_point():
@@ -257,7 +295,17 @@ def _scale_tensor(
         raise ValueError(
             "scale requires grad, and lora_linear has no gradient for it: pass scale.detach()"
         )
+    if scale.dtype == dtype and scale.device == device:
+        return scale
     return scale.to(device=device, dtype=dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _cpu_scale(value: float, dtype: torch.dtype) -> Tensor:
+    """Nobody gets it who would write to it."""
+    # One made in inference mode could not be saved for a backward later.
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=dtype)
 
 
 def draw_rng(device: torch.device) -> Tensor:
@@ -275,24 +323,30 @@ def check_rng(rng: Tensor, device: torch.device) -> Tensor:
     return rng.contiguous()
 
 
-_OPERANDS = ("x", "weight", "lora_a", "lora_b", "bias")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _check_operand(name: str, tensor: Any, device: torch.device | None) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
-    if is_dtensor(tensor):
-        raise TypeError(
-            f"{name} is a DTensor, and lora_linear computes on local tensors: under "
-            "fully_shard call the layer inside the sharded model's forward, which gathers its "
-            "parameters; for tensor parallelism leave the adapted layers out of the plan, or "
-            "pass each rank's own part (to_local())"
-        )
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating tensor, not {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, x on {device}")
+def _is_plain(tensor: Any, device: torch.device) -> bool:
+    return type(tensor) in _PLAIN and tensor.is_floating_point() and tensor.device == device
+
+
+def _check_operands(x: Any, weight: Any, lora_a: Any, lora_b: Any, bias: Any) -> None:
+    device = x.device if isinstance(x, Tensor) else None
+    operands = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
+    for name, tensor in (operands if bias is None else operands | {"bias": bias}).items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        if is_dtensor(tensor):
+            raise TypeError(
+                f"{name} is a DTensor, and lora_linear computes on local tensors: under "
+                "fully_shard call the layer inside the sharded model's forward, which gathers its "
+                "parameters; for tensor parallelism leave the adapted layers out of the plan, or "
+                "pass each rank's own part (to_local())"
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating tensor, not {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {device}")
 
 
 def _check(
@@ -305,15 +359,16 @@ def _check(
     fan_in_fan_out: bool,
 ) -> torch.dtype:
     """Raise on a wrong call, else return the compute dtype."""
-    device = x.device if isinstance(x, Tensor) else None
-    operands: tuple[Any, ...] = (x, weight, lora_a, lora_b, bias)
-    for name, tensor in zip(_OPERANDS, operands, strict=True):
-        # The usual case first: this is on the path of every call.
-        if tensor is None and name == "bias":
-            continue
-        if type(tensor) in _PLAIN and tensor.is_floating_point() and tensor.device == device:
-            continue
-        _check_operand(name, tensor, device)
+    # The usual case first: this is on the path of every call.
+    if not (
+        type(x) in _PLAIN
+        and _is_plain(weight, device := x.device)
+        and _is_plain(lora_a, device)
+        and _is_plain(lora_b, device)
+        and (bias is None or _is_plain(bias, device))
+        and x.is_floating_point()
+    ):
+        _check_operands(x, weight, lora_a, lora_b, bias)
     if x.dim() < 1 or weight.dim() != 2 or lora_a.dim() != 2 or lora_b.dim() != 2:
         raise ValueError(
             "lora_linear wants x [..., K] and 2-D weight, lora_a, lora_b: "

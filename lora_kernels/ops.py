@@ -33,7 +33,6 @@ The segmented operators take, one tensor for each of n slices,
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +90,8 @@ _SCHEMAS = {
 OPERATORS = tuple(op for op in _SCHEMAS if not op.startswith("segmented"))
 SEGMENTED_OPERATORS = tuple(op for op in _SCHEMAS if op.startswith("segmented"))
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 _library = torch.library.Library("lora_kernels", "DEF")
 
 
@@ -112,13 +113,13 @@ def _below_autograd(op: str, answer: Callable[..., Any]) -> Callable[..., Any]:
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
         device_type = args[0].device.type
-        if not torch.is_grad_enabled() and not autocast_enabled(device_type):
-            return answer(op, *args, **kwargs)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-            return answer(op, *args, **kwargs)
+        if autocast_enabled(device_type):
+            with torch.no_grad(), torch.autocast(device_type, enabled=False):
+                return answer(op, *args, **kwargs)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return answer(op, *args, **kwargs)
+        return answer(op, *args, **kwargs)
 
     return implementation
 
@@ -143,6 +144,40 @@ segmented_linear_fwd = torch.ops.lora_kernels.segmented_linear_fwd.default
 segmented_linear_dx = torch.ops.lora_kernels.segmented_linear_dx.default
 segmented_lora_dx = torch.ops.lora_kernels.segmented_lora_dx.default
 segmented_lora_dab = torch.ops.lora_kernels.segmented_lora_dab.default
+
+
+def is_observed() -> bool:
+    """Whether somebody looks at the calls that a program makes, or changes what they mean: a
+    compiler, a mode, a transformation, a trace."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _direct(op: str) -> Callable[..., Any]:
+    """The functional operator ``op``. A call that nobody observes, with rows on a CPU, goes at once
+    where the dispatcher would bring it: its way costs more than a small layer's products."""
+    overload = getattr(torch.ops.lora_kernels, op).default
+    below_autograd = _below_autograd(op, cpu.answer)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if is_observed() or not args or type(args[0]) not in _PLAIN or not args[0].is_cpu:
+            return overload(*args, **kwargs)
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return below_autograd(*args, **kwargs)
+        return cpu.answer(op, *args, **kwargs)
+
+    call.__name__ = op
+    return call
+
+
+direct_lora_shrink = _direct("lora_shrink")
+direct_lora_linear_fwd = _direct("lora_linear_fwd")
+direct_lora_linear_dx = _direct("lora_linear_dx")
+direct_lora_linear_dab = _direct("lora_linear_dab")
 
 
 @torch.library.register_fake("lora_kernels::lora_shrink", lib=_library)

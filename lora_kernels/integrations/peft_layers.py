@@ -34,7 +34,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import nn as our_nn
-from ..functional import Packed, lora_linear
+from ..functional import NOT_PACKED, Call, Packed, checked_lora_linear, scale_tensor
 from ..ops import autocast_enabled
 from ..packed import PackedWeight, gathered_by_fsdp
 from ..segmented import segmented_linear
@@ -122,18 +122,9 @@ class FusedLinear(lora.Linear):
         bias = base.bias
         if adapter.bias is not None:
             bias = _add(bias, adapter.bias * adapter.scaling)
-        return lora_linear(
-            x,
-            base.weight,
-            adapter.a,
-            adapter.b,
-            adapter.scaling,
-            bias,
-            dropout_p=adapter.dropout_p,
-            training=adapter.dropout_p > 0.0,
-            fan_in_fan_out=base.transposed,
-            packed=self._packed_copies(x, base),
-        )
+        scale = scale_tensor(adapter.scaling, x.device, base.dtype)
+        call = Call(adapter.dropout_p, base.transposed, base.dtype, self._packed_copies(x, base))
+        return checked_lora_linear(x, base.weight, adapter.a, adapter.b, scale, bias, call)
 
     def _fused_sum(self, x: Tensor, base: _Base, adapters: list[_Adapter]) -> Tensor:
         # Adapters that see the same x are one adapter of the summed rank. Each mask makes an x of
@@ -198,7 +189,7 @@ class FusedLinear(lora.Linear):
         if not torch.compiler.is_compiling():
             if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
                 return "a transformation of torch.func, or a forward-mode derivative"
-            if torch.jit.is_tracing():
+            if torch._C._get_tracing_state() is not None:
                 return "traced by torch.jit"
         elif torch.compiler.is_exporting():
             return "traced by torch.export"
@@ -286,13 +277,13 @@ class FusedLinear(lora.Linear):
     def _packed_copies(self, x: Tensor, base: _Base) -> Packed:
         training = self.training
         if self._pack_weight == "never" or (training and self._pack_weight == "eval"):
-            return None, None
+            return NOT_PACKED
         if gathered_by_fsdp(self):
             self._packed.drop()
-            return None, None
+            return NOT_PACKED
         # A traced call would make its copy a constant of the graph.
         if base.dtype != base.weight.dtype or torch.compiler.is_compiling():
-            return None, None
+            return NOT_PACKED
         packed = self._packed.get(base.weight, base.transposed)
         if training and torch.is_grad_enabled():
             return packed, self._packed.get(base.weight, base.transposed, for_dx=True)
