@@ -342,14 +342,19 @@ void tail_product(const TailProduct<C>& p) {
       current = n;
 
       tails.write(first, rows, n, cols, tile);
+      const C* x = p.x.data + first * p.x.ld;
       const C* panel = p.packed ? p.packed + n * padded<C>(K) : own;
-      product_by_parts(
-          rows, width, K, p.x.data + first * p.x.ld, p.x.ld,
-          [&](int64_t k, int64_t k_end) {
-            if (own && fresh) pack_panel(p.w, k, k_end, n, own + k * width);
-            return panel + k * width;
-          },
-          tile, true);
+      if (own && reads_in_place<C>(block, p.w, n)) {
+        product_in_place<C>(rows, width, x, p.x.ld, p.w, n, tile);
+      } else {
+        product_by_parts(
+            rows, width, K, x, p.x.ld,
+            [&](int64_t k, int64_t k_end) {
+              if (own && fresh) pack_panel(p.w, k, k_end, n, own + k * width);
+              return panel + k * width;
+            },
+            tile, true);
+      }
 
       for (int64_t i = 0; i < rows; ++i) {
         float* sums = tile + i * kPanel;

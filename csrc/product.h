@@ -34,6 +34,18 @@ void product(int64_t M, int64_t width, int64_t K, const float* a, int64_t lda, c
 void product(int64_t M, int64_t width, int64_t K, const BFloat16* a, int64_t lda, const BFloat16* b,
              float* c, bool add);
 
+// Whether a product of M rows may read b [K, N] where it lies, from column n on: of its own type,
+// with unit stride along an axis and nothing to be padded. With few rows packing costs more than it
+// saves.
+template <typename C>
+bool reads_in_place(int64_t M, const Matrix& b, int64_t n);
+
+// c += a b for any K, by parts, with b's columns [n, n + width) where they lie: the same bits as
+// from a panel.
+template <typename C>
+void product_in_place(int64_t M, int64_t width, const C* a, int64_t lda, const Matrix& b, int64_t n,
+                      float* c);
+
 // c = or += a b for any K, by parts; `panel_at(k, k_end)` gives the panel's rows k to k_end.
 template <typename C, typename PanelAt>
 void product_by_parts(int64_t M, int64_t width, int64_t K, const C* a, int64_t lda,

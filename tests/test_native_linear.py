@@ -409,3 +409,25 @@ def test_is_packed(shape, dtype):
     assert not native.is_packed(weight, packed[:-1])
     assert not native.is_packed(weight, packed.repeat(2)[::2])
     assert not native.is_packed(weight[:0], packed) and not native.is_packed(weight[:, :0], packed)
+
+
+# K and N that are read where they lie, and some that are packed for a remainder.
+@pytest.mark.parametrize(("k", "n"), [(64, 64), (1056, 176), (544, 16), (96, 80), (63, 65)])
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_few_rows_have_the_bits_of_many(k, n, fan_in_fan_out, dtype):
+    """Few rows read the weight where it lies, more of them pack it on the way, or it was packed
+    before: one order of summation."""
+    case = Case(14, n, k, 5, dtype, adapter_dtype=FLOAT32, fan_in_fan_out=fan_in_fan_out)
+    inputs = case.draw()
+    weight = inputs.weight
+    operand = weight if fan_in_fan_out else weight.t()
+    for op, packed in (("lora_linear_fwd", operand), ("lora_linear_dx", operand.t())):
+        arguments = inputs.arguments(op)
+        rows = "x" if op == "lora_linear_fwd" else "dy"
+        run = getattr(native, op)
+        whole = run(**(arguments | {"packed": native.pack(packed)}))
+        assert_same_bits(run(**arguments), whole)
+        for m in range(1, 10):
+            few = run(**(arguments | {rows: arguments[rows][:m]}))
+            assert_same_bits(few, [result[:m] for result in whole])
