@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
@@ -454,3 +455,41 @@ def test_no_warning_in_a_training_step():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         call(inputs, rng=None).sum().backward()
+
+
+def test_a_mode_sees_the_operators():
+    """Eager calls take a shorter way to the same backend; whoever observes sees the operators."""
+
+    class Seen(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    inputs = Case(5, 6, 7, 2).draw()
+    arguments = (inputs.x, inputs.weight, inputs.lora_a.requires_grad_(), inputs.lora_b, 0.5)
+    with lk.record_plans() as direct:
+        y = lk.lora_linear(*arguments)
+        y.backward(inputs.dy)
+    gradient, inputs.lora_a.grad = inputs.lora_a.grad, None
+    with lk.record_plans() as observed, Seen() as seen:
+        again = lk.lora_linear(*arguments)
+        again.backward(inputs.dy)
+    expected = ["lora_linear_fwd", "lora_shrink", "lora_linear_dab"]
+    assert [name for name in seen.names if name.startswith("lora_kernels::")] == [
+        f"lora_kernels::{name}" for name in expected
+    ]
+    assert [answer.op for answer in direct] == expected and direct == observed
+    assert torch.equal(y, again) and torch.equal(gradient, inputs.lora_a.grad)
+
+
+def test_a_scale_of_inference_mode_trains_later():
+    inputs = Case(5, 6, 7, 2).draw()
+    arguments = (inputs.x, inputs.weight, inputs.lora_a.requires_grad_(), inputs.lora_b)
+    with torch.inference_mode():
+        lk.lora_linear(*arguments, 0.123)
+    lk.lora_linear(*arguments, 0.123).backward(inputs.dy)
+    assert inputs.lora_a.grad.abs().max() > 0
