@@ -1,0 +1,201 @@
+"""One LoRA layer of PEFT, as it is and after ``accelerate_peft``; ``python -m bench.peft_layer``.
+
+Adapters of rank 16 in float32, as PEFT keeps them by default, on a frozen base of the row's dtype.
+One row: what the swap costs where there is little to compute. 512 rows: training, without dropout
+and with it. The weight is the same in every call, so that a small one stays in the cache. Medians
+of interleaved samples; the plain frozen linear, with the gradient of its input, is the floor.
+
+All numbers go into peft_layer.json, the table into peft_layer.md. The exit status is 1 if a call
+was not answered by our kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import torch
+from torch import Tensor, nn
+
+import lora_kernels as lk
+from lora_kernels.device import facts
+from lora_kernels.testing import assert_within_budget
+
+OUT = Path(__file__).parent / "out" / "peft_layer"
+RANK, ALPHA = 16, 32
+MODES = ("evaluation", "forward", "forward + backward")
+PLAIN, PEFT, OURS = "plain linear", "PEFT", "accelerate_peft"
+
+
+class Case(NamedTuple):
+    rows: int
+    width: int
+    dtype: str
+    dropout: float = 0.0
+    modes: tuple[str, ...] = MODES
+    pack_weight: str = "eval"
+
+
+FEW_ROWS = [
+    Case(1, width, dtype)
+    for dtype, width in itertools.product(("float32", "bfloat16"), (64, 256, 1024, 2048))
+]
+TRAINING = [
+    Case(512, 2048, "bfloat16", dropout, MODES[2:], pack)
+    for dropout, pack in itertools.product((0.0, 0.05, 0.1), ("eval", "always"))
+]
+
+
+class Model(nn.Module):
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def layer_of(case: Case, accelerated: bool) -> tuple[Any, lk.PeftReport | None]:
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=["linear"],
+        lora_dropout=case.dropout,
+        init_lora_weights=False,
+    )
+    model: Any = peft.get_peft_model(Model(case.width, getattr(torch, case.dtype)), config)
+    report = lk.accelerate_peft(model, pack_weight=case.pack_weight) if accelerated else None
+    return model.base_model.model.linear, report
+
+
+def step_of(layer: Any, mode: str, x: Tensor, dy: Tensor) -> Callable[[], Any]:
+    if mode == "evaluation":
+
+        def evaluate() -> Tensor:
+            with torch.no_grad():
+                return layer(x)
+
+        return evaluate
+    x = x.clone().requires_grad_()
+    if mode == "forward":
+        return lambda: layer(x)
+    trainable = [x, *(p for p in layer.parameters() if p.requires_grad and p.dim() == 2)]
+
+    def train() -> None:
+        layer(x).backward(dy)
+        for leaf in trainable:
+            leaf.grad = None
+
+    return train
+
+
+def interleaved(steps: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """The median time of each in microseconds; a sample is a tenth of a millisecond at least."""
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    repeats = 1
+    for step in steps.values():
+        for _ in range(3):
+            step()
+        start = time.perf_counter()
+        step()
+        repeats = max(repeats, min(20, int(1e-4 / (time.perf_counter() - start)) + 1))
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(samples[OURS]) < 5:
+        for name, step in steps.items():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                step()
+            samples[name].append((time.perf_counter() - start) / repeats * 1e6)
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def check(stock: Any, ours: Any, x: Tensor) -> None:
+    """Both compute the same layer: no speed of a wrong result is printed."""
+    weight, a, b = (
+        layer.weight.double()
+        for layer in (stock.base_layer, stock.lora_A["default"], stock.lora_B["default"])
+    )
+    exact = x.double() @ weight.t() + ALPHA / RANK * (x.double() @ a.t()) @ b.t()
+    with torch.no_grad():
+        assert_within_budget("y", ours(x), stock(x), exact.detach())
+
+
+def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
+    (stock, _), (ours, report) = layer_of(case, False), layer_of(case, True)
+    assert report is not None
+    x, dy = (torch.randn(case.rows, case.width, dtype=getattr(torch, case.dtype)) for _ in "xy")
+    check(stock.eval(), ours.eval(), x)
+    layers = {PLAIN: stock.base_layer, PEFT: stock, OURS: ours}
+    rows = []
+    for mode in case.modes:
+        for layer in layers.values():
+            layer.train(mode != "evaluation")
+        steps = {name: step_of(layer, mode, x, dy) for name, layer in layers.items()}
+        times = interleaved(steps, seconds)
+        rows.append({**case._replace(modes=(mode,))._asdict(), "us": times})
+    if report.calls.fallen_back or not report.calls.fused:
+        raise SystemExit(f"not answered by lora_kernels: {report.calls}")
+    return rows
+
+
+def table(content: dict[str, Any]) -> list[str]:
+    packages = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
+    lines = [
+        f"{content['date']}, {content['device_name']}, {packages}. Adapters of rank {RANK} in "
+        "float32, us per call.",
+        "",
+        "| rows x width | dtype | dropout | pack_weight | pass | plain linear | PEFT | ours "
+        "| PEFT / ours | PEFT / plain | ours / plain |",
+        "| --- | --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in content["rows"]:
+        plain, stock, ours = (row["us"][name] for name in (PLAIN, PEFT, OURS))
+        lines.append(
+            f"| {row['rows']} x {row['width']} | {row['dtype']} | {row['dropout']:g} "
+            f"| {row['pack_weight']} | {row['modes'][0]} | {plain:,.1f} | {stock:,.1f} "
+            f"| {ours:,.1f} | {stock / ours:.2f} | {stock / plain:.2f} | {ours / plain:.2f} |"
+        )
+    return lines
+
+
+def run(cases: Sequence[Case], seconds: float) -> dict[str, Any]:
+    machine = facts("cpu")
+    rows = []
+    for case in cases:
+        print(f"{case.rows} x {case.width} {case.dtype} ...", file=sys.stderr, flush=True)
+        rows += measure(case, seconds)
+    return {
+        "date": f"{datetime.now():%Y-%m-%d %H:%M}",
+        "device_name": f"{machine.name} ({machine.arch}, {machine.processors} threads)",
+        "versions": {package: version(package) for package in ("torch", "peft")},
+        "rows": rows,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.peft_layer", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each row of the table")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args(arguments)
+    content = run([*FEW_ROWS, *TRAINING], args.seconds)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "peft_layer.json").write_text(json.dumps(content, indent=1) + "\n")
+    (args.out / "peft_layer.md").write_text("\n".join(table(content)) + "\n")
+    print("\n".join(table(content)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

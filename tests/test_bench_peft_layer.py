@@ -1,0 +1,47 @@
+"""The measurement of one layer of PEFT: it runs, and refuses what our kernels did not answer."""
+
+import pytest
+
+pytest.importorskip("peft")
+
+import lora_kernels as lk
+from bench import peft_layer
+
+
+def test_a_row_of_each_kind():
+    cases = [
+        peft_layer.Case(1, 32, "float32"),
+        peft_layer.Case(8, 32, "bfloat16", 0.1, peft_layer.MODES[2:], "always"),
+    ]
+    lines = peft_layer.table(peft_layer.run(cases, seconds=0.0))
+    assert len([line for line in lines if line.startswith("| 1 x 32 | float32")]) == 3
+    assert len([line for line in lines if line.startswith("| 8 x 32 | bfloat16")]) == 1
+
+
+def test_what_fell_back_is_not_printed(monkeypatch):
+    accelerate = lk.accelerate_peft
+
+    def spoiled(model, **options):
+        report = accelerate(model, **options)
+        for module in model.modules():
+            if hasattr(module, "base_layer"):
+                module.base_layer.register_forward_hook(lambda *_: None)
+        return report
+
+    monkeypatch.setattr(lk, "accelerate_peft", spoiled)
+    with pytest.raises(SystemExit, match="not answered by lora_kernels"):
+        peft_layer.run([peft_layer.Case(1, 32, "float32")], seconds=0.0)
+
+
+def test_a_wrong_result_has_no_speed(monkeypatch):
+    layer_of = peft_layer.layer_of
+
+    def spoiled(case, accelerated):
+        layer, report = layer_of(case, accelerated)
+        if accelerated:
+            layer.scaling["default"] = 0.0
+        return layer, report
+
+    monkeypatch.setattr(peft_layer, "layer_of", spoiled)
+    with pytest.raises(AssertionError, match="over the budget"):
+        peft_layer.run([peft_layer.Case(1, 32, "float32")], seconds=0.0)
