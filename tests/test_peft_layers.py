@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import lora_kernels as lk
-from lora_kernels import reference
+from lora_kernels import _native, reference
 from lora_kernels.functional import draw_rng
 from lora_kernels.integrations.peft_layers import FusedLinear
 from lora_kernels.testing import assert_within_budget, poisoned_memory
@@ -617,6 +617,19 @@ def test_switched_off_casts_are_respected():
     assert raised[0] == raised[1]
 
 
+def not_sampled(weight):
+    """A column in whose first element the weight may change without its packed copy's noticing."""
+    assert _native.load()
+    native = torch.ops.lora_kernels_cpu
+    packed = native.pack(weight.t())
+    for column in range(weight.shape[1]):
+        changed = weight.detach().clone()
+        changed[0, column] += 1
+        if native.is_packed(changed.t(), packed):
+            return column
+    raise AssertionError("every element is looked at")
+
+
 class TestPackedWeights:
     def test_eval_packs_and_train_drops(self):
         model = model_with().eval()
@@ -641,12 +654,15 @@ class TestPackedWeights:
         assert len(layer._packed) == 0
 
     def test_what_a_sample_of_the_weight_would_not_show(self):
-        # Merging writes through .data; this adapter changes one row of the weight alone.
+        # Merging writes through .data; this adapter changes one element of the weight alone.
         model = model_with().eval()
         lk.accelerate_peft(model)
         layer = layer_of(model)
         x, _ = operands(torch.float32)
         with torch.no_grad():
+            column = not_sampled(layer.base_layer.weight)
+            layer.lora_A["a"].weight[:, :column] = 0
+            layer.lora_A["a"].weight[:, column + 1 :] = 0
             layer.lora_B["a"].weight[1:] = 0
             model(x)
             assert len(layer._packed) == 1
