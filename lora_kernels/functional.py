@@ -145,10 +145,14 @@ def _forward(
         rng,
         call.dropout_p,
         call.fan_in_fan_out,
-        None,
-        call.packed[0],
+        **_in_place_of_weight(call.packed[0]),
     )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]), s
+
+
+def _in_place_of_weight(packed: Tensor | None) -> dict[str, Tensor]:
+    """The argument of an operator; what has no packed weight need not know of it."""
+    return {} if packed is None else {"packed": packed}
 
 
 def packed_linear(
@@ -227,8 +231,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             rng,
             dropout_p,
             fan_in_fan_out,
-            None,
-            packed[1],
+            **_in_place_of_weight(packed[1]),
         )
         x_shape, x_dtype = ctx.like_x
         if x_dtype != dtype:

@@ -25,6 +25,7 @@ from segmented_kernels import (
 
 import lora_kernels as lk
 from lora_kernels import cuda, reference, segmented, vendor
+from lora_kernels import plan as planner
 from lora_kernels.config import MIXED_LINEAR_OPS, Config, is_valid
 from lora_kernels.device import DeviceFacts, facts
 from lora_kernels.kernels import linear_fwd
@@ -239,6 +240,12 @@ def test_the_backend_launches_what_it_ships(arch, plan, m):
         if plan == "vendor":
             onto = cuda.adapters_onto(problem.adapters(), known)
             run = functools.partial(getattr(vendor, op), onto=onto)
+        if plan == "tail" and dtype == torch.float32 and known.arch == "sm_80":
+            # Such tiles spill there, so that none is shipped and the library's GEMM answers.
+            assert planner.plan(problem, known).plan == "vendor"
+            with pytest.raises(ValueError, match="no tile of plan 'tail' can compute"):
+                check_segmented(op, run, case)
+            continue
         check_segmented(op, run, case)
 
 
