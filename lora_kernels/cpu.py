@@ -46,11 +46,10 @@ def answer(op: str, *args: Any, **kwargs: Any) -> Any:
     """Run one operator on CPU tensors, by the plan that ``plan.plan`` chooses for its problem."""
     problem = PROBLEM_OF[op](*args, **kwargs)
     config = plan.plan(problem, _facts())
-    if config.plan == "native":
-        plan.answered("cpu", config, problem)
-        return native(op)(*args, **kwargs)
     if config.plan == "reference":
         plan.answered("reference", config, problem)
         return getattr(reference, op)(*args, **kwargs)
     plan.answered("cpu", config, problem)
+    if config.plan == "native":
+        return native(op)(*args, **kwargs)
     return getattr(vendor, op)(*args, **kwargs, masked=masked)

@@ -326,11 +326,8 @@ def check_rng(rng: Tensor, device: torch.device) -> Tensor:
     return rng.contiguous()
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
 def _is_plain(tensor: Any, device: torch.device) -> bool:
-    return type(tensor) in _PLAIN and tensor.is_floating_point() and tensor.device == device
+    return type(tensor) in ops.PLAIN and tensor.is_floating_point() and tensor.device == device
 
 
 def _check_operands(x: Any, weight: Any, lora_a: Any, lora_b: Any, bias: Any) -> None:
@@ -364,7 +361,7 @@ def _check(
     """Raise on a wrong call, else return the compute dtype."""
     # The usual case first: this is on the path of every call.
     if not (
-        type(x) in _PLAIN
+        type(x) in ops.PLAIN
         and _is_plain(weight, device := x.device)
         and _is_plain(lora_a, device)
         and _is_plain(lora_b, device)

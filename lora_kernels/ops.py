@@ -90,7 +90,8 @@ _SCHEMAS = {
 OPERATORS = tuple(op for op in _SCHEMAS if not op.startswith("segmented"))
 SEGMENTED_OPERATORS = tuple(op for op in _SCHEMAS if op.startswith("segmented"))
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+# Tensors that no subclass gives another meaning.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 _library = torch.library.Library("lora_kernels", "DEF")
 
@@ -164,7 +165,7 @@ def _direct(op: str) -> Callable[..., Any]:
     below_autograd = _below_autograd(op, cpu.answer)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if is_observed() or not args or type(args[0]) not in _PLAIN or not args[0].is_cpu:
+        if is_observed() or not args or type(args[0]) not in PLAIN or not args[0].is_cpu:
             return overload(*args, **kwargs)
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return below_autograd(*args, **kwargs)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import cpu
 from .functional import Packed, packed_linear
-from .ops import autocast_enabled
+from .ops import PLAIN, autocast_enabled
 
 PACK_WEIGHT = ("eval", "always", "never")
 
@@ -97,7 +97,7 @@ def gathered_by_fsdp(module: nn.Module) -> bool:
 
 def _is_plain(weight: Tensor) -> bool:
     # An inference tensor has no version to compare.
-    return type(weight) in (Tensor, nn.Parameter) and not weight.is_inference()
+    return type(weight) in PLAIN and not weight.is_inference()
 
 
 def check_pack_weight(value: str) -> None:
@@ -146,7 +146,7 @@ class PackedLinear(nn.Linear):
             self.drop_packed()
             return None, None
         # A traced call would make its copy a constant of the graph.
-        if not wanted or torch.compiler.is_compiling() or type(input) not in (Tensor, nn.Parameter):
+        if not wanted or torch.compiler.is_compiling() or type(input) not in PLAIN:
             return None, None
         device_type = input.device.type
         cast = autocast_enabled(device_type)

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import types
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
@@ -186,8 +187,6 @@ def _compare(stock: dict[str, str], ours: dict[str, str], least_share: float) ->
 
 def pytest_configure(config):
     """A model that is not there is asked for once: five retries would take 23 seconds each."""
-    import types
-
     from huggingface_hub.utils import _http
 
     _http.time = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})

@@ -35,14 +35,13 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import nn as our_nn
 from ..functional import NOT_PACKED, Call, Packed, checked_lora_linear, scale_tensor
-from ..ops import autocast_enabled
+from ..ops import PLAIN, autocast_enabled
 from ..packed import PackedWeight, gathered_by_fsdp
 from ..segmented import segmented_linear
 from ..segments import SegmentTable
 from .peft_swap import Calls
 from .transformers import offload_reason
 
-_PLAIN = (Tensor, nn.Parameter)
 _DTYPES = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])
 _KNOWN_ARGUMENTS = frozenset(["adapter_names", "alora_offsets"])
 
@@ -183,7 +182,7 @@ class FusedLinear(lora.Linear):
 
     def _base_operands(self, x: Tensor) -> _Base | str:
         """What the base layer computes with; or why its forward has to be called."""
-        if type(x) not in _PLAIN or x.is_nested or x.layout is not torch.strided:
+        if type(x) not in PLAIN or x.is_nested or x.layout is not torch.strided:
             return "x is no plain tensor"
         # Dynamo knows nothing of these and needs none of them.
         if not torch.compiler.is_compiling():
@@ -200,7 +199,7 @@ class FusedLinear(lora.Linear):
         if isinstance(transposed, str):
             return transposed
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-        if type(weight) not in _PLAIN or not (bias is None or type(bias) in _PLAIN):
+        if type(weight) not in PLAIN or not (bias is None or type(bias) in PLAIN):
             return "a weight of the base layer that is no plain Parameter"
         if x.device != weight.device:
             return "x and the base weight are on different devices"
@@ -247,9 +246,9 @@ class FusedLinear(lora.Linear):
         b: Any = lora_b._parameters.get("weight")
         bias = lora_b._parameters.get("bias")
         if (
-            type(a) not in _PLAIN
-            or type(b) not in _PLAIN
-            or not (bias is None or type(bias) in _PLAIN)
+            type(a) not in PLAIN
+            or type(b) not in PLAIN
+            or not (bias is None or type(bias) in PLAIN)
             or lora_a._parameters.get("bias") is not None
         ):
             return "a weight of the adapter that is no plain Parameter"
@@ -337,7 +336,7 @@ def unsupported_reason(layer: Any) -> str | None:
     reason = our_nn.unsupported_reason(base)
     if reason is not None:
         return f"its base layer {reason}"
-    if type(base.weight) not in _PLAIN:
+    if type(base.weight) not in PLAIN:
         return f"its weight is a {type(base.weight).__name__}"
     reason = offload_reason(layer) or offload_reason(base)
     if reason is not None:
