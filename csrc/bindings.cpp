@@ -12,6 +12,7 @@
 
 #include "dropout.h"
 #include "linear.h"
+#include "operators.h"
 #include "panel.h"
 #include "product.h"
 
@@ -125,6 +126,8 @@ struct Shrunk {
   }
 };
 
+}  // namespace
+
 Tensor lora_shrink(const Tensor& x, const Tensor& lora_a, const Tensor& scale,
                    const OptionalTensor& rng, double dropout_p) {
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -141,6 +144,8 @@ Tensor lora_shrink(const Tensor& x, const Tensor& lora_a, const Tensor& scale,
         .s;
   });
 }
+
+namespace {
 
 // y = out_scale (rows w + mask * (s b)) + bias with s = scale (rows_mask * rows) a^T: the forward
 // and, with the roles of A and B swapped, dX.
@@ -166,6 +171,8 @@ std::tuple<Tensor, Tensor> shrink_and_product(
     return std::make_tuple(y, s.s);
   });
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const Tensor& weight,
                                            const Tensor& lora_a, const Tensor& lora_b,
@@ -258,6 +265,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_dab(const Tensor& dy, const Optio
   if (dbias_dtype) dbias = dbias.to(*dbias_dtype);
   return {da, db, dbias};
 }
+
+namespace {
 
 Tensor pack_cpu(const Tensor& b) {
   at::AutoDispatchBelowADInplaceOrView guard;

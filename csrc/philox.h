@@ -39,17 +39,23 @@ struct PhiloxWords {
   PhiloxLanes c0, c1, c2, c3;
 };
 
-inline PhiloxWords philox4x32_10(PhiloxWords c, uint32_t k0, uint32_t k1) {
+// Of kChains counters a lane at once: a round waits for its own multiplications, and not for the
+// other chains'.
+template <int kChains>
+inline void philox4x32_10(PhiloxWords (&counters)[kChains], uint32_t k0, uint32_t k1) {
 #pragma GCC unroll 10
   for (uint32_t round = 0; round < 10; ++round) {
-    const PhiloxLanes product0 = multiply_low_halves(c.c0, 0xD2511F53u);
-    const PhiloxLanes product1 = multiply_low_halves(c.c2, 0xCD9E8D57u);
-    c.c0 = (product1 >> 32) ^ c.c1 ^ (k0 + round * 0x9E3779B9u);
-    c.c1 = product1;
-    c.c2 = (product0 >> 32) ^ c.c3 ^ (k1 + round * 0xBB67AE85u);
-    c.c3 = product0;
+#pragma GCC unroll 8
+    for (int i = 0; i < kChains; ++i) {
+      PhiloxWords& c = counters[i];
+      const PhiloxLanes product0 = multiply_low_halves(c.c0, 0xD2511F53u);
+      const PhiloxLanes product1 = multiply_low_halves(c.c2, 0xCD9E8D57u);
+      c.c0 = (product1 >> 32) ^ c.c1 ^ (k0 + round * 0x9E3779B9u);
+      c.c1 = product1;
+      c.c2 = (product0 >> 32) ^ c.c3 ^ (k1 + round * 0xBB67AE85u);
+      c.c3 = product0;
+    }
   }
-  return c;
 }
 
 }  // namespace lora_kernels

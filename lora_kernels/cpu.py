@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from . import _native, plan, reference, vendor
 from .device import DeviceFacts, facts
-from .problem import PROBLEM_OF
+from .problem import PROBLEM_OF, Problem, dtype_name
 
 
 def masked(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
@@ -53,3 +54,75 @@ def answer(op: str, *args: Any, **kwargs: Any) -> Any:
     if config.plan == "native":
         return native(op)(*args, **kwargs)
     return getattr(vendor, op)(*args, **kwargs, masked=masked)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    fan_in_fan_out: bool,
+    dtype: torch.dtype,
+    packed: Tensor | None,
+    packed_dx: Tensor | None,
+) -> Tensor | None:
+    """y [..., N] of x [..., K] with its node of the graph in C++; None where the native plan does
+    not answer forward and backward. While somebody asks who answers, or forces an answer, the
+    backward of the node calls the operators."""
+    (n, r), k = lora_b.shape, lora_a.shape[1]
+    m = math.prod(x.shape[:-1])
+    dtypes = dtype_name(dtype), dtype_name(lora_a.dtype)
+    problem = Problem("lora_linear_fwd", m, n, k, r, *dtypes, rng is not None, fan_in_fan_out)
+    config = plan.plan(problem, _facts())
+    if config.plan != "native" or not _native_backward(problem):
+        return None
+    plan.answered("cpu", config, problem)
+    _share()
+    return native("lora_linear")(
+        x,
+        weight,
+        lora_a,
+        lora_b,
+        scale,
+        bias,
+        rng,
+        dropout_p,
+        fan_in_fan_out,
+        dtype,
+        packed,
+        packed_dx,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _native_backward(problem: Problem) -> bool:
+    """Whether the native plan answers every operator of the backward of this lora_linear_fwd."""
+    m, n, k, r, dtype = problem.m, problem.n, problem.k, problem.r, problem.dtype
+    backward = (
+        problem._replace(op="lora_linear_dx"),
+        Problem("lora_shrink", m, r, n, r, dtype, problem.adapter_dtype),
+        Problem("lora_linear_dab", m, n, k, r, dtype, dtype, problem.dropout),
+    )
+    return all(plan.unforced(p, _facts()).plan == "native" for p in backward)
+
+
+# c10::ScalarType
+_DTYPES = {5: "float16", 6: "float32", 7: "float64", 15: "bfloat16"}
+
+
+def _last_of_node() -> plan.Answer:
+    """What a node of the graph answered last."""
+    dab, m, n, k, r, dtype, adapter_dtype, dropout, kn = torch.ops.lora_kernels_cpu.last_noted()
+    op = "lora_linear_dab" if dab else "lora_linear_dx"
+    dtypes = _DTYPES[dtype], _DTYPES[adapter_dtype]
+    problem = Problem(op, m, n, k, r, *dtypes, bool(dropout), bool(kn))
+    return plan.Answer("cpu", plan.plan(problem, _facts()), problem)
+
+
+@functools.cache
+def _share() -> None:
+    torch.ops.lora_kernels_cpu.share(plan.share(_last_of_node))

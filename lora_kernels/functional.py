@@ -120,8 +120,24 @@ def checked_lora_linear(
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
+        y = ops.direct_lora_linear(
+            x,
+            weight,
+            lora_a,
+            lora_b,
+            scale,
+            bias,
+            rng,
+            call.dropout_p,
+            call.fan_in_fan_out,
+            call.dtype,
+            *call.packed,
+        )
+        if y is not None:
+            return y
         return _LoRALinear.apply(x, weight, lora_a, lora_b, scale, bias, rng, call)
-    return _forward(x, weight, lora_a, lora_b, scale, bias, rng, call)[0]
+    y, _ = _forward(x, weight, lora_a, lora_b, scale, bias, rng, call)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 def _forward(
@@ -134,8 +150,8 @@ def _forward(
     rng: Tensor | None,
     call: Call,
 ) -> tuple[Tensor, Tensor]:
-    """y [..., N] and S [M, r]."""
-    y, s = ops.direct_lora_linear_fwd(
+    """y [M, N] and S [M, r]."""
+    return ops.direct_lora_linear_fwd(
         rows_of(x, call.dtype),
         weight if weight.dtype == call.dtype else weight.to(call.dtype),
         lora_a,
@@ -147,7 +163,6 @@ def _forward(
         call.fan_in_fan_out,
         **_in_place_of_weight(call.packed[0]),
     )
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]), s
 
 
 def _in_place_of_weight(packed: Tensor | None) -> dict[str, Tensor]:
@@ -205,7 +220,7 @@ class _LoRALinear(torch.autograd.Function):
         ctx.call = call
         ctx.like_x = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        return result_of(x, y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -279,6 +294,12 @@ def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dim() == 2:
         return x
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+
+
+def result_of(x: Tensor, y: Tensor) -> Tensor:
+    """[M, N] as [..., N] in an autograd.Function: to autograd no view, since one that a Function
+    returns cannot be changed in place (``nn.ReLU(inplace=True)``)."""
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]])
 
 
 def scale_tensor(scale: float | Tensor, device: torch.device, compute: torch.dtype) -> Tensor:

@@ -38,6 +38,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import cpu, cuda, plan, reference
 from .config import Config
@@ -179,6 +180,31 @@ direct_lora_shrink = _direct("lora_shrink")
 direct_lora_linear_fwd = _direct("lora_linear_fwd")
 direct_lora_linear_dx = _direct("lora_linear_dx")
 direct_lora_linear_dab = _direct("lora_linear_dab")
+
+
+def direct_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    *rest: Any,
+) -> Tensor | None:
+    """:func:`cpu.lora_linear`: forward and backward as one node of the graph. None where that node
+    is not to be had: somebody observes, the weight trains, the tensors are not plain ones of a
+    CPU, or another plan answers."""
+    if (
+        is_observed()
+        or forward_ad._current_level >= 0
+        or not x.is_cpu
+        or weight.requires_grad
+        or not (type(x) in PLAIN and type(weight) in PLAIN)
+        or not (type(lora_a) in PLAIN and type(lora_b) in PLAIN)
+        or not (bias is None or type(bias) in PLAIN)
+    ):
+        return None
+    return cpu.lora_linear(x, weight, lora_a, lora_b, scale, bias, *rest)
 
 
 @torch.library.register_fake("lora_kernels::lora_shrink", lib=_library)

@@ -21,6 +21,7 @@ before the shipped one), else a heuristic that is always valid.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -28,12 +29,13 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .config import (
     MANY_ROWS,
@@ -73,6 +75,13 @@ _last: Answer | None = None
 _recorders: list[list[Answer]] = []
 _forced: Config | None = None
 _batch_invariant = False
+
+# Shared with a node of the graph that answers without Python: whether somebody asks who answers, or
+# forces an answer (the node then calls the operators), and whether it has answered since an
+# operator did.
+_shared = torch.zeros(2, dtype=torch.int64)
+_asked, _noted = (ctypes.c_int64.from_address(_shared.data_ptr() + 8 * i) for i in range(2))
+_last_of_node: Callable[[], Answer] | None = None
 
 
 def plan(problem: Problem, facts: DeviceFacts) -> Config:
@@ -215,6 +224,7 @@ def answered(backend: str, config: Config, problem: Problem) -> None:
     """Called by each backend once per operator call, with what is about to answer it."""
     global _last
     _last = Answer(backend, config, problem)
+    _noted.value = 0
     for recorder in _recorders:
         recorder.append(_last)
 
@@ -228,7 +238,21 @@ def last_plan() -> Answer | None:
     >>> lk.last_plan().op, lk.last_plan().backend, lk.last_plan().plan in ("native", "vendor")
     ('lora_linear_fwd', 'cpu', True)
     """
+    if _noted.value and _last_of_node is not None:
+        return _last_of_node()
     return _last
+
+
+def share(last_of_node: Callable[[], Answer]) -> Tensor:
+    """For a node that answers without Python: the cells that it reads and writes. ``last_of_node``
+    tells what it answered last."""
+    global _last_of_node
+    _last_of_node = last_of_node
+    return _shared
+
+
+def _update_asked() -> None:
+    _asked.value = bool(_recorders) or _forced is not None
 
 
 @contextlib.contextmanager
@@ -237,11 +261,13 @@ def record_plans() -> Iterator[list[Answer]]:
     backward included."""
     recorder: list[Answer] = []
     _recorders.append(recorder)
+    _update_asked()
     try:
         yield recorder
     finally:
         # By identity: two recorders that hold equal answers are still two recorders.
         _recorders[:] = [other for other in _recorders if other is not recorder]
+        _update_asked()
 
 
 @contextlib.contextmanager
@@ -258,10 +284,12 @@ def force_plan(choice: str | Config) -> Iterator[None]:
     if config.plan not in PLANS:
         raise ValueError(f"no plan is called {config.plan!r}; there are {', '.join(PLANS)}")
     previous, _forced = _forced, config
+    _update_asked()
     try:
         yield
     finally:
         _forced = previous
+        _update_asked()
 
 
 class batch_invariant:

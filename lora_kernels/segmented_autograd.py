@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .functional import Packed, rows_of
+from .functional import Packed, result_of, rows_of
 from .reference import accumulate_dtype
 from .segments import TABLE_TENSORS
 
@@ -64,7 +64,7 @@ class SegmentedLinear(torch.autograd.Function):
         ctx.call, ctx.slices = call._replace(table=[]), slices
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+        return result_of(x, y)
 
     @staticmethod
     @once_differentiable

@@ -1,0 +1,246 @@
+// lora_linear with its node of the autograd graph in C++: functional.py's _LoRALinear, for calls
+// that the native plan answers.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "operators.h"
+
+namespace lora_kernels {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// What plan.py shares, int64 [2]: whether somebody asks who answers (or forces an answer), and
+// whether a node has answered since an operator did. Nobody shares it: it is as if somebody asked.
+std::atomic<int64_t>* shared = nullptr;
+
+std::mutex noted_mutex;
+// The operator that a node answered last: 1 if it is lora_linear_dab and 0 for dX, its M, N, K and
+// r, the dtypes of rows and adapters, whether there was dropout, and fan_in_fan_out.
+std::vector<int64_t> noted;
+
+void share(const Tensor& cells) {
+  TORCH_CHECK(cells.scalar_type() == at::kLong && cells.numel() == 2 && cells.is_contiguous(),
+              "int64 [2] is what is shared");
+  static_assert(sizeof(std::atomic<int64_t>) == sizeof(int64_t));
+  static Tensor kept;
+  kept = cells;
+  shared = reinterpret_cast<std::atomic<int64_t>*>(kept.mutable_data_ptr<int64_t>());
+}
+
+bool somebody_asks() { return shared == nullptr || shared[0].load() != 0; }
+
+void note(std::vector<int64_t> answered) {
+  const std::lock_guard<std::mutex> lock(noted_mutex);
+  noted = std::move(answered);
+  shared[1].store(1);
+}
+
+std::vector<int64_t> last_noted() {
+  const std::lock_guard<std::mutex> lock(noted_mutex);
+  return noted;
+}
+
+// A function with the name and the signature of an operator of ops.py, which its dispatcher
+// answers: another plan than the native one, a mode, a tensor that is not plain.
+template <const char* kName, typename Signature>
+struct Dispatched;
+
+template <const char* kName, typename Result, typename... Arguments>
+struct Dispatched<kName, Result(Arguments...)> {
+  static Result call(Arguments... arguments) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow(kName, "")
+                               .template typed<Result(Arguments...)>();
+    return op.call(std::forward<Arguments>(arguments)...);
+  }
+};
+
+constexpr char kShrink[] = "lora_kernels::lora_shrink";
+constexpr char kDx[] = "lora_kernels::lora_linear_dx";
+constexpr char kDab[] = "lora_kernels::lora_linear_dab";
+
+struct Operators {
+  decltype(&lora_shrink) shrink;
+  decltype(&lora_linear_dx) dx;
+  decltype(&lora_linear_dab) dab;
+};
+
+constexpr Operators kNative = {&lora_shrink, &lora_linear_dx, &lora_linear_dab};
+constexpr Operators kDispatched = {&Dispatched<kShrink, decltype(lora_shrink)>::call,
+                                   &Dispatched<kDx, decltype(lora_linear_dx)>::call,
+                                   &Dispatched<kDab, decltype(lora_linear_dab)>::call};
+
+// [..., K] as [M, K] in the compute dtype; a view wherever dtype and strides allow one.
+Tensor rows_of(const Tensor& x, at::ScalarType dtype) {
+  const Tensor rows = x.to(dtype);
+  if (rows.dim() == 2) return rows;
+  return rows.dim() == 1 ? rows.unsqueeze(0) : rows.flatten(0, -2);
+}
+
+// Gradients that a graph was asked for: whoever differentiates them learns that he cannot.
+struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
+  static variable_list forward(AutogradContext* /*ctx*/, const Tensor& /*grad*/,
+                               const variable_list& gradients) {
+    return gradients;
+  }
+  static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
+    TORCH_CHECK(false,
+                "trying to differentiate twice lora_linear, which is once_differentiable: second "
+                "derivatives are not defined");
+  }
+};
+
+struct LoRALinear : torch::autograd::Function<LoRALinear> {
+  // The variables first: needs_input_grad counts them.
+  enum Input { kX, kWeight, kA, kB, kScale, kBias };
+  static constexpr size_t kInputs = 12;
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                        const Tensor& lora_a, const Tensor& lora_b, const Tensor& scale,
+                        const OptionalTensor& bias, const OptionalTensor& rng, double dropout_p,
+                        bool fan_in_fan_out, at::ScalarType dtype, const OptionalTensor& packed,
+                        const OptionalTensor& packed_dx) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor rows = rows_of(x, dtype);
+    auto [y, s] = lora_linear_fwd(rows, weight.to(dtype), lora_a, lora_b, scale, bias, rng,
+                                  dropout_p, fan_in_fan_out, std::nullopt, packed);
+    ctx->save_for_backward({lora_a.requires_grad() ? x : Tensor(),
+                            lora_b.requires_grad() ? s : Tensor(), weight, lora_a, lora_b, scale,
+                            rng.value_or(Tensor())});
+    ctx->saved_data["dropout_p"] = dropout_p;
+    ctx->saved_data["fan_in_fan_out"] = fan_in_fan_out;
+    ctx->saved_data["dtype"] = dtype;
+    ctx->saved_data["x_dtype"] = x.scalar_type();
+    if (x.dim() != 2) ctx->saved_data["x_sizes"] = x.sizes().vec();
+    if (bias) ctx->saved_data["bias_dtype"] = bias->scalar_type();
+    // Not among the saved variables: a copy of one, which its owner keeps.
+    if (packed_dx) ctx->saved_data["packed_dx"] = *packed_dx;
+    if (x.dim() == 2) return y;
+    std::vector<int64_t> sizes = x.sizes().vec();
+    sizes.back() = y.size(1);
+    return y.view(sizes);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const bool graph = at::GradMode::is_enabled();
+    // Unpacking may compute the forward once more, graph and all.
+    const variable_list saved = ctx->get_saved_variables();
+    const variable_list gradients = differentiate(ctx, saved, grads[0]);
+    return graph ? once(grads[0], gradients) : gradients;
+  }
+
+ private:
+  static variable_list differentiate(AutogradContext* ctx, const variable_list& saved,
+                                     const Tensor& grad) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto &x = saved[0], &s = saved[1], &weight = saved[2], &lora_a = saved[3],
+               &lora_b = saved[4], &scale = saved[5];
+    const OptionalTensor rng = if_defined(saved[6]);
+    const auto& data = ctx->saved_data;
+    const double dropout_p = data.at("dropout_p").toDouble();
+    const bool fan_in_fan_out = data.at("fan_in_fan_out").toBool();
+    const at::ScalarType dtype = data.at("dtype").toScalarType();
+    const auto packed = data.find("packed_dx"), bias_dtype = data.find("bias_dtype");
+    const bool need_x = ctx->needs_input_grad(kX), need_a = ctx->needs_input_grad(kA),
+               need_b = ctx->needs_input_grad(kB),
+               need_bias = bias_dtype != data.end() && ctx->needs_input_grad(kBias);
+    const bool need_ab = need_a || need_b || need_bias;
+
+    const Tensor dy = rows_of(grad, dtype);
+    const bool native = is_plain(dy) && !somebody_asks();
+    const Operators& ops = native ? kNative : kDispatched;
+
+    variable_list gradients(kInputs);
+    Tensor d;
+    if (need_x) {
+      std::tie(gradients[kX], d) =
+          ops.dx(dy, weight.to(dtype), lora_a, lora_b, scale, rng, dropout_p, fan_in_fan_out,
+                 std::nullopt, packed == data.end() ? OptionalTensor() : packed->second.toTensor());
+      gradients[kX] = gradients[kX].to(data.at("x_dtype").toScalarType());
+      const auto x_sizes = data.find("x_sizes");
+      if (x_sizes != data.end()) {
+        gradients[kX] = gradients[kX].view(x_sizes->second.toIntVector());
+      }
+    } else if (need_a) {
+      // D = c dY B: no mask, only its 1/(1-p).
+      d = ops.shrink(dy, lora_b.t(), scale, std::nullopt, dropout_p);
+    }
+    if (need_ab) {
+      const auto none = std::optional<at::ScalarType>();
+      auto [da, db, dbias] = ops.dab(
+          dy, need_a ? OptionalTensor(rows_of(x, dtype)) : std::nullopt,
+          need_b ? OptionalTensor(s) : std::nullopt, need_a ? OptionalTensor(d) : std::nullopt, rng,
+          dropout_p, need_a ? lora_a.scalar_type() : none, need_b ? lora_b.scalar_type() : none,
+          need_bias ? bias_dtype->second.toScalarType() : none, std::nullopt);
+      if (need_a) gradients[kA] = da;
+      if (need_b) gradients[kB] = db;
+      if (need_bias) gradients[kBias] = dbias;
+    }
+    if (native && (need_x || need_ab)) {
+      const int64_t k = need_ab && !need_a ? 0 : lora_a.size(1);
+      const int64_t r = need_ab && !need_a && !need_b ? 0 : lora_a.size(0);
+      const auto adapter_dtype = need_ab ? dtype : lora_a.scalar_type();
+      note({need_ab, dy.size(0), dy.size(1), k, r, static_cast<int64_t>(dtype),
+            static_cast<int64_t>(adapter_dtype), rng.has_value(), !need_ab && fan_in_fan_out});
+    }
+    return gradients;
+  }
+
+  static variable_list once(const Tensor& grad, const variable_list& gradients) {
+    variable_list defined;
+    for (const Tensor& t : gradients) {
+      if (t.defined()) defined.push_back(t);
+    }
+    const variable_list guarded = OnceDifferentiable::apply(grad, defined);
+    variable_list all(kInputs);
+    for (size_t i = 0, j = 0; i < kInputs; ++i) {
+      if (gradients[i].defined()) all[i] = guarded[j++];
+    }
+    return all;
+  }
+
+  static OptionalTensor if_defined(const Tensor& t) {
+    return t.defined() ? OptionalTensor(t) : std::nullopt;
+  }
+
+  static bool is_plain(const Tensor& t) {
+    return t.is_cpu() && t.layout() == at::kStrided && !t.key_set().has(c10::DispatchKey::Python);
+  }
+};
+
+Tensor lora_linear(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
+                   const Tensor& lora_b, const Tensor& scale, const OptionalTensor& bias,
+                   const OptionalTensor& rng, double dropout_p, bool fan_in_fan_out,
+                   at::ScalarType dtype, const OptionalTensor& packed,
+                   const OptionalTensor& packed_dx) {
+  TORCH_CHECK_VALUE(!weight.requires_grad(), "lora_linear has no gradient for a weight here");
+  return LoRALinear::apply(x, weight, lora_a, lora_b, scale, bias, rng, dropout_p, fan_in_fan_out,
+                           dtype, packed, packed_dx);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(lora_kernels_cpu, m) {
+  // For a frozen weight, of operands that functional.py has checked.
+  m.def(
+      "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scale, "
+      "Tensor? bias, Tensor? rng, float dropout_p, bool fan_in_fan_out, ScalarType dtype, "
+      "Tensor? packed=None, Tensor? packed_dx=None) -> Tensor");
+  m.def("share(Tensor(a!) cells) -> ()", &share);
+  m.def("last_noted() -> int[]", &last_noted);
+}
+
+TORCH_LIBRARY_IMPL(lora_kernels_cpu, AutogradCPU, m) { m.impl("lora_linear", &lora_linear); }
+
+}  // namespace lora_kernels
