@@ -11,7 +11,6 @@ from .models import (
     lora_report,
     merge_adapter,
     unmerge_adapter,
-    warmup,
 )
 from .multi_lora import MultiLoRAEmbedding, MultiLoRALinear
 from .nn import FusedLoRALinear
@@ -20,6 +19,7 @@ from .pointers import AdapterPointers
 from .segmented import segmented_expand, segmented_linear, segmented_lora, segmented_shrink
 from .segments import SegmentTable
 from .serving import AdapterStore, UnknownAdapterError
+from .warming import warmup
 
 __version__ = "0.1.0"
 __all__ = [

@@ -357,13 +357,7 @@ def _check_operands(x: Any, weight: Any, lora_a: Any, lora_b: Any, bias: Any) ->
     for name, tensor in (operands if bias is None else operands | {"bias": bias}).items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
-        if is_dtensor(tensor):
-            raise TypeError(
-                f"{name} is a DTensor, and lora_linear computes on local tensors: under "
-                "fully_shard call the layer inside the sharded model's forward, which gathers its "
-                "parameters; for tensor parallelism leave the adapted layers out of the plan, or "
-                "pass each rank's own part (to_local())"
-            )
+        check_local(name, tensor)
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating tensor, not {tensor.dtype}")
         if tensor.device != device:
@@ -415,6 +409,16 @@ def _check(
 def is_dtensor(tensor: Tensor) -> bool:
     """By name: the class lies in a package that takes a second to import."""
     return type(tensor).__name__ == "DTensor"
+
+
+def check_local(name: str, tensor: Tensor) -> None:
+    if is_dtensor(tensor):
+        raise TypeError(
+            f"{name} is a DTensor, and LoRA is computed on local tensors: under fully_shard call "
+            "the layer inside the sharded model's forward, which gathers its parameters; for "
+            "tensor parallelism leave the adapted layers out of the plan, or pass each rank's own "
+            "part (to_local())"
+        )
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

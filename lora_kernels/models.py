@@ -197,49 +197,6 @@ def unmerge_adapter(model: nn.Module) -> None:
         layer.unmerge()
 
 
-def warmup(
-    model: nn.Module,
-    rows: Sequence[int],
-    *,
-    dtype: torch.dtype | None = None,
-    training: bool | None = None,
-) -> None:
-    """Run every adapted layer once for each number of rows, so that what compiles on first use is
-    compiled before a graph is captured or a clock is started.
-
-    Args:
-        rows: numbers of tokens, as the layers will see them.
-        dtype: of the layers' input; default: each weight's own.
-        training: also run the backward; default: where the layer is in training mode. Gradients,
-            generators and parameters stay as they are.
-
-    Raises:
-        ValueError: the model has no LoRA layers of this package, or a number of rows is negative.
-
-    >>> layer = FusedLoRALinear(8, 4, r=2)
-    >>> warmup(layer, [1, 16])
-    """
-    if any(count < 0 for count in rows):
-        raise ValueError(f"rows must be numbers of tokens, not {list(rows)}")
-    layers = _some_lora_layers(model)
-    devices = [layer.weight.device for layer in layers if layer.weight.is_cuda]
-    with torch.random.fork_rng(devices=devices):
-        for layer in layers:
-            backward = layer.training if training is None else training
-            for count in rows:
-                x = layer.weight.new_zeros(count, layer.in_features, dtype=dtype)
-                _run_once(layer, x, backward)
-
-
-def _run_once(layer: FusedLoRALinear, x: Tensor, backward: bool) -> None:
-    with torch.set_grad_enabled(backward):
-        # Past the hooks, which may count calls or cost something.
-        y = layer.forward(x.requires_grad_(backward))
-        if backward:
-            wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
-            torch.autograd.grad(y, wanted, y, allow_unused=True)
-
-
 def _some_lora_layers(model: nn.Module) -> list[FusedLoRALinear]:
     layers = list(lora_layers(model).values())
     if not layers:

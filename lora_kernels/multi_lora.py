@@ -47,6 +47,16 @@ class _Slots(nn.Module):
         """Views of the A and B in ``slot``, as wide as ``rank``."""
         raise NotImplementedError
 
+    def _capacity(self) -> tuple[int, int]:
+        """How many slots there are, and their largest rank."""
+        return self.lora_A.shape[0], self.lora_B.shape[2]
+
+    def _input_of(self, rows: int, dtype: torch.dtype | None) -> Tensor:
+        raise NotImplementedError
+
+    def _adapted(self, input: Tensor, table: SegmentTable, dropout_p: float) -> Tensor:
+        raise NotImplementedError
+
     def _table(self, shape: torch.Size, device: torch.device) -> tuple[SegmentTable, float] | None:
         """The rows' table and the adapters' dropout; None: the base model."""
         if torch.compiler.is_compiling():
@@ -65,6 +75,19 @@ class _Slots(nn.Module):
         if table is None:
             return None
         return table, batch.dropout_p(self.path) if self.training else 0.0
+
+    def warmup_call(
+        self, rows: int, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """For :func:`lora_kernels.warmup`: the slots take turns."""
+        slots, max_rank = self._capacity()
+        table = SegmentTable.from_rows(
+            [i % slots for i in range(rows)],
+            [max_rank] * slots,
+            [1.0] * slots,
+            device=self.lora_A.device,
+        )
+        return self._input_of(rows, dtype), lambda x: self._adapted(x, table, 0.0)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -160,7 +183,12 @@ class MultiLoRALinear(_Slots, PackedLinear):
         found = self._table(input.shape[:-1], input.device)
         if found is None:
             return self._base_forward(input)
-        table, dropout_p = found
+        return self._adapted(input, *found)
+
+    def _input_of(self, rows: int, dtype: torch.dtype | None) -> Tensor:
+        return self.weight.new_zeros(rows, self.in_features, dtype=dtype)
+
+    def _adapted(self, input: Tensor, table: SegmentTable, dropout_p: float) -> Tensor:
         return segmented_linear(
             input,
             self.weight,
@@ -257,10 +285,13 @@ class MultiLoRAEmbedding(_Slots, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """int [...] -> [..., embedding_dim]."""
         found = self._table(input.shape, input.device)
-        y = super().forward(input)
-        if found is None:
-            return y
-        table, _ = found
+        return super().forward(input) if found is None else self._adapted(input, *found)
+
+    def _input_of(self, rows: int, dtype: torch.dtype | None) -> Tensor:
+        return self.weight.new_zeros(rows, dtype=torch.long)
+
+    def _adapted(self, input: Tensor, table: SegmentTable, dropout_p: float) -> Tensor:
+        y = nn.Embedding.forward(self, input)
         slots, embeddings, max_rank = self.lora_A.shape
         # A row without an adapter looks one up as well, of which its rank 0 leaves nothing.
         used = table.slot_of_row >= 0

@@ -307,6 +307,12 @@ class FusedLoRALinear(PackedLinear):
             packed=self._packed_copies(input),
         )
 
+    def warmup_call(
+        self, rows: int, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """For :func:`lora_kernels.warmup`."""
+        return self.weight.new_zeros(rows, self.in_features, dtype=dtype), self.forward
+
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """``scaling * B A`` in the weight's own orientation, in float32 (float64 for a float64

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .functional import Packed, check_rng, compute_dtype, draw_rng, rows_of
+from .functional import Packed, check_local, check_rng, compute_dtype, draw_rng, rows_of
 from .pointers import AdapterPointers
 from .segmented_autograd import Call, SegmentedLinear, SegmentedLoRA
 from .segments import SegmentTable
@@ -316,6 +316,7 @@ def _check_tensor(name: str, tensor: Any, device: torch.device) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name} must be a floating tensor, not {kind}")
+    check_local(name, tensor)
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, x on {device}")
 

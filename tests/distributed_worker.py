@@ -188,6 +188,11 @@ def dtensors(how, directory):
     for name, tensor in local.items():
         arguments = local | {name: distribute_tensor(tensor, mesh, [Replicate()])}
         attempt(name, lambda arguments=arguments: lk.lora_linear(**arguments))
+    seg = lk.SegmentTable.from_rows([0, -1, 0, 0], rank_of_slot=[2], scale_of_slot=[1.0])
+    mixed = local | {"lora_a": local["lora_a"][None], "lora_b": local["lora_b"][None], "seg": seg}
+    for name in local:
+        arguments = mixed | {name: distribute_tensor(mixed[name], mesh, [Replicate()])}
+        attempt(f"mixed {name}", lambda arguments=arguments: lk.segmented_linear(**arguments))
     for style in (ColwiseParallel(), RowwiseParallel()):
         block = torch.nn.Sequential(lk.FusedLoRALinear(8, 6))
         parallelize_module(block, mesh, {"0": style})

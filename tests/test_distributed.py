@@ -178,7 +178,8 @@ def test_dtensors_are_refused_by_name(run):
     for messages in run("dtensors"):
         for name in ("x", "weight", "lora_a", "lora_b", "bias"):
             assert messages[name].startswith(f"{name} is a DTensor"), messages
+            assert messages[f"mixed {name}"].startswith(f"{name} is a DTensor"), messages
         for style in ("ColwiseParallel", "RowwiseParallel", "outside forward"):
-            assert "is a DTensor, and lora_linear computes on local tensors" in messages[style]
+            assert "is a DTensor, and LoRA is computed on local tensors" in messages[style]
         assert "the model is sharded" in messages["save_adapter"]
         assert "full_state_dict=True" in messages["save_adapter"]

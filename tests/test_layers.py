@@ -27,7 +27,16 @@ LAYERS = [
     {"ops"},
     {"functional", "segmented", "segmented_autograd"},
     {"nn", "packed", "multi_lora", "batches"},
-    {"models", "serving", "slots", "slotted_model", "transfers", "adapters", "integrations"},
+    {
+        "models",
+        "warming",
+        "serving",
+        "slots",
+        "slotted_model",
+        "transfers",
+        "adapters",
+        "integrations",
+    },
 ]
 # Above everything, for users and tests.
 TOP = {"__init__", "__main__", "testing", "testing_segmented"}

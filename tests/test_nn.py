@@ -492,8 +492,34 @@ def test_warmup_runs_every_layer_and_leaves_no_trace(training, merged):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_warmup_of_the_layers_of_a_store():
+    model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 6))
+    lk.AdapterStore(model, max_adapters=2, max_rank=4, target_modules=["0", "1"])
+    stacks = [p.clone() for p in model.parameters()]
+    with lk.record_plans() as answers:
+        lk.warmup(model.eval(), [1, 33])
+    mixed = [a.problem for a in answers if a.op == "segmented_linear_fwd"]
+    assert [(p.m, p.slots, p.r) for p in mixed] == [(1, 2, 4), (33, 2, 4)]
+    assert sum(a.op == "segmented_expand_" for a in answers) == 2
+    assert all(map(torch.equal, stacks, model.parameters()))
+
+
+def test_warmup_of_a_store_that_trains():
+    model = nn.Sequential(nn.Linear(8, 6))
+    store = lk.AdapterStore(model, max_adapters=2, max_rank=4)
+    store.requires_grad_()
+    with lk.record_plans() as answers:
+        lk.warmup(model.train(), [5])
+    assert [a.op for a in answers] == [
+        "segmented_linear_fwd",
+        "segmented_linear_dx",
+        "segmented_lora_dab",
+    ]
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_warmup_of_nothing_or_of_nonsense():
-    with pytest.raises(ValueError, match="no LoRA layers"):
+    with pytest.raises(ValueError, match="no LoRA layers of lora_kernels: call apply_lora or"):
         lk.warmup(nn.Linear(3, 4), [1])
     with pytest.raises(ValueError, match="rows must be"):
         lk.warmup(adapted(), [-1])

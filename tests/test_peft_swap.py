@@ -523,6 +523,23 @@ def test_what_is_not_served_is_said_and_stays_pefts():
     assert len(answers) == 2
 
 
+def test_warmup_runs_the_swapped_layers_and_counts_no_call():
+    model = stock_model("llama", lora_dropout=0.5)
+    report = lk.accelerate_peft(model)
+    generator = torch.random.get_rng_state()
+    with lk.record_plans() as answers:
+        lk.warmup(model, [3], training=True)
+    swapped = len(report.fused)
+    assert [a.op for a in answers] == [
+        "lora_linear_fwd",
+        "lora_linear_dx",
+        "lora_linear_dab",
+    ] * swapped
+    assert report.calls.fused == 0
+    assert torch.equal(torch.random.get_rng_state(), generator)
+    assert all(p.grad is None for p in model.parameters())
+
+
 @pytest.mark.parametrize("variant", ["use_dora", "alora", "bdlora"])
 def test_variants_are_pefts(variant):
     changes = {

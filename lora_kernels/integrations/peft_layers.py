@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -95,6 +95,18 @@ class FusedLinear(lora.Linear):
         if counts and y is not _NOTHING:
             self.kernel_calls.fall_back(y)
         return super().forward(x, *args, **kwargs)
+
+    def warmup_call(
+        self, rows: int, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """For :func:`lora_kernels.warmup`; counts as no call."""
+
+        def call(x: Tensor) -> Tensor:
+            y = self._forward_active(x)
+            return x.detach() if isinstance(y, str) else y
+
+        layer: Any = self
+        return layer.base_layer.weight.new_zeros(rows, layer.in_features, dtype=dtype), call
 
     def _forward_active(self, x: Tensor) -> Tensor | str:
         """The sum of the active adapters on the base; or why not."""
