@@ -51,8 +51,14 @@ FEW_ROWS = [
     for dtype, width in itertools.product(("float32", "bfloat16"), (64, 256, 1024, 2048))
 ]
 TRAINING = [
-    Case(512, 2048, "bfloat16", dropout, MODES[2:], pack)
-    for dropout, pack in itertools.product((0.0, 0.05, 0.1), ("eval", "always"))
+    *(
+        Case(512, width, "bfloat16", dropout, MODES[2:])
+        for dropout, width in itertools.product((0.0, 0.1), (512, 768, 1024))
+    ),
+    *(
+        Case(512, 2048, "bfloat16", dropout, MODES[2:], pack)
+        for dropout, pack in itertools.product((0.0, 0.05, 0.1), ("eval", "always"))
+    ),
 ]
 
 
