@@ -268,7 +268,7 @@ def _producer_spills(config: Config, problem: Problem, facts: DeviceFacts, long:
         return config.block_m * config.block_n > 64 * 64
     if problem.dropout and arch == "sm_90":
         # x, and what the mask leaves of it
-        return wide or (long and not config.descriptors)
+        return wide or (not config.descriptors and (long or problem.fan_in_fan_out))
     return wide and long
 
 
