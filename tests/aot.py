@@ -14,7 +14,8 @@ covering set of it, each member there for what it costs in registers or in addre
   ([N, K] weight, bias) and as dX ([K, N] weight; masked in the tail plan), for aligned and odd
   operands, with descriptors as well where they are valid; each smaller rank bucket once, as the
   aligned forward. Adapters are fp32 in half of these and bf16 in the others. Tiles of 16 rows are
-  split along K, and so is the tile of 64 rows once.
+  split along K, and so is the tile of 64 rows once. The producer plan, which is not split, is there
+  as dX and as the forward both masked and not.
 - once per architecture, plan and way to load, the first tile: columns with strides (no unit
   stride at all), a weight that is a Conv1D's, out_scale, and fp16 with a rank of 8.
 - fp32: each tile in each plan, aligned and odd.
@@ -673,7 +674,8 @@ def report(rows: list[Row]) -> str:
         "Written by `python -m tests.aot --write`; `tests/test_aot.py` regenerates it and",
         "compares. What is listed, and why these: the docstring of `tests/aot.py`. Loops are",
         "separated by a semicolon: of a tail plan the walk along the rank and then the one along",
-        "K, of dA/dB one each. Spills in lanes are scalar registers kept in vector registers.",
+        "K, of dA/dB one each, of a producer plan the owners' and the others', in either order.",
+        "Spills in lanes are scalar registers kept in vector registers.",
         "",
         version_line(),
     ]
