@@ -257,15 +257,17 @@ def _register_reason(config: Config, problem: Problem, facts: DeviceFacts) -> st
 def _producer_spills(config: Config, problem: Problem, facts: DeviceFacts, long: bool) -> bool:
     """What a second loop and the masks cost beside in_loop's; ``long``: a rank of more than half of
     what the tile takes there."""
-    if problem.dtype == "float32":
-        return False
     arch, wide = family(facts.arch), config.block_n > 128
+    if problem.dtype == "float32":
+        return arch == "sm_100"
     if arch == "sm_80":
-        # Only a weight that is read as [N, K] leaves enough.
-        return (problem.op == "lora_linear_dx") != problem.fan_in_fan_out
+        # Only the forward with a weight [N, K] leaves enough.
+        return problem.op == "lora_linear_dx" or problem.fan_in_fan_out
     if problem.dropout and problem.op == "lora_linear_dx":
         # The masked tail has an accumulator of its own.
         return config.block_m * config.block_n > 64 * 64
+    if problem.dropout and arch == "gfx942":
+        return True
     if problem.dropout and arch == "sm_90":
         # x, and what the mask leaves of it
         return wide or (not config.descriptors and (long or problem.fan_in_fan_out))
