@@ -26,6 +26,8 @@ PLANS = (
 
 # Plans whose work is done by Triton kernels with tiles; the others take no numbers.
 TILED_PLANS = ("in_loop", "tail", "producer", "skinny", "decode", "grouped")
+# Those that accumulate S beside the base product, in tiles as wide as the rank.
+WHOLE_RANK_PLANS = ("in_loop", "producer")
 SEGMENTED_PLANS = ("decode", "grouped")
 SKINNY_OPS = ("lora_shrink", "lora_linear_dab")
 DECODE_OPS = ("segmented_lora", "segmented_lora_", "segmented_lora_pointers_")
@@ -127,8 +129,6 @@ def _tiled_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) 
         return "Triton is not installed"
     if _sm(facts.arch) < 80:
         return f"the kernels are compiled for sm_80 and later, not for {facts.arch}"
-    if config.plan == "producer":
-        return "there is no kernel for it yet"
     if problem.dtype == "float64" or problem.adapter_dtype == "float64":
         return "float64 is computed by the reference"
     if problem.op in MIXED_LINEAR_OPS:
@@ -146,7 +146,12 @@ def _tiled_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) 
         return "the kernels read dY once, and out_scale would have to multiply it first"
     if config.block_m == 0:
         # A plan by its name alone; the planner fills in the numbers.
-        return None if config.plan != "in_loop" or problem.r <= 64 else _REGISTERS
+        named = (c for c in tiled_configs(problem, facts) if c.plan == config.plan)
+        if config.plan in WHOLE_RANK_PLANS and not any(is_valid(c, problem, facts) for c in named):
+            return _REGISTERS
+        return None
+    if config.plan == "producer" and config.split_k > 1:
+        return "a tile waits for its owner, and nothing for the shares of a tile"
     if config.descriptors and (not problem.aligned or not 90 <= _sm(facts.arch) < 1000):
         return "tensor descriptors need sm_90 and 16-byte strides"
     if facts.shared_memory and shared_memory(config, problem) > facts.shared_memory - 1024:
@@ -219,7 +224,7 @@ def _register_reason(config: Config, problem: Problem, facts: DeviceFacts) -> st
         # The tile of x or dY, and the one of A or of S and D.
         loaded = max(config.block_m * columns, (columns if shrink else config.block_m) * rank)
     else:
-        if config.plan == "in_loop":
+        if config.plan in WHOLE_RANK_PLANS:
             tile = (config.block_m, config.block_n, config.block_k)
             narrow = tile[1:] == (128, 32)
             most = 64 if tile == (128, 128, 64) else 16 if narrow else 32
@@ -227,6 +232,9 @@ def _register_reason(config: Config, problem: Problem, facts: DeviceFacts) -> st
                 return _REGISTERS
             if (tile == (64, 64, 32) and _sm(facts.arch) < 90) or (tile[0] == 16 and not nvidia):
                 return "its warps would repeat part of the base product"
+            long = 2 * rank > most
+            if config.plan == "producer" and _producer_spills(config, problem, facts, long):
+                return _REGISTERS
         half = problem.dtype != "float32"
         masked = problem.dropout and problem.op in ("lora_linear_dx", "segmented_linear_dx")
         if config.block_n > 128 and (masked or problem.out_scale or not config.descriptors):
@@ -244,6 +252,26 @@ def _register_reason(config: Config, problem: Problem, facts: DeviceFacts) -> st
     if nvidia and not problem.aligned and loaded > 2048:
         return _REGISTERS
     return None
+
+
+def _producer_spills(config: Config, problem: Problem, facts: DeviceFacts, long: bool) -> bool:
+    """What a second loop and the masks cost beside in_loop's; ``long``: a rank of more than half of
+    what the tile takes there."""
+    arch, wide = family(facts.arch), config.block_n > 128
+    if problem.dtype == "float32":
+        return arch == "sm_100"
+    if arch == "sm_80":
+        # Only the forward with a weight [N, K] leaves enough.
+        return problem.op == "lora_linear_dx" or problem.fan_in_fan_out
+    if problem.dropout and problem.op == "lora_linear_dx":
+        # The masked tail has an accumulator of its own.
+        return config.block_m * config.block_n > 64 * 64
+    if problem.dropout and arch == "gfx942":
+        return True
+    if problem.dropout and arch == "sm_90":
+        # x, and what the mask leaves of it
+        return wide or (not config.descriptors and (long or problem.fan_in_fan_out))
+    return wide and long
 
 
 def _mixed_tail_spills(config: Config, problem: Problem, facts: DeviceFacts, masked: bool) -> bool:
@@ -373,7 +401,10 @@ def tiled_configs(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:
         split = 1
         if problem.m <= SMALL_M:
             split = _split(tiles, problem.inner // block_k, processors)
-        for plan in ("tail",) if mixed_linear else ("in_loop", "tail"):
+        for plan in ("tail",) if mixed_linear else ("in_loop", "tail", "producer"):
+            if plan == "producer" and block_m == 16:
+                # Tiles of few rows are there to be split along K.
+                continue
             for descriptors in (True, False):
                 yield Config(
                     plan,
@@ -381,7 +412,7 @@ def tiled_configs(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:
                     block_n,
                     block_k,
                     8,
-                    split,
+                    1 if plan == "producer" else split,
                     warps,
                     stages,
                     processors,

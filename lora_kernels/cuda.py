@@ -74,6 +74,7 @@ def run_kernel(
     from .kernels import (
         linear_bwd,
         linear_fwd,
+        linear_producer,
         segmented,
         segmented_bwd,
         segmented_decode,
@@ -91,6 +92,8 @@ def run_kernel(
     if op in SKINNY_OPS:
         kernel = linear_fwd.lora_shrink if op == "lora_shrink" else linear_bwd.lora_linear_dab
         return kernel(*args, **kwargs, config=config)
+    if config.plan == "producer":
+        return getattr(linear_producer, op)(*args, **kwargs, config=config)
     rows = Problem(
         "lora_shrink",
         problem.m,

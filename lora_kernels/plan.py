@@ -6,7 +6,8 @@ The plans, one contract (how S reaches the accumulator of the base product):
   store (p = 0);
 - ``tail``      a skinny shrink writes S, the GEMM starts with dot(S, B), in a batch that mixes
   adapters every row with the B of its own;
-- ``producer``  one persistent launch, tiles that own S for a row block publish it to the others;
+- ``producer``  one persistent launch: of each row block one tile makes S beside its base product
+  and publishes it, all tiles add S B^T last;
 - ``decode``    a batch that mixes adapters, of few rows: shrink and expand in one launch;
 - ``grouped``   a batch that mixes adapters: shrink, then expand, by blocks of rows of one adapter;
 - ``native``    the CPU's C++ kernels: tail, then GEMM, in one pass over tiles;
@@ -137,7 +138,13 @@ def heuristic(problem: Problem, facts: DeviceFacts) -> Config:
         return next(shipped, Config("reference"))
     if not is_valid(vendor, problem, facts):
         return Config("reference")
-    tiled = [c for c in tiled_configs(problem, facts) if is_valid(c, problem, facts)]
+    # The producer plan answers where a tuner measured it or a user forces it: what its tiles wait
+    # for one another is a guess, on which its estimate would win most large shapes.
+    tiled = [
+        c
+        for c in tiled_configs(problem, facts)
+        if c.plan != "producer" and is_valid(c, problem, facts)
+    ]
     return min([vendor, *tiled], key=lambda config: estimate_us(config, problem, facts))
 
 
@@ -145,12 +152,14 @@ def heuristic(problem: Problem, facts: DeviceFacts) -> Config:
 # of peak that the library's GEMM reaches (FIELD's cuBLAS on an H200: 0.73 to 0.79 of the
 # datasheet's 989 TFLOP/s) and that a Triton tile of each size does (0.95 of cuBLAS for the largest,
 # at large K); the share of bandwidth that streaming kernels reach, and how much faster the L2 is;
-# of a batch that mixes adapters, that its rows are dealt out evenly among all slots.
+# of a batch that mixes adapters, that its rows are dealt out evenly among all slots; and of a tile
+# of the producer plan, what three answers of the L2 in a row take: its ticket, its flag, and S.
 _LAUNCH_US = 2.0
 _LIBRARY_SHARE = 0.76
 _TILE_SHARE = {128 * 256: 0.72, 128 * 128: 0.66, 64 * 128: 0.55}
 _STREAM_SHARE = 0.85
 _CACHE_OVER_MEMORY = 2.5
+_HANDOVER_US = 1.0
 
 
 def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
@@ -196,7 +205,9 @@ def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
     tiles_m, tiles_n = -(-m // config.block_m), -(-n // config.block_n)
     waves = -(-tiles_m * tiles_n * config.split_k // max(facts.processors, 1))
     share = _TILE_SHARE.get(config.block_m * config.block_n, 0.4)
-    depth = k / config.split_k * (1 + rank / config.block_n * (config.plan == "in_loop"))
+    # How many tiles in a row make S: all, or one.
+    making = {"in_loop": 1.0, "producer": 1 / max(tiles_n, 1)}.get(config.plan, 0.0)
+    depth = k / config.split_k * (1 + rank / config.block_n * making)
     walked: float = rank
     if mixed:
         # Every slot that occurs in a tile is walked, by all of its rows.
@@ -217,6 +228,7 @@ def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
         product += streamed(2 * config.split_k * partial * 4 / size) / _CACHE_OVER_MEMORY
     # Pointers instead of descriptors cost addresses and registers.
     product *= 1.0 if config.descriptors else 1.05
+    product += waves * _HANDOVER_US * (config.plan == "producer")
     return product + _LAUNCH_US + (shrink if config.plan == "tail" else 0.0)
 
 

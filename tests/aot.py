@@ -14,7 +14,8 @@ covering set of it, each member there for what it costs in registers or in addre
   ([N, K] weight, bias) and as dX ([K, N] weight; masked in the tail plan), for aligned and odd
   operands, with descriptors as well where they are valid; each smaller rank bucket once, as the
   aligned forward. Adapters are fp32 in half of these and bf16 in the others. Tiles of 16 rows are
-  split along K, and so is the tile of 64 rows once.
+  split along K, and so is the tile of 64 rows once. The producer plan, which is not split, is there
+  as dX and as the forward both masked and not.
 - once per architecture, plan and way to load, the first tile: columns with strides (no unit
   stride at all), a weight that is a Conv1D's, out_scale, and fp16 with a rank of 8.
 - fp32: each tile in each plan, aligned and odd.
@@ -130,17 +131,20 @@ def _linear(arch: str) -> Iterator[Call]:
         if not admitted:
             continue
         # A longer tail is walked in steps of 32.
-        largest = max(admitted) if config.plan == "in_loop" else min(64, max(admitted))
+        largest = min(64, max(admitted)) if config.plan == "tail" else max(admitted)
         for r in admitted:
             if r < largest and (config.descriptors or arch not in ("sm_90", "sm_100")):
                 yield from _call(arch, config, fwd._replace(r=r), "aligned")
         for layout, adapters in (("aligned", "float32"), ("odd", "bfloat16")):
             yield from _call(arch, config, fwd._replace(r=largest, adapter_dtype=adapters), layout)
-        dropout = config.plan == "tail"
+        dx = fwd._replace(op="lora_linear_dx", r=largest, dropout=config.plan == "tail")
         for layout, adapters in (("aligned", "bfloat16"), ("odd", "float32")):
-            dx = fwd._replace(op="lora_linear_dx", r=largest, dropout=dropout)
             yield from _call(arch, config, dx._replace(adapter_dtype=adapters), layout)
-        if config.block_m == 64:
+            if config.plan == "producer":
+                # With a mask the two have nothing in common.
+                for masked in (fwd._replace(r=largest, dropout=True), dx._replace(dropout=True)):
+                    yield from _call(arch, config, masked._replace(adapter_dtype=adapters), layout)
+        if config.block_m == 64 and config.plan != "producer":
             yield from _call(arch, config, fwd._replace(m=64, r=largest), "aligned")
         kind = (config.plan, config.descriptors)
         if kind not in first:
@@ -157,10 +161,13 @@ def _linear(arch: str) -> Iterator[Call]:
         admitted = _ranks(arch, config, single)
         if not admitted:
             continue
-        r = max(admitted) if config.plan == "in_loop" else min(64, max(admitted))
+        r = min(64, max(admitted)) if config.plan == "tail" else max(admitted)
         yield from _call(arch, config, single._replace(m=rows, r=r), "odd")
-        dx = single._replace(op="lora_linear_dx", m=rows, r=r, dropout=config.plan == "tail")
+        dx = single._replace(op="lora_linear_dx", m=rows, r=r, dropout=config.plan != "in_loop")
         yield from _call(arch, config, dx, "aligned")
+        if config.plan == "producer":
+            masked = single._replace(m=rows, r=r, dropout=True)
+            yield from _call(arch, config, masked, "aligned")
 
 
 def _skinny(arch: str) -> Iterator[Call]:
@@ -286,11 +293,20 @@ def _launches() -> Iterator[list[_Caught]]:
     from lora_kernels.kernels import (
         linear_bwd,
         linear_fwd,
+        linear_producer,
         segmented,
         segmented_bwd,
         segmented_decode,
     )
 
+    modules = (
+        linear_fwd,
+        linear_producer,
+        linear_bwd,
+        segmented,
+        segmented_bwd,
+        segmented_decode,
+    )
     caught: list[_Caught] = []
 
     class Catcher:
@@ -302,7 +318,7 @@ def _launches() -> Iterator[list[_Caught]]:
 
     kept = [
         (module, name, function)
-        for module in (linear_fwd, linear_bwd, segmented, segmented_bwd, segmented_decode)
+        for module in modules
         for name, function in vars(module).items()
         if name.startswith(("_lora", "_segmented")) and name.endswith("_kernel")
     ]
@@ -566,8 +582,12 @@ def predicted(row: Row) -> list[int]:
         loops = 2 * [product(c["BLOCK_C"], c["BLOCK_R"], c["BLOCK_M"])]
     else:
         base = product(c["BLOCK_M"], c["BLOCK_N"], c["BLOCK_K"])
-        if c["IN_LOOP"]:
-            loops = [base + product(c["BLOCK_M"], c["BLOCK_R"], c["BLOCK_K"])]
+        side_by_side = base + product(c["BLOCK_M"], c["BLOCK_R"], c["BLOCK_K"])
+        if row.kernel == "_lora_linear_producer_kernel":
+            # the other tiles' loop, then the owners'
+            loops = [base, side_by_side]
+        elif c["IN_LOOP"]:
+            loops = [side_by_side]
         else:
             loops = [product(c["BLOCK_M"], c["BLOCK_N"], c["BLOCK_R"]), base]
     return [count for count in loops if count]
@@ -654,7 +674,8 @@ def report(rows: list[Row]) -> str:
         "Written by `python -m tests.aot --write`; `tests/test_aot.py` regenerates it and",
         "compares. What is listed, and why these: the docstring of `tests/aot.py`. Loops are",
         "separated by a semicolon: of a tail plan the walk along the rank and then the one along",
-        "K, of dA/dB one each. Spills in lanes are scalar registers kept in vector registers.",
+        "K, of dA/dB one each, of a producer plan the owners' and the others', in either order.",
+        "Spills in lanes are scalar registers kept in vector registers.",
         "",
         version_line(),
     ]

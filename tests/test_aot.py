@@ -5,6 +5,7 @@ The table of what was compiled is kept beside this file, so that a change of it 
 """
 
 import os
+import re
 
 import aot
 import pytest
@@ -67,6 +68,7 @@ def test_every_shipped_tile_is_compiled(arch):
     used = {(c.config.plan, c.problem.op) for c in chosen}
     for plan in ("in_loop", "tail"):
         assert {(plan, "lora_linear_fwd"), (plan, "lora_linear_dx")} <= used
+    assert ("producer", "lora_linear_fwd") in used
     assert {("skinny", "lora_shrink"), ("skinny", "lora_linear_dab")} <= used
     assert {c.layout for c in chosen} == {"aligned", "odd", "strided"}
     # Tensor descriptors exist from sm_90 on.
@@ -118,6 +120,47 @@ def test_every_tile_of_a_mixed_batch_is_compiled(arch):
                     ), tile
 
 
+def test_the_order_of_what_a_producer_publishes():
+    """On sm_90: S is stored, a barrier and a fence come, then the flag; the others poll it, with
+    the base's products behind them, in a loop without any, and drop their cache after each look;
+    S is loaded past that cache, and multiplied then."""
+    call = next(c for c in aot.calls("sm_90") if c.config.plan == "producer")
+    with aot._quiet():
+        compiled, _ = aot.compile_ahead("sm_90", aot.launch(call))
+    code = aot._read_nvidia(compiled)[-1]
+
+    def places(pattern):
+        return [i for i, text in enumerate(code.text) if re.search(pattern, text)]
+
+    def after(start, avoiding=()):
+        """The instructions that may come after one, on ways around others."""
+        found, queue = set(), list(code.successors[start])
+        while queue:
+            i = queue.pop()
+            if i not in found and i not in avoiding:
+                found.add(i)
+                queue += code.successors[i]
+        return found
+
+    products = places("HGMMA")
+    (flag,) = places("ATOMG.E.EXCH.STRONG.GPU")
+    stored = max(i for i in places(r"\bSTG\b") if i < flag)
+    (fence,) = (i for i in places("MEMBAR.*GPU") if stored < i < flag)
+    assert any(stored < i < fence for i in places("BAR.SYNC"))
+    assert not any(stored < i < flag for i in products)
+
+    (poll,) = (i for i in places(r"LDG.E.STRONG.GPU") if i in after(i, avoiding=products))
+    dropped = places("CCTL.IVALL")
+    assert poll not in after(poll, avoiding=dropped)
+    (loaded,) = places(r"LDG.E.\d+.STRONG.GPU")
+    assert loaded in after(poll, avoiding=products)
+    assert loaded not in after(poll, avoiding=dropped)
+    (tail,) = (i for i in products if i in after(loaded, avoiding={*products} - {i}))
+    # Between either and the tail there are no products of the base: they lie behind.
+    for handed_over in (poll, flag):
+        assert {tail} == after(handed_over, avoiding={*code.successors[tail]}) & {*products}
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nothing_spills(rows_of, arch):
     none_of([row for row in rows_of(arch) if row.spills])
@@ -143,6 +186,9 @@ def test_main_loops_hold_the_predicted_instructions_at_most(rows_of, arch):
         if arch.startswith("gfx") and small:
             continue
         counted, most = aot.counted(row), aot.predicted(row)
+        if row.call.config.plan == "producer":
+            # Which of its two loops comes first is the compiler's choice.
+            counted.sort()
         unrolled = most[:1] * row.call.problem.slices + most[1:]
         if arch.startswith("gfx") and row.constants["SUM_SLICES"] and len(counted) == len(unrolled):
             most = unrolled
@@ -158,7 +204,8 @@ def test_main_loops_hold_the_predicted_instructions_at_most(rows_of, arch):
 def test_half_types_use_the_tensor_cores(rows_of, arch, instruction):
     """Those of the architecture, from 64 rows on; below, sm_90 and sm_100 have only sm_80's."""
     wrong = []
-    for row in rows_of(arch, "_lora_linear_kernel"):
+    linear = ("_lora_linear_kernel", "_lora_linear_producer_kernel")
+    for row in (row for kernel in linear for row in rows_of(arch, kernel)):
         if row.call.problem.dtype != "float32":
             name = instruction if row.call.config.block_m >= 64 or "gfx" in arch else "HMMA"
             names = [name for loop in row.loops for name in loop]

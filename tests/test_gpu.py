@@ -44,7 +44,7 @@ def leaves_of(inputs):
     return [t.requires_grad_() for t in (inputs.x, inputs.lora_a, inputs.lora_b)]
 
 
-@pytest.mark.parametrize("plan", [None, "tail", "vendor"])
+@pytest.mark.parametrize("plan", [None, "tail", "producer", "vendor"])
 @pytest.mark.parametrize("m", [5, 300])
 def test_graph_replay_takes_new_inputs_scales_and_masks(plan, m):
     case = Case(m, 512, 256, 16, torch.bfloat16, bias=False, dropout_p=0.0, device="cuda")
@@ -111,7 +111,7 @@ def test_graph_replay_advances_dropout():
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(results, 2))
 
 
-@pytest.mark.parametrize("plan", ["in_loop", "tail", "vendor"])
+@pytest.mark.parametrize("plan", ["in_loop", "tail", "producer", "vendor"])
 def test_rows_beyond_two_to_the_31(plan):
     """x, Y and the gradients have more than 2^31 elements; the last rows are compared."""
     k, n, r = 4096, 64, 16
@@ -131,6 +131,29 @@ def test_rows_beyond_two_to_the_31(plan):
     with lk.force_plan(plan):
         dx, _ = ops.lora_linear_dx(dy, inputs.weight, inputs.lora_a, inputs.lora_b, inputs.scale)
     assert_within_budget("dx", dx[-512:], eager["dx"], exact["dx"])
+
+
+def test_producers_wait_for_no_program_that_is_not_resident():
+    """Two streams at once, each with its own counters, and also with a program per tile: more than
+    are resident together."""
+    case = Case(4000, 4096, 512, 16, torch.bfloat16, device="cuda")
+    arguments = case.draw().arguments("lora_linear_fwd")
+    problem = PROBLEM_OF["lora_linear_fwd"](**arguments)
+    configs = [c for c in candidates(problem, facts("cuda")) if c.plan == "producer"]
+    assert configs
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for config in configs:
+        with lk.force_plan(config):
+            check("lora_linear_fwd", ops.lora_linear_fwd, case, backend="cuda")
+            expected = ops.lora_linear_fwd(**arguments)
+        torch.cuda.synchronize()
+        results = []
+        for programs, stream in itertools.product([config.programs, 0] * 10, streams):
+            with torch.cuda.stream(stream), lk.force_plan(replace(config, programs=programs)):
+                results.append(ops.lora_linear_fwd(**arguments))
+        torch.cuda.synchronize()
+        for result in results:
+            assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 def test_a_tensor_on_another_device_than_the_current_one():

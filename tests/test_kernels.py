@@ -23,7 +23,12 @@ import lora_kernels as lk  # noqa: E402
 from lora_kernels import cuda, vendor  # noqa: E402
 from lora_kernels.config import SKINNY_OPS, Config, is_valid  # noqa: E402
 from lora_kernels.device import DeviceFacts, facts  # noqa: E402
-from lora_kernels.kernels import common, linear_bwd, linear_fwd  # noqa: E402
+from lora_kernels.kernels import (  # noqa: E402
+    common,
+    linear_bwd,
+    linear_fwd,
+    linear_producer,
+)
 from lora_kernels.ops import OPERATORS  # noqa: E402
 from lora_kernels.problem import PROBLEM_OF  # noqa: E402
 from lora_kernels.testing import LAYOUTS, MUTATIONS, Case, check, mutation_case  # noqa: E402
@@ -63,6 +68,7 @@ GEMMS = {
     "in loop, split": tile("in_loop", split_k=3),
     "tail": tile("tail"),
     "tail, split": tile("tail", split_k=2),
+    "producer": tile("producer"),
 }
 
 # Two tiles of 16 x 32 x 16 and a remainder, and two 16-blocks of the rank and a remainder.
@@ -71,6 +77,8 @@ SIZE = Case(37, 69, 43, 41, device=DEVICE)
 
 def launch(op, config, module=None, split_shrink=2):
     fwd, bwd = (linear_fwd, linear_bwd) if module is None else (module, module)
+    if config.plan == "producer":
+        return functools.partial(getattr(module or linear_producer, op), config=config)
     if op == "lora_shrink":
         return functools.partial(fwd.lora_shrink, config=config)
     if op == "lora_linear_dab":
@@ -90,6 +98,7 @@ VARIANTS = {
     "rank 1": {"r": 1},
     "one row": {"m": 1},
     "no rows": {"m": 0},
+    "many rows": {"m": 85},
     "tiny": {"m": 3, "n": 5, "k": 7, "r": 2},
 }
 
@@ -104,7 +113,7 @@ def test_gemm_with_a_tail(op, gemm, variant, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", ["plain", "no base", "strided", "transposed base", "one row"])
-@pytest.mark.parametrize("gemm", ["tail", "tail, split"])
+@pytest.mark.parametrize("gemm", ["tail", "tail, split", "producer"])
 @pytest.mark.parametrize("op", ["lora_linear_fwd", "lora_linear_dx"])
 def test_gemm_with_a_dropped_tail(op, gemm, variant, dtype):
     case = replace(SIZE, dtype=dtype, dropout_p=0.3, **VARIANTS[variant])
@@ -112,21 +121,22 @@ def test_gemm_with_a_dropped_tail(op, gemm, variant, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gemm", ["in loop", "tail"])
+@pytest.mark.parametrize("gemm", ["in loop", "tail", "producer"])
 def test_out_scale(gemm, dtype):
     case = replace(SIZE, dtype=dtype, out_scale=True)
     check("lora_linear_fwd", launch("lora_linear_fwd", GEMMS[gemm]), case)
 
 
+@pytest.mark.parametrize("gemm", ["tail", "producer"])
 @pytest.mark.parametrize("r", [8, 24, 64, 100, 256])
-def test_ranks_of_the_tail(r):
+def test_ranks_of_the_tail(r, gemm):
     case = replace(SIZE, m=17, n=33, r=r)
-    check("lora_linear_fwd", launch("lora_linear_fwd", GEMMS["tail"]), case)
-    check("lora_linear_dx", launch("lora_linear_dx", GEMMS["tail"]), replace(case, dropout_p=0.3))
+    check("lora_linear_fwd", launch("lora_linear_fwd", GEMMS[gemm]), case)
+    check("lora_linear_dx", launch("lora_linear_dx", GEMMS[gemm]), replace(case, dropout_p=0.3))
 
 
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
-@pytest.mark.parametrize("gemm", ["in_loop", "tail"])
+@pytest.mark.parametrize("gemm", ["in_loop", "tail", "producer"])
 @pytest.mark.parametrize("op", ["lora_linear_fwd", "lora_linear_dx"])
 def test_tensor_descriptors(op, gemm, fan_in_fan_out):
     if DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
@@ -181,12 +191,16 @@ def test_dropout_masks_are_the_references_bit_for_bit(dtype):
     dropout = {"rng": inputs.rng, "dropout_p": case.dropout_p}
     s = launch("lora_shrink", skinny(2))(rows, eye, one, **dropout)
     zeros = torch.zeros(k, k, dtype=dtype, device=DEVICE)
-    dx, _ = launch("lora_linear_dx", tile("tail"))(rows, zeros, eye, eye, one, **dropout)
+    made, linear = [s], (zeros, eye, eye, one)
+    for plan in ("tail", "producer"):
+        dx, _ = launch("lora_linear_dx", tile(plan))(rows, *linear, **dropout)
+        y, s = launch("lora_linear_fwd", tile(plan))(rows, *linear, **dropout)
+        made += [dx, y, s]
     identity = torch.eye(case.m, dtype=dtype, device=DEVICE)
     da, *_ = launch("lora_linear_dab", skinny(2))(
         rows, rows, None, identity, da_dtype=dtype, **dropout
     )
-    for dropped in (s, dx, da):
+    for dropped in (*made, da):
         assert torch.equal(dropped != 0, mask)
     poisoned = rows.masked_fill(~mask, float("nan"))
     assert torch.equal(common.masked(poisoned, **dropout), rows * mask)
@@ -194,7 +208,7 @@ def test_dropout_masks_are_the_references_bit_for_bit(dtype):
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
-@pytest.mark.parametrize("plan", ["in_loop", "tail", "skinny"])
+@pytest.mark.parametrize("plan", ["in_loop", "tail", "producer", "skinny"])
 @pytest.mark.parametrize("m", [5, 150])
 def test_the_backend_launches_what_it_ships(arch, plan, m, dtype=torch.float16):
     """``cuda.run_kernel`` with a device's facts: the numbers the planner fills in do launch."""
@@ -203,10 +217,12 @@ def test_the_backend_launches_what_it_ships(arch, plan, m, dtype=torch.float16):
     if DEVICE == "cuda":
         known = facts("cuda")
     for op in OPERATORS:
-        case = Case(m, 72, 136, 20, dtype, dropout_p=0.2 * (plan == "tail"), device=DEVICE)
-        problem = PROBLEM_OF[op](**case.draw().arguments(op))
-        if is_valid(Config(plan), problem, known):
-            check(op, functools.partial(cuda.run_kernel, op, Config(plan), problem, known), case)
+        for dropout_p in [0.0] * (plan != "tail") + [0.2] * (plan in ("tail", "producer")):
+            case = Case(m, 72, 136, 16, dtype, dropout_p=dropout_p, device=DEVICE)
+            problem = PROBLEM_OF[op](**case.draw().arguments(op))
+            if is_valid(Config(plan), problem, known):
+                run = functools.partial(cuda.run_kernel, op, Config(plan), problem, known)
+                check(op, run, case)
 
 
 @pytest.mark.parametrize("gemm", GEMMS)
@@ -228,30 +244,59 @@ def test_counters_are_left_as_zeros(monkeypatch):
         made.append(sound(device, needed))
         return made[-1]
 
-    monkeypatch.setattr(linear_fwd, "counters", counters)
-    monkeypatch.setattr(linear_bwd, "counters", counters)
+    for module in (linear_fwd, linear_producer, linear_bwd):
+        monkeypatch.setattr(module, "counters", counters)
     inputs = SIZE.draw()
     for op, config in (
         ("lora_linear_fwd", GEMMS["in loop, split"]),
+        ("lora_linear_fwd", GEMMS["producer"]),
         ("lora_shrink", skinny(3)),
         ("lora_linear_dab", skinny(3)),
     ):
         launch(op, config)(**inputs.arguments(op))
-    assert sum(c.numel() > 0 for c in made) == 3
+    assert sum(c.numel() > 0 for c in made) == 4
     assert not any(c.any() for c in made)
 
 
+@triton.jit
+def _tiles_in_order(out_ptr, num_m, num_n, GROUP_M: triton.language.constexpr):
+    for ticket in range(num_m * num_n):
+        pid_m, pid_n = linear_producer.owners_first(ticket, num_m, num_n, GROUP_M)
+        triton.language.store(out_ptr + 2 * ticket, pid_m)
+        triton.language.store(out_ptr + 2 * ticket + 1, pid_n)
+
+
 @pytest.mark.parametrize(
-    ("op", "mutation"), [(op, name) for op in MUTATIONS for name in MUTATIONS[op]]
+    "num_m, num_n", [(1, 1), (1, 6), (5, 1), (2, 2), (3, 4), (4, 3), (7, 2), (11, 5)]
 )
-def test_a_broken_call_turns_the_check_red(op, mutation):
+def test_every_tile_comes_once_and_its_owner_before_it(num_m, num_n, group_m=2):
+    out = torch.empty(num_m * num_n, 2, dtype=torch.int32, device=DEVICE)
+    _tiles_in_order[(1,)](out, num_m, num_n, group_m)
+    order = [tuple(tile) for tile in out.tolist()]
+    assert sorted(order) == [(m, n) for m in range(num_m) for n in range(num_n)]
+    lead = [order.index((m, n)) - order.index((m, 0)) for m, n in order if n]
+    assert all(ahead >= min(group_m, num_m) for ahead in lead)
+
+
+@pytest.mark.parametrize(
+    ("op", "mutation", "plan"),
+    [
+        (op, name, plan)
+        for op in MUTATIONS
+        for name in MUTATIONS[op]
+        for plan in (("skinny",) if op in SKINNY_OPS else ("tail", "producer"))
+    ],
+)
+def test_a_broken_call_turns_the_check_red(op, mutation, plan):
     case = mutation_case(torch.float16, DEVICE)
-    run = launch(op, skinny(2) if op in ("lora_shrink", "lora_linear_dab") else tile("tail"))
+    run = launch(op, skinny(2) if plan == "skinny" else tile(plan))
     with pytest.raises(AssertionError, match="over the budget"):
         check(op, lambda **arguments: MUTATIONS[op][mutation](run, arguments), case)
 
 
-# Mistakes in the source: (operator, configuration, dropout, what it says, what it would say).
+# Mistakes in the source: (operator, configuration, dropout, what it says, what it would say). Where
+# one program runs after another, S that is published before it is stored, or not waited for, is no
+# mistake that shows: test_aot.py looks for the order in the instructions.
 FWD, DX, DAB = "lora_linear_fwd", "lora_linear_dx", "lora_linear_dab"
 MISTAKES = {
     "no tail": (
@@ -277,8 +322,8 @@ MISTAKES = {
         FWD,
         "tail",
         0,
-        "acc.to(dtype), mask=inside",
-        "acc.to(dtype), mask=(offs_m < M - 1)",
+        "bias_ptr, rows, inside, offs_n",
+        "bias_ptr, rows, offs_m < M - 1, offs_n",
     ),
     "no bias": (FWD, "tail", 0, "acc += tl.load(bias_ptr", "acc += 0 * tl.load(bias_ptr"),
     "no mask": (FWD, "tail", 0.3, "if HAS_MASK:", "if False:"),
@@ -299,6 +344,60 @@ MISTAKES = {
         "lora_shrink(dy, a, scale, rng",
     ),
     "no 1/(1-p)": (DX, "tail", 0.3, "1.0 / (1.0 - dropout_p)", "1.0"),
+    "no tail of a producer": (
+        FWD,
+        "producer",
+        0,
+        "acc = tl.dot(s, b_t, acc",
+        "acc = tl.dot(s, b_t * 0, acc",
+    ),
+    "a tail for owners alone": (
+        FWD,
+        "producer",
+        0,
+        "acc = tl.dot(s, b_t, acc",
+        "acc = tl.dot(s, b_t * (pid_n == 0).to(dtype), acc",
+    ),
+    "no scale of a producer": (FWD, "producer", 0, "(s_acc * scale)", "s_acc"),
+    "the last row of a producer": (
+        FWD,
+        "producer",
+        0,
+        "bias_ptr, rows, inside, offs_n",
+        "bias_ptr, rows, offs_m < M - 1, offs_n",
+    ),
+    "the last row of S": (FWD, "producer", 0, "(offs_m < M)[:, None]", "(offs_m < M - 1)[:, None]"),
+    "the last step of a producer's K": (
+        FWD,
+        "producer",
+        0,
+        "in tl.range(0, K, BLOCK_K)",
+        "in tl.range(0, K - BLOCK_K, BLOCK_K)",
+    ),
+    "the last column of tiles": (FWD, "producer", 0, "0, pid_n + 1)", "0, pid_n)"),
+    "no mask of a producer": (FWD, "producer", 0.3, "if MASK_X:", "if False:"),
+    "the first columns' mask of a producer": (
+        FWD,
+        "producer",
+        0.3,
+        "rng_ptr, row, k, thr",
+        "rng_ptr, row, 0, thr",
+    ),
+    "no mask in a producer's dX": (DX, "producer", 0.3, "if MASK_TAIL:", "if False:"),
+    "the first columns' mask in a producer's dX": (
+        DX,
+        "producer",
+        0.3,
+        "rng_ptr, row, col, thr",
+        "rng_ptr, row, 0, thr",
+    ),
+    "the forward's mask in a producer's dX": (
+        DX,
+        "producer",
+        0.3,
+        "None, None, None, rng, dropout_p",
+        "None, None, rng, None, dropout_p",
+    ),
     "no product": (
         "lora_shrink",
         "split",
@@ -328,6 +427,7 @@ def test_a_broken_kernel_turns_the_check_red(mistake, tmp_path):
     # strides leaves the tensors.
     case = replace(SIZE, n=72, r=72, dtype=torch.float16, dropout_p=dropout_p)
     file = "linear_bwd" if op == DAB else "linear_fwd"
+    file = "linear_producer" if name == "producer" else file
     source = Path(linear_fwd.__file__).with_name(f"{file}.py").read_text()
     assert sound in source, "the kernel has changed: say the mistake anew"
     path = tmp_path / f"broken_{file}.py"
@@ -355,13 +455,13 @@ def test_vectors_and_tails_of_any_strides():
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU test_gpu.py shows it with the real backend")
-@pytest.mark.parametrize("gemm", ["in_loop", "tail"])
+@pytest.mark.parametrize("gemm", ["in_loop", "tail", "producer"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_layer_trains_through_the_kernels(gemm, checkpointed, monkeypatch):
     """Nothing above the backend knows the kernels: with the library's functions replaced by their
     launches, layer, autograd and checkpointing compute the same step."""
     known = DeviceFacts("cuda", "sm_90", "sm_90", processors=4, shared_memory=232448)
-    dropout_p = 0.3 * (gemm == "tail")
+    dropout_p = 0.3 * (gemm != "in_loop")
     layer = lk.FusedLoRALinear(40, 72, r=6, lora_dropout=dropout_p, init_lora_weights=False)
     x = torch.randn(3, 11, 40, requires_grad=True)
 

@@ -1,5 +1,6 @@
 """Plans, tables, tuning, device facts and the command line, on any machine."""
 
+import dataclasses
 import itertools
 import json
 import threading
@@ -70,7 +71,11 @@ INVALID = [
     (Config("in_loop"), {}, CPU, "run on GPUs"),
     (Config("in_loop"), {}, VOLTA, "sm_80 and later, not for sm_70"),
     (Config("in_loop"), {}, NO_TRITON, "Triton is not installed"),
-    (Config("producer"), {}, HOPPER, "no kernel for it yet"),
+    (Config("producer", 128, 128, 64, split_k=2), {}, HOPPER, "waits for its owner"),
+    (Config("producer"), {"r": 65}, HOPPER, "registers"),
+    (Config("producer"), {"op": "lora_linear_dx"}, AMPERE, "registers"),
+    (Config("producer", 128, 256, 64, descriptors=True), {"dropout": True}, HOPPER, "registers"),
+    (Config("producer"), {"op": "segmented_linear_fwd", "slots": 2}, HOPPER, "comes from a shrink"),
     (Config("vnedor"), {}, HOPPER, "no plan is called 'vnedor'"),
     (Config("vendor"), {"dtype": "float64"}, HOPPER, "float64 is computed by the reference"),
     (Config("tail"), {"dtype": "float64"}, HOPPER, "float64 is computed by the reference"),
@@ -120,8 +125,27 @@ def test_the_heuristic_on_a_hopper():
     assert chosen(m=8192, dropout=True, aligned=True).descriptors
 
 
+@pytest.mark.parametrize("op", ["lora_linear_fwd", "lora_linear_dx"])
+def test_producers_are_for_tuners_and_users(op):
+    """Never chosen unmeasured, and still a candidate, cheaper than a tail by its launch and its
+    second look at x, and than in_loop by most of the rank's products."""
+    for m, dropout in itertools.product((16, 300, 8192), (False, True)):
+        asked = problem(op=op, m=m, n=4096, k=4096, dropout=dropout)
+        assert "producer" in {c.plan for c in candidates(asked, HOPPER)}
+        assert plan.heuristic(asked, HOPPER).plan != "producer"
+    asked = problem(op=op, m=8192, n=4096, k=4096)
+    tile = Config("producer", 128, 128, 64, 8, 1, 8, 4, 132, True)
+    producer, in_loop, tail = (
+        plan.estimate_us(dataclasses.replace(tile, plan=name), asked, HOPPER)
+        for name in ("producer", "in_loop", "tail")
+    )
+    assert producer < min(in_loop, tail)
+    with lk.force_plan("producer"):
+        assert plan.plan(asked, HOPPER) == Config("producer")
+
+
 def test_estimates_grow_with_the_work():
-    for name in ("vendor", "tail"):
+    for name in ("vendor", "tail", "producer"):
         times = []
         for m in (256, 1024, 8192):
             asked = problem(m=m)

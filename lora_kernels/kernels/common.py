@@ -84,15 +84,16 @@ def tile_order(tile, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def last_to_arrive(counter_ptr, SPLIT: tl.constexpr):
-    """Whether this program is the last of SPLIT to come here; the counter is then zero again.
+def last_to_arrive(counter_ptr, expected):
+    """Whether this program is the last of ``expected`` to come here; the counter is then zero
+    again.
 
     What the others stored before they came is visible to the last one: the barrier orders the
     stores of this program before its arrival, and the arrival acquires theirs.
     """
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
-    last = arrived == SPLIT - 1
+    last = arrived == expected - 1
     if last:
         tl.store(counter_ptr, 0)
     return last

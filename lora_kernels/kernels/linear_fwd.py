@@ -37,7 +37,7 @@ from .mixed import Stacks, blocks_of_slices, pick, slice_of_block, tails_of_tile
 
 
 @triton.jit
-def _load_tile(
+def load_tile(
     t,
     row,
     col,
@@ -61,6 +61,35 @@ def _load_tile(
         inside = (offs_row < rows)[:, None] & (offs_col < cols)[None, :]
         tile = tl.load(t + offsets, mask=inside, other=0.0)
     return tile
+
+
+@triton.jit
+def load_weight(
+    w, k, col, K, end, stride_w0, stride_w1,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, WEIGHT_NK: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """The base's operand [BLOCK_K, BLOCK_N], stored [N, K] (WEIGHT_NK) or [K, N]."""
+    if WEIGHT_NK:
+        tile = load_tile(w, col, k, end, K, stride_w0, stride_w1, BLOCK_N, BLOCK_K, DESCRIPTOR).T
+    else:
+        tile = load_tile(w, k, col, K, end, stride_w0, stride_w1, BLOCK_K, BLOCK_N, DESCRIPTOR)
+    return tile
+
+
+@triton.jit
+def store_result(
+    y_ptr, acc, out_scale_ptr, bias_ptr,
+    rows, inside, offs_n, end, stride_ym,
+    HAS_OUT_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """y[rows, offs_n] = acc (* out_scale) (+ bias), rounded once."""
+    mask_n = offs_n < end
+    if HAS_OUT_SCALE:
+        acc *= tl.load(out_scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    y_out = y_ptr + rows[:, None] * stride_ym + offs_n[None, :]
+    tl.store(y_out, acc.to(y_ptr.dtype.element_ty), mask=inside[:, None] & mask_n[None, :])
 
 
 @triton.jit
@@ -126,8 +155,8 @@ def _lora_linear_kernel(
             )  # fmt: skip
         elif not IN_LOOP:
             for r in tl.range(0, tl.where(split == 0, R, 0), BLOCK_R):
-                s = _load_tile(s_ptr, row, r, M, R, stride_sm, 1, BLOCK_M, BLOCK_R, False)
-                b_t = _load_tile(b, r, col, R, N, stride_br, stride_bn, BLOCK_R, BLOCK_N, False)
+                s = load_tile(s_ptr, row, r, M, R, stride_sm, 1, BLOCK_M, BLOCK_R, False)
+                b_t = load_tile(b, r, col, R, N, stride_br, stride_bn, BLOCK_R, BLOCK_N, False)
                 acc = tl.dot(s, b_t.to(dtype), acc, input_precision="ieee")
             if MASK_TAIL:
                 acc = tl.where(
@@ -139,20 +168,15 @@ def _lora_linear_kernel(
             if SLICES > 0:
                 x_tile = _load_rows(x, rows, inside, k, K, stride_xm, stride_xk, BLOCK_K)
             else:
-                x_tile = _load_tile(
+                x_tile = load_tile(
                     x, row, k, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, DESCRIPTOR
                 )
-            if WEIGHT_NK:
-                w_tile = _load_tile(
-                    w, col, k, end, K, stride_w0, stride_w1, BLOCK_N, BLOCK_K, DESCRIPTOR
-                ).T
-            else:
-                w_tile = _load_tile(
-                    w, k, col, K, end, stride_w0, stride_w1, BLOCK_K, BLOCK_N, DESCRIPTOR
-                )
+            w_tile = load_weight(
+                w, k, col, K, end, stride_w0, stride_w1, BLOCK_K, BLOCK_N, WEIGHT_NK, DESCRIPTOR
+            )
             acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
             if IN_LOOP:
-                a_tile = _load_tile(a, 0, k, R, K, stride_ar, stride_ak, BLOCK_R, BLOCK_K, False)
+                a_tile = load_tile(a, 0, k, R, K, stride_ar, stride_ak, BLOCK_R, BLOCK_K, False)
                 s_acc = tl.dot(x_tile, a_tile.to(dtype).T, s_acc, input_precision="ieee")
 
         finish = True
@@ -178,21 +202,15 @@ def _lora_linear_kernel(
         if finish:
             if IN_LOOP:
                 s = (s_acc * scale).to(dtype)
-                b_t = _load_tile(b, 0, col, R, N, stride_br, stride_bn, BLOCK_R, BLOCK_N, False)
+                b_t = load_tile(b, 0, col, R, N, stride_br, stride_bn, BLOCK_R, BLOCK_N, False)
                 acc = tl.dot(s, b_t.to(dtype), acc, input_precision="ieee")
                 if pid_n == 0:
                     s_out = s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :]
                     tl.store(s_out, s, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
-            if HAS_OUT_SCALE:
-                acc *= tl.load(out_scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[
-                    None, :
-                ]
-            if HAS_BIAS:
-                acc += tl.load(bias_ptr + offs_n, mask=offs_n < end, other=0.0).to(tl.float32)[
-                    None, :
-                ]
-            y_out = y_ptr + rows[:, None] * stride_ym + offs_n[None, :]
-            tl.store(y_out, acc.to(dtype), mask=inside[:, None] & (offs_n < end)[None, :])
+            store_result(
+                y_ptr, acc, out_scale_ptr, bias_ptr, rows, inside, offs_n, end, stride_ym,
+                HAS_OUT_SCALE, HAS_BIAS,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -215,10 +233,10 @@ def _lora_shrink_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
     for step in tl.range(split, tl.cdiv(K, BLOCK_K), SPLIT_K):
         k = step * BLOCK_K
-        x = _load_tile(x_ptr, row, k, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, False)
+        x = load_tile(x_ptr, row, k, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, False)
         if HAS_MASK:
             x = tl.where(dropout_keep(rng_ptr, row, k, threshold, BLOCK_M, BLOCK_K), x, 0.0)
-        a = _load_tile(a_ptr, first_r, k, R, K, stride_ar, stride_ak, BLOCK_R, BLOCK_K, False)
+        a = load_tile(a_ptr, first_r, k, R, K, stride_ar, stride_ak, BLOCK_R, BLOCK_K, False)
         acc = tl.dot(x.to(dtype), a.to(dtype).T, acc, input_precision="ieee")
     finish = True
     if SPLIT_K > 1:
@@ -315,6 +333,26 @@ def lora_linear_dx(
     return gemm_with_tail(dy, w, a, b, d, scale, None, None, rng, dropout_p, config)
 
 
+def base_operands(
+    x: Tensor, w: Tensor, config: Config, gathered: bool = False
+) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor, Tensor, bool]:
+    """x [M, K] and w [N, K] as a kernel loads them; w as it lies in memory, and whether as
+    [N, K]. Rows that are ``gathered`` have no descriptor."""
+    # The tile of w is read along the axis that lies in memory.
+    weight_nk = w.stride(1) == 1 or w.stride(0) != 1
+    stored = w if weight_nk else w.t()
+    x_arg: Tensor | TensorDescriptor = x
+    w_arg: Tensor | TensorDescriptor = stored
+    block_n, block_k = config.block_n, config.block_k
+    if config.descriptors:
+        if not gathered:
+            x_arg = TensorDescriptor.from_tensor(x, [config.block_m, block_k])
+        w_arg = TensorDescriptor.from_tensor(
+            stored, [block_n, block_k] if weight_nk else [block_k, block_n]
+        )
+    return x_arg, w_arg, stored, weight_nk
+
+
 def gemm_with_tail(
     x: Tensor,
     w: Tensor,
@@ -342,15 +380,7 @@ def gemm_with_tail(
         s = torch.empty(m, r, dtype=x.dtype, device=x.device)
     if m == 0:
         return y, s
-    # The tile of w is read along the axis that lies in memory.
-    weight_nk = w.stride(1) == 1 or w.stride(0) != 1
-    stored = w if weight_nk else w.t()
-    block_m, block_n, block_k, split_k = (
-        config.block_m,
-        config.block_n,
-        config.block_k,
-        config.split_k,
-    )
+    block_m, block_n, split_k = config.block_m, config.block_n, config.split_k
     rank = block_r(config, r)
     columns = sum(-(-width // block_n) for width in widths or (n,))
     tiles = -(-m // block_m) * columns
@@ -359,13 +389,7 @@ def gemm_with_tail(
         programs = min(programs, config.programs)
     # The kernel steps through vectors by one element.
     bias_arg, out_scale_arg = (x if v is None else v.contiguous() for v in (bias, out_scale))
-    x_arg, w_arg = x, stored
-    if config.descriptors:
-        if not table:
-            x_arg = TensorDescriptor.from_tensor(x, [block_m, block_k])
-        w_arg = TensorDescriptor.from_tensor(
-            stored, [block_n, block_k] if weight_nk else [block_k, block_n]
-        )
+    x_arg, w_arg, stored, weight_nk = base_operands(x, w, config, gathered=len(table) > 0)
     if isinstance(b, Stacks):
         b_arg, strides_bt, packed = b.tensors, b.slots, b.packed
         strides_b = (b.row, b.last) if widths else (b.last, b.row)
@@ -386,7 +410,7 @@ def gemm_with_tail(
         s.stride(0), s.stride(1),
         y.stride(0),
         1.0 / (1.0 - dropout_p), dropout_threshold(dropout_p),
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=rank,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=config.block_k, BLOCK_R=rank,
         GROUP_M=config.group_m, SPLIT_K=split_k,
         IN_LOOP=in_loop, MASK_TAIL=tail_rng is not None, WEIGHT_NK=weight_nk,
         HAS_BIAS=bias is not None, HAS_OUT_SCALE=out_scale is not None,
