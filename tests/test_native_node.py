@@ -156,6 +156,8 @@ def test_who_answered_the_backward_is_known_without_a_recorder():
     last = lk.last_plan()
     assert (last.op, last.plan, last.backend) == ("lora_linear_dx", "native", "cpu")
     assert last.problem == answers[0].problem._replace(dropout=True)
+    with lk.force_plan("vendor"):
+        assert lk.last_plan() == last, "asking does not plan again"
     with torch.no_grad():
         call(inputs)
     assert lk.last_plan().op == "lora_linear_fwd"
