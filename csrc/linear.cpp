@@ -379,15 +379,15 @@ void reduce(const Reduction<C>* reductions, int64_t count) {
     int64_t rows, ld;
   };
   std::unique_ptr<Plan[]> plans(new Plan[count]);
-  // Fewer numbers than this are written sooner than another thread is called (a guess).
-  constexpr int64_t kFewResults = 16384;
-  int64_t stored = 0;
+  // Fewer multiplications than this are done sooner than another thread is called (a guess).
+  constexpr int64_t kFewProducts = 16384;
+  int64_t products = 0;
   for (int64_t i = 0; i < count; ++i) {
     const auto& reduction = reductions[i];
     const int64_t M = reduction.x.rows, r = reduction.out.data ? reduction.tail.cols : 0;
     Plan& plan = plans[i];
     plan = {nullptr, r + (reduction.sums.data != nullptr), padded<C>(M)};
-    stored += plan.rows * reduction.x.cols;
+    products += M * plan.rows * reduction.x.cols;
     plan.tails = allocate<C>(plan.rows * plan.ld);
     if (r > 0) copy_all_rows(reduction.tail.transposed(), plan.tails.get(), plan.ld);
     if (plan.rows > r) {
@@ -433,7 +433,7 @@ void reduce(const Reduction<C>* reductions, int64_t count) {
   };
   // Every thread has its share of each reduction: those with a mask take twice as long. Of single
   // panels the shares go around.
-  const int64_t threads = at::get_num_threads(), grain = stored < kFewResults ? threads : 1;
+  const int64_t threads = at::get_num_threads(), grain = products < kFewProducts ? threads : 1;
   at::parallel_for(0, threads, grain, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       for (int64_t i = 0; i < count; ++i) {
