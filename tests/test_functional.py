@@ -8,37 +8,14 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from linear_calls import LEAVES, call, require_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
 from lora_kernels.testing import Case, assert_within_budget, naive, poisoned_memory
 
-LEAVES = ("x", "lora_a", "lora_b", "bias")
 GRADIENTS = {"x": "dx", "lora_a": "da", "lora_b": "db", "bias": "dbias"}
-
-
-def call(inputs, **changes):
-    case = inputs.case
-    arguments = {
-        "x": inputs.x,
-        "weight": inputs.weight,
-        "lora_a": inputs.lora_a,
-        "lora_b": inputs.lora_b,
-        "scale": case.scale,
-        "bias": inputs.bias,
-        "dropout_p": case.dropout_p,
-        "training": case.dropout_p > 0,
-        "fan_in_fan_out": case.fan_in_fan_out,
-        "rng": inputs.rng,
-    } | changes
-    return lk.lora_linear(**arguments)
-
-
-def require_grad(inputs, names=LEAVES):
-    for name in names:
-        if getattr(inputs, name) is not None:
-            getattr(inputs, name).requires_grad_()
 
 
 CASES = [

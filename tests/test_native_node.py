@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from linear_calls import LEAVES, call, require_grad
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -14,32 +15,12 @@ from lora_kernels.testing import Case
 
 pytestmark = pytest.mark.skipif(_native.load() is None, reason="no CPU extension")
 
-LEAVES = ("x", "lora_a", "lora_b", "bias")
 CPP = "CppNode"
-
-
-def call(inputs, **changes):
-    case = inputs.case
-    arguments = {
-        "x": inputs.x,
-        "weight": inputs.weight,
-        "lora_a": inputs.lora_a,
-        "lora_b": inputs.lora_b,
-        "scale": case.scale,
-        "bias": inputs.bias,
-        "dropout_p": case.dropout_p,
-        "training": case.dropout_p > 0,
-        "fan_in_fan_out": case.fan_in_fan_out,
-        "rng": inputs.rng,
-    } | changes
-    return lk.lora_linear(**arguments)
 
 
 def draw(case, names=LEAVES):
     inputs = case.draw()
-    for name in names:
-        if getattr(inputs, name) is not None:
-            getattr(inputs, name).requires_grad_()
+    require_grad(inputs, names)
     return inputs
 
 
