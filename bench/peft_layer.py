@@ -1,9 +1,14 @@
-"""One LoRA layer of PEFT, as it is and after ``accelerate_peft``; ``python -m bench.peft_layer``.
+"""LoRA layers of PEFT, as they are and after ``accelerate_peft``; ``python -m bench.peft_layer``.
 
 Adapters of rank 16 in float32, as PEFT keeps them by default, on a frozen base of the row's dtype.
 One row: what the swap costs where there is little to compute. 512 rows: training, without dropout
-and with it. The weight is the same in every call, so that a small one stays in the cache. Medians
-of interleaved samples; the plain frozen linear, with the gradient of its input, is the floor.
+and with it, one layer alone, whose weight stays in the cache if it is small, and eight in a row, as
+in a model: each has its own weight, and what it saved waits for its backward. The plain frozen
+linear, with the gradient of its input, is the floor.
+
+A sample is a run of steps of one variant, after one that is not timed: a training run does not find
+another implementation's data in its caches and heap at every step. Samples of the variants are
+interleaved; a time is the median of its samples.
 
 All numbers go into peft_layer.json, the table into peft_layer.md. The exit status is 1 if a call
 was not answered by our kernels.
@@ -44,62 +49,72 @@ class Case(NamedTuple):
     dropout: float = 0.0
     modes: tuple[str, ...] = MODES
     pack_weight: str = "eval"
+    layers: int = 1
 
 
+# A sample lasts as long as this at least, in seconds, and there are so many of them at least.
+SAMPLE, SAMPLES = 0.02, 5
 FEW_ROWS = [
     Case(1, width, dtype)
     for dtype, width in itertools.product(("float32", "bfloat16"), (64, 256, 1024, 2048))
 ]
 TRAINING = [
     *(
-        Case(512, width, "bfloat16", dropout, MODES[2:])
-        for dropout, width in itertools.product((0.0, 0.1), (512, 768, 1024))
+        Case(512, width, "bfloat16", dropout, MODES[2:], layers=layers)
+        for layers, dropout, width in itertools.product((1, 8), (0.0, 0.1), (512, 768, 1024, 2048))
     ),
     *(
-        Case(512, 2048, "bfloat16", dropout, MODES[2:], pack)
-        for dropout, pack in itertools.product((0.0, 0.05, 0.1), ("eval", "always"))
+        Case(512, 2048, "bfloat16", dropout, MODES[2:], "always", layers)
+        for layers, dropout in itertools.product((1, 8), (0.0, 0.1))
     ),
 ]
 
 
 class Model(nn.Module):
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, case: Case) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, width, bias=False, dtype=dtype)
+        options: dict[str, Any] = {"bias": False, "dtype": getattr(torch, case.dtype)}
+        self.linears = nn.Sequential(
+            *(nn.Linear(case.width, case.width, **options) for _ in range(case.layers))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)
+        return self.linears(x)
 
 
-def layer_of(case: Case, accelerated: bool) -> tuple[Any, lk.PeftReport | None]:
+def layers_of(case: Case, accelerated: bool) -> tuple[list[Any], lk.PeftReport | None]:
     torch.manual_seed(0)
     config = peft.LoraConfig(
         r=RANK,
         lora_alpha=ALPHA,
-        target_modules=["linear"],
+        target_modules=[f"linears.{i}" for i in range(case.layers)],
         lora_dropout=case.dropout,
         init_lora_weights=False,
     )
-    model: Any = peft.get_peft_model(Model(case.width, getattr(torch, case.dtype)), config)
+    model: Any = peft.get_peft_model(Model(case), config)
     report = lk.accelerate_peft(model, pack_weight=case.pack_weight) if accelerated else None
-    return model.base_model.model.linear, report
+    return list(model.base_model.model.linears), report
 
 
-def step_of(layer: Any, mode: str, x: Tensor, dy: Tensor) -> Callable[[], Any]:
+def in_a_row(layers: list[Any]) -> nn.Module:
+    return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+
+
+def step_of(model: Any, mode: str, x: Tensor, dy: Tensor) -> Callable[[], Any]:
     if mode == "evaluation":
 
         def evaluate() -> Tensor:
             with torch.no_grad():
-                return layer(x)
+                return model(x)
 
         return evaluate
     x = x.clone().requires_grad_()
     if mode == "forward":
-        return lambda: layer(x)
-    trainable = [x, *(p for p in layer.parameters() if p.requires_grad and p.dim() == 2)]
+        return lambda: model(x)
+    trainable = [x, *(p for p in model.parameters() if p.requires_grad and p.dim() == 2)]
 
     def train() -> None:
-        layer(x).backward(dy)
+        model(x).backward(dy)
         for leaf in trainable:
             leaf.grad = None
 
@@ -107,22 +122,23 @@ def step_of(layer: Any, mode: str, x: Tensor, dy: Tensor) -> Callable[[], Any]:
 
 
 def interleaved(steps: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """The median time of each in microseconds; a sample is a tenth of a millisecond at least."""
+    """The median time of each in microseconds."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    repeats = 1
-    for step in steps.values():
+    repeats = {}
+    for name, step in steps.items():
         for _ in range(3):
             step()
         start = time.perf_counter()
         step()
-        repeats = max(repeats, min(20, int(1e-4 / (time.perf_counter() - start)) + 1))
+        repeats[name] = int(SAMPLE / (time.perf_counter() - start)) + 1
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(samples[OURS]) < 5:
+    while time.perf_counter() < end or len(samples[OURS]) < SAMPLES:
         for name, step in steps.items():
+            step()
             start = time.perf_counter()
-            for _ in range(repeats):
+            for _ in range(repeats[name]):
                 step()
-            samples[name].append((time.perf_counter() - start) / repeats * 1e6)
+            samples[name].append((time.perf_counter() - start) / repeats[name] * 1e6)
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
@@ -138,17 +154,22 @@ def check(stock: Any, ours: Any, x: Tensor) -> None:
 
 
 def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
-    (stock, _), (ours, report) = layer_of(case, False), layer_of(case, True)
+    (stock, _), (ours, report) = layers_of(case, False), layers_of(case, True)
     assert report is not None
     x, dy = (torch.randn(case.rows, case.width, dtype=getattr(torch, case.dtype)) for _ in "xy")
-    check(stock.eval(), ours.eval(), x)
-    layers = {PLAIN: stock.base_layer, PEFT: stock, OURS: ours}
+    for pair in zip(stock, ours, strict=True):
+        check(*(layer.eval() for layer in pair), x)
+    models = {
+        PLAIN: in_a_row([layer.base_layer for layer in stock]),
+        PEFT: in_a_row(stock),
+        OURS: in_a_row(ours),
+    }
     rows = []
     for mode in case.modes:
-        for layer in layers.values():
-            layer.train(mode != "evaluation")
-        steps = {name: step_of(layer, mode, x, dy) for name, layer in layers.items()}
-        times = interleaved(steps, seconds)
+        for model in models.values():
+            model.train(mode != "evaluation")
+        steps = {name: step_of(model, mode, x, dy) for name, model in models.items()}
+        times = {name: us / case.layers for name, us in interleaved(steps, seconds).items()}
         rows.append({**case._replace(modes=(mode,))._asdict(), "us": times})
     if report.calls.fallen_back or not report.calls.fused:
         raise SystemExit(f"not answered by lora_kernels: {report.calls}")
@@ -159,18 +180,19 @@ def table(content: dict[str, Any]) -> list[str]:
     packages = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     lines = [
         f"{content['date']}, {content['device_name']}, {packages}. Adapters of rank {RANK} in "
-        "float32, us per call.",
+        "float32, us per layer.",
         "",
-        "| rows x width | dtype | dropout | pack_weight | pass | plain linear | PEFT | ours "
-        "| PEFT / ours | PEFT / plain | ours / plain |",
-        "| --- | --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| rows x width | layers | dtype | dropout | pack_weight | pass | plain linear | PEFT "
+        "| ours | PEFT / ours | PEFT / plain | ours / plain |",
+        "| --- | ---: | --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in content["rows"]:
         plain, stock, ours = (row["us"][name] for name in (PLAIN, PEFT, OURS))
         lines.append(
-            f"| {row['rows']} x {row['width']} | {row['dtype']} | {row['dropout']:g} "
-            f"| {row['pack_weight']} | {row['modes'][0]} | {plain:,.1f} | {stock:,.1f} "
-            f"| {ours:,.1f} | {stock / ours:.2f} | {stock / plain:.2f} | {ours / plain:.2f} |"
+            f"| {row['rows']} x {row['width']} | {row['layers']} | {row['dtype']} "
+            f"| {row['dropout']:g} | {row['pack_weight']} | {row['modes'][0]} | {plain:,.1f} "
+            f"| {stock:,.1f} | {ours:,.1f} | {stock / ours:.2f} | {stock / plain:.2f} "
+            f"| {ours / plain:.2f} |"
         )
     return lines
 
@@ -179,7 +201,11 @@ def run(cases: Sequence[Case], seconds: float) -> dict[str, Any]:
     machine = facts("cpu")
     rows = []
     for case in cases:
-        print(f"{case.rows} x {case.width} {case.dtype} ...", file=sys.stderr, flush=True)
+        print(
+            f"{case.rows} x {case.width} x {case.layers}, {case.dtype} ...",
+            file=sys.stderr,
+            flush=True,
+        )
         rows += measure(case, seconds)
     return {
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",

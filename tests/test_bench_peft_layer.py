@@ -1,4 +1,4 @@
-"""The measurement of one layer of PEFT: it runs, and refuses what our kernels did not answer."""
+"""The measurement of layers of PEFT: it runs, and refuses what our kernels did not answer."""
 
 import pytest
 
@@ -12,10 +12,12 @@ def test_a_row_of_each_kind():
     cases = [
         peft_layer.Case(1, 32, "float32"),
         peft_layer.Case(8, 32, "bfloat16", 0.1, peft_layer.MODES[2:], "always"),
+        peft_layer.Case(8, 32, "bfloat16", 0.0, peft_layer.MODES[2:], layers=3),
     ]
     lines = peft_layer.table(peft_layer.run(cases, seconds=0.0))
-    assert len([line for line in lines if line.startswith("| 1 x 32 | float32")]) == 3
-    assert len([line for line in lines if line.startswith("| 8 x 32 | bfloat16")]) == 1
+    assert len([line for line in lines if line.startswith("| 1 x 32 | 1 | float32")]) == 3
+    assert len([line for line in lines if line.startswith("| 8 x 32 | 1 | bfloat16")]) == 1
+    assert len([line for line in lines if line.startswith("| 8 x 32 | 3 | bfloat16")]) == 1
 
 
 def test_what_fell_back_is_not_printed(monkeypatch):
@@ -34,14 +36,14 @@ def test_what_fell_back_is_not_printed(monkeypatch):
 
 
 def test_a_wrong_result_has_no_speed(monkeypatch):
-    layer_of = peft_layer.layer_of
+    layers_of = peft_layer.layers_of
 
     def spoiled(case, accelerated):
-        layer, report = layer_of(case, accelerated)
+        layers, report = layers_of(case, accelerated)
         if accelerated:
-            layer.scaling["default"] = 0.0
-        return layer, report
+            layers[-1].scaling["default"] = 0.0
+        return layers, report
 
-    monkeypatch.setattr(peft_layer, "layer_of", spoiled)
+    monkeypatch.setattr(peft_layer, "layers_of", spoiled)
     with pytest.raises(AssertionError, match="over the budget"):
-        peft_layer.run([peft_layer.Case(1, 32, "float32")], seconds=0.0)
+        peft_layer.run([peft_layer.Case(1, 32, "float32", layers=2)], seconds=0.0)
