@@ -48,11 +48,38 @@ inline Words steps_of_column(const T* from, int64_t stride_k, int64_t count) {
   return load<Words>(steps);
 }
 
+// The bfloat16 of kLanes neighbours, or of half as many, each in the low half of a word.
+inline Words bits_of_lanes(const float* from) { return bfloat16_bits(load<Vec>(from)); }
+inline Words bits_of_lanes(const BFloat16* from) {
+  return __builtin_convertvector(load<NarrowHalfWords>(from), Words);
+}
+inline Words bits_of_half(const float* from) {
+  return bfloat16_bits((Vec)join({load<HalfOfWords>(from), HalfOfWords{}}));
+}
+inline Words bits_of_half(const BFloat16* from) {
+  typedef uint16_t Bits __attribute__((vector_size(kLanes)));
+  return join({__builtin_convertvector(load<Bits>(from), HalfOfWords), HalfOfWords{}});
+}
+
 // One step along k of kLanes * kStep columns, as the words of a panel's row.
 template <typename C, typename T>
 inline void step_of_columns(const T* from, int64_t stride_k, int64_t stride_n, int64_t count_k,
                             int64_t count_n, Words (&words)[kStep<C>]) {
   constexpr int kColumns = kLanes * kStep<C>;
+  if constexpr (kStep<C> == 2 && !std::is_same_v<T, Half>) {
+    // As many columns as the usual ranks: there would be nothing to interleave.
+    const auto pairs = [&](auto bits_of) {
+      words[0] = bits_of(from);
+      if (count_k > 1) words[0] |= bits_of(from + stride_k) << 16;
+      words[1] = Words{};
+    };
+    if (stride_n == 1 && count_n == kLanes) {
+      return pairs([](const T* row) { return bits_of_lanes(row); });
+    }
+    if (stride_n == 1 && count_n == kLanes / 2) {
+      return pairs([](const T* row) { return bits_of_half(row); });
+    }
+  }
   C steps[kStep<C>][kColumns];
   gather<kColumns>(from, stride_n, count_n, steps[0]);
   if constexpr (kStep<C> == 2) {
