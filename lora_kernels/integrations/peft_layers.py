@@ -354,7 +354,7 @@ def unsupported_reason(layer: Any) -> str | None:
     if reason is not None:
         return reason
     forward = vars(layer).get("forward")
-    if forward is not None and not _is_accelerate_hook(layer):
+    if not (forward is None or _is_own_forward(forward, layer) or _is_accelerate_hook(layer)):
         return "its forward was replaced on the instance"
     variants = {name: type(v).__name__ for name, v in layer.lora_variant.items()}
     if variants and variants.keys() >= layer.lora_A.keys():
@@ -395,15 +395,21 @@ def restore(layer: Any) -> None:
 
 def _rebind(layer: Any) -> None:
     # accelerate keeps the forward that it found, bound, and calls that one.
-    held = vars(layer).get("_old_forward")
-    if getattr(held, "__func__", None) in (lora.Linear.forward, FusedLinear.forward):
-        layer._old_forward = type(layer).forward.__get__(layer)
+    # When a hook is removed, it becomes the instance's forward.
+    for name in ("_old_forward", "forward"):
+        held = vars(layer).get(name)
+        if getattr(held, "__func__", None) in (lora.Linear.forward, FusedLinear.forward):
+            setattr(layer, name, type(layer).forward.__get__(layer))
 
 
 def _is_accelerate_hook(module: nn.Module) -> bool:
     state = vars(module)
-    held = getattr(state.get("_old_forward"), "__func__", None)
-    return "_hf_hook" in state and held is type(module).forward
+    return "_hf_hook" in state and _is_own_forward(state.get("_old_forward"), module)
+
+
+def _is_own_forward(forward: Any, module: nn.Module) -> bool:
+    """Whether ``forward`` is that of the module's class, bound."""
+    return getattr(forward, "__func__", None) is type(module).forward
 
 
 def _is_called_plainly(module: Any) -> bool:
@@ -415,7 +421,8 @@ def _is_called_plainly(module: Any) -> bool:
         or module._backward_pre_hooks
     ):
         return False
-    if "forward" not in module.__dict__:
+    forward = module.__dict__.get("forward")
+    if forward is None or _is_own_forward(forward, module):
         return True
     # With x on the weight's device, sending it there is nothing.
     if not _is_accelerate_hook(module):
