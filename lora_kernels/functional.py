@@ -181,7 +181,7 @@ def packed_linear(
         weight,
         weight.new_empty(0, k),
         weight.new_empty(n, 0),
-        torch.ones(()),
+        torch.ones((), device="cpu"),
         bias,
         fan_in_fan_out=fan_in_fan_out,
         packed=packed,
@@ -329,7 +329,7 @@ def _cpu_scale(value: float, dtype: torch.dtype) -> Tensor:
     """Nobody gets it who would write to it."""
     # One made in inference mode could not be saved for a backward later.
     with torch.inference_mode(False):
-        return torch.full((), value, dtype=dtype)
+        return torch.full((), value, dtype=dtype, device="cpu")
 
 
 def draw_rng(device: torch.device) -> Tensor:

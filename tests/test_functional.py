@@ -2,6 +2,8 @@
 and wrong calls."""
 
 import itertools
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -461,6 +463,34 @@ def test_a_mode_sees_the_operators():
     ]
     assert [answer.op for answer in direct] == expected and direct == observed
     assert torch.equal(y, again) and torch.equal(gradient, inputs.lora_a.grad)
+
+
+def test_the_default_device_is_not_that_of_the_operands():
+    """Nor is anything kept from such a call that another one would stumble over."""
+    inputs = Case(5, 6, 7, 2).draw()
+    arguments = (inputs.x, inputs.weight, inputs.lora_a.requires_grad_(), inputs.lora_b)
+    merged = lk.FusedLoRALinear(7, 6, r=2).eval()
+    merged.merge()
+    with torch.device("meta"):
+        y = lk.lora_linear(*arguments, 0.321)
+        y.backward(inputs.dy)
+        with torch.no_grad():
+            assert lk.lora_linear(*arguments, 0.321).device.type == "cpu"
+            assert merged(inputs.x).device.type == "cpu"
+    assert torch.equal(lk.lora_linear(*arguments, 0.321), y)
+    assert inputs.lora_a.grad.abs().max() > 0
+
+
+def test_imported_under_another_default_device():
+    # In a process of its own: what this module shares with the C++ is made once.
+    code = (
+        "import torch; torch.set_default_device('meta'); import lora_kernels as lk; "
+        "layer = lk.FusedLoRALinear(8, 4, r=2, device='cpu'); "
+        "layer(torch.ones(3, 8, device='cpu')).sum().backward(); "
+        "assert layer.lora_B.grad.abs().max() > 0 and lk.last_plan().op == 'lora_linear_dab'"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_a_scale_of_inference_mode_trains_later():

@@ -372,6 +372,15 @@ class TestMixedBatches:
         assert answers[0].op == "segmented_linear_fwd"
         torch.testing.assert_close(ours["y"], first.clone(), rtol=1e-5, atol=1e-5)
 
+    def test_the_default_device_is_not_that_of_the_operands(self):
+        model = model_with("abc").eval()
+        lk.accelerate_peft(model)
+        x, _ = self.operands(torch.float32)
+        names = ["a", "a", "b", "__base__", "c", "c"]
+        with torch.no_grad(), torch.device("meta"):
+            y = model(x, adapter_names=names)
+        assert y.device.type == "cpu" and torch.equal(y, model(x, adapter_names=names))
+
     def test_lora_bias_falls_back(self):
         model = model_with("ab", lora_bias=True).eval()
         stock = copy.deepcopy(model)

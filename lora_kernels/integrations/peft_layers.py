@@ -488,8 +488,9 @@ def _table(
 ) -> SegmentTable:
     """The table of a batch whose sequence i has ``rows`` rows of slot ``slots[i]``: one for all
     layers with the same ranks and scales."""
-    # One made in inference mode could not be saved for a backward later.
-    with torch.inference_mode(False):
+    # One made in inference mode could not be saved for a backward later. The numbers become tensors
+    # on a CPU first, whatever the default device is.
+    with torch.inference_mode(False), torch.device("cpu"):
         lengths = [rows] * len(slots)
         return SegmentTable.from_lengths(slots, lengths, ranks, scales, device=device)
 
