@@ -45,6 +45,8 @@ class PackedWeight:
         not on a CPU with native kernels, not float32 or bfloat16, not frozen, or no plain tensor
         (fake, sharded, being traced)."""
         if not _is_plain(weight) or weight.requires_grad or not cpu.packs(weight):
+            # Copies of what it was before would never be read.
+            self.drop()
             return None
         held = self._copies.get(for_dx)
         if (

@@ -305,6 +305,13 @@ def test_a_weight_that_trains_is_never_packed(packs):
     assert is_right(layer) and not packs
 
 
+def test_a_weight_that_is_unfrozen_drops_its_copies():
+    layer = adapted().eval()
+    assert is_right(layer) and len(layer._packed) == 1
+    layer.weight.requires_grad_(True)
+    assert is_right(layer) and len(layer._packed) == 0
+
+
 def test_copies_are_no_part_of_the_state():
     layer = adapted().eval()
     names = set(layer.state_dict())

@@ -662,6 +662,21 @@ class TestPackedWeights:
         model(x)
         assert len(layer._packed) == 0
 
+    @pytest.mark.parametrize("change", ["half", "cpu", "unfreeze"])
+    def test_copies_of_a_weight_that_is_no_more_hold_no_memory(self, change):
+        model = model_with().eval()
+        lk.accelerate_peft(model)
+        layer = layer_of(model)
+        x, _ = operands(torch.float32)
+        model(x)
+        assert len(layer._packed) == 1
+        if change == "unfreeze":
+            layer.base_layer.requires_grad_(True)
+            model(x)
+        else:
+            getattr(model, change)()
+        assert len(layer._packed) == 0
+
     def test_what_a_sample_of_the_weight_would_not_show(self):
         # Merging writes through .data; this adapter changes one element of the weight alone.
         model = model_with().eval()

@@ -316,6 +316,12 @@ class FusedLinear(lora.Linear):
         self._packed.drop()
         super().set_base_weight(weight_data)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLinear:
+        # They would hold the memory of the weight that is moved or cast.
+        self._packed.drop()
+        super()._apply(fn, recurse)
+        return self
+
     def train(self, mode: bool = True) -> FusedLinear:
         if mode and self._pack_weight == "eval":
             self._packed.drop()
