@@ -472,6 +472,10 @@ FALLBACKS = {
         lambda layer: layer.scaling.update({"a": torch.tensor(2.0, requires_grad=True)}),
         "scaling",
     ),
+    "scaling that is an integer tensor": (
+        lambda layer: layer.scaling.update({"a": torch.tensor(2)}),
+        "no single floating number",
+    ),
     "weight as an attribute": (
         lambda layer: (
             layer.lora_A["a"]._parameters.pop("weight"),

@@ -278,8 +278,10 @@ class FusedLinear(lora.Linear):
             if not self.cast_input_dtype_enabled:
                 return "the cast of x to the adapter's dtype is switched off"
         scaling = self.scaling[name]
-        if isinstance(scaling, Tensor) and (scaling.requires_grad or scaling.dim() != 0):
-            return "a scaling that trains, or is no single number"
+        if isinstance(scaling, Tensor) and (
+            scaling.requires_grad or scaling.dim() != 0 or not scaling.is_floating_point()
+        ):
+            return "a scaling that trains, or is no single floating number"
         n, k = base.weight.shape[::-1] if base.transposed else base.weight.shape
         if a.shape[1] != k or b.shape[0] != n or a.shape[0] != b.shape[1] or not dropout_p < 1.0:
             return "shapes that do not fit, or dropout of everything"
