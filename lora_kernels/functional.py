@@ -113,7 +113,7 @@ def checked_lora_linear(
     """:func:`lora_linear` of checked operands, with ``scale`` as the operators take it."""
     if call.dropout_p > 0.0 and rng is None:
         rng = draw_rng(x.device)
-    if torch.is_grad_enabled() and (
+    if ops.records_gradients() and (
         x.requires_grad
         or lora_a.requires_grad
         or lora_b.requires_grad

@@ -465,6 +465,17 @@ def test_a_mode_sees_the_operators():
     assert torch.equal(y, again) and torch.equal(gradient, inputs.lora_a.grad)
 
 
+def test_gradients_enabled_in_inference_mode_are_of_no_effect():
+    inputs = Case(5, 6, 7, 2).draw()
+    arguments = (inputs.x, inputs.weight, inputs.lora_a.requires_grad_(), inputs.lora_b)
+    with torch.inference_mode():
+        expected = lk.lora_linear(*arguments)
+        with torch.enable_grad():
+            y = lk.lora_linear(*arguments)
+    assert torch.equal(y, expected) and not y.requires_grad
+    assert lk.last_plan().op == "lora_linear_fwd"
+
+
 def test_the_default_device_is_not_that_of_the_operands():
     """Nor is anything kept from such a call that another one would stumble over."""
     inputs = Case(5, 6, 7, 2).draw()

@@ -372,6 +372,17 @@ class TestMixedBatches:
         assert answers[0].op == "segmented_linear_fwd"
         torch.testing.assert_close(ours["y"], first.clone(), rtol=1e-5, atol=1e-5)
 
+    def test_gradients_enabled_in_inference_mode_are_of_no_effect(self):
+        model = model_with("abc").eval()
+        report = lk.accelerate_peft(model)
+        x, _ = self.operands(torch.float32)
+        for names in (None, self.ROWS):
+            with torch.no_grad():
+                expected = model(x, adapter_names=names)
+            with torch.inference_mode(), torch.enable_grad():
+                assert torch.equal(model(x, adapter_names=names), expected)
+        assert report.calls.fused == 4
+
     def test_the_default_device_is_not_that_of_the_operands(self):
         model = model_with("abc").eval()
         lk.accelerate_peft(model)
