@@ -677,6 +677,24 @@ class TestPackedWeights:
         model(x)
         assert len(layer._packed) == 0
 
+    @pytest.mark.parametrize("swapping", [False, True])
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_a_state_that_is_loaded(self, assign, swapping):
+        model = model_with().eval()
+        state = {name: 3 * t for name, t in model.state_dict().items()}
+        lk.accelerate_peft(model)
+        x, _ = operands(torch.float32)
+        model(x)
+        torch.__future__.set_swap_module_params_on_conversion(swapping)
+        try:
+            model.load_state_dict(state, assign=assign)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+        assert len(layer_of(model)._packed) == 0
+        stock = model_with().eval()
+        stock.load_state_dict(state)
+        torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-4)
+
     @pytest.mark.parametrize("change", ["half", "cpu", "unfreeze"])
     def test_copies_of_a_weight_that_is_no_more_hold_no_memory(self, change):
         model = model_with().eval()

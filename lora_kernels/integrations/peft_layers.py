@@ -324,6 +324,12 @@ class FusedLinear(lora.Linear):
         super()._apply(fn, recurse)
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # As in _apply; and a Parameter to which a weak reference exists cannot be swapped
+        # (torch.__future__.set_swap_module_params_on_conversion). The base layer's turn is next.
+        self._packed.drop()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def train(self, mode: bool = True) -> FusedLinear:
         if mode and self._pack_weight == "eval":
             self._packed.drop()
