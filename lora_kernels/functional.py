@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -293,7 +294,8 @@ def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
         x = x.to(dtype)
     if x.dim() == 2:
         return x
-    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    # Not flatten: batches of gradients (is_grads_batched=True) have no rule for it.
+    return x.unsqueeze(0) if x.dim() == 1 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def result_of(x: Tensor, y: Tensor) -> Tensor:

@@ -175,6 +175,19 @@ def test_backward_twice(retain):
             y.backward(inputs.dy)
 
 
+def test_batches_of_gradients_where_the_base_trains():
+    """is_grads_batched=True, as jacobian(vectorize=True) does."""
+    inputs = Case(6, 5, 7, 2).draw()
+    leaves = [inputs.x.view(2, 3, 7), inputs.weight, inputs.lora_a, inputs.lora_b]
+    x, *others = [leaf.requires_grad_() for leaf in leaves]
+    y = lk.lora_linear(x, *others, inputs.scale)
+    dy = torch.randn(4, *y.shape)
+    batched = torch.autograd.grad(y, leaves, dy, retain_graph=True, is_grads_batched=True)
+    single = [torch.autograd.grad(y, leaves, each, retain_graph=True) for each in dy]
+    for together, *each in zip(batched, *single, strict=True):
+        torch.testing.assert_close(together, torch.stack(each), rtol=1e-5, atol=1e-5)
+
+
 def test_second_derivatives_are_refused():
     inputs = Case(3, 4, 5, 2).draw()
     require_grad(inputs)
