@@ -148,7 +148,8 @@ class PackedLinear(nn.Linear):
             self.drop_packed()
             return None, None
         # A traced call would make its copy a constant of the graph.
-        if not wanted or torch.compiler.is_compiling() or type(input) not in PLAIN:
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if not wanted or traced or type(input) not in PLAIN:
             return None, None
         device_type = input.device.type
         cast = autocast_enabled(device_type)
