@@ -519,6 +519,23 @@ def test_what_falls_back_is_peft_bit_for_bit_and_counted(name):
     assert reason in str(report) and report.calls.share == 0.0
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, type("Mine", (nn.Linear,), {})])
+def test_a_class_that_is_given_another_forward(kind, monkeypatch):
+    model = model_with().eval()
+    layer_of(model).base_layer.__class__ = kind
+    report = lk.accelerate_peft(model)
+    x, _ = operands(torch.float32)
+    model(x)
+    assert report.calls.fused == 1
+    monkeypatch.setattr(kind, "forward", DOUBLED["forward"])
+    assert torch.equal(model(x), peft.tuners.lora.Linear.forward(layer_of(model), x))
+    assert report.calls.fused == 1 and kind.__name__ in next(iter(report.calls.fallen_back))
+    assert "does not compute as nn.Linear" in str(lk.accelerate_peft(model).skipped)
+    monkeypatch.undo()
+    model(x)
+    assert report.calls.fused == 2
+
+
 def test_hooks_on_the_layer_itself_run_around_our_kernels():
     model = model_with()
     report = lk.accelerate_peft(model)

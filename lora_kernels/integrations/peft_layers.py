@@ -460,19 +460,22 @@ def _is_device(device: Any, module: nn.Module) -> bool:
 
 def _orientation(module: nn.Module) -> bool | str:
     """Whether the class of ``module`` keeps its weight as [in, out]; or why it is not served."""
-    known = _ORIENTATIONS.get(type(module))
-    if known is None:
-        known = any(matches(module) for matches in our_nn.TRANSPOSED_LINEARS)
-        if not known:
-            plain = type(module).forward is nn.Linear.forward
+    kind: Any = type(module)
+    forward, transposed = _ORIENTATIONS.get(kind, (None, False))
+    # A class may be given another forward at any time.
+    if forward is not kind.forward:
+        transposed = any(matches(module) for matches in our_nn.TRANSPOSED_LINEARS)
+        if not transposed:
+            plain = kind.forward is _LINEAR_FORWARD
             plain = plain or any(same(module) for same in our_nn.PLAIN_LINEARS)
             if not plain or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-                return f"its base layer is a {type(module).__name__}"
-        _ORIENTATIONS[type(module)] = known
-    return known
+                return f"its base layer is a {kind.__name__}, which does not compute as nn.Linear"
+        _ORIENTATIONS[kind] = kind.forward, transposed
+    return transposed
 
 
-_ORIENTATIONS: dict[type, bool] = {nn.Linear: False}
+_LINEAR_FORWARD = nn.Linear.forward
+_ORIENTATIONS: dict[type, tuple[Any, bool]] = {nn.Linear: (_LINEAR_FORWARD, False)}
 
 
 def _concatenated(adapters: list[_Adapter]) -> _Adapter:
