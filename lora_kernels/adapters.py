@@ -161,7 +161,9 @@ class Room(NamedTuple):
         """In memory of their own: the caller's tensors, or a file that is mapped, may be written
         again."""
         dtype = self.dtypes.get(path, _weight(module).dtype)
-        own = [torch.empty(t.shape, dtype=dtype, pin_memory=self.pinned) for t in (a, b)]
+        own = [
+            torch.empty(t.shape, dtype=dtype, device="cpu", pin_memory=self.pinned) for t in (a, b)
+        ]
         for there, here in zip(own, (a, b), strict=True):
             there.copy_(here.detach())
         return Weights(own[0], own[1], scale)
@@ -291,7 +293,8 @@ def draw(
         _check_rank(path, rank, room.max_rank)
         in_features, out_features = _sizes(module)
         embedding = isinstance(module, nn.Embedding)
-        a, b = torch.zeros(rank, in_features), torch.zeros(out_features, rank)
+        a = torch.zeros(rank, in_features, device="cpu")
+        b = torch.zeros(out_features, rank, device="cpu")
         if embedding:
             # PEFT's choice: what is looked up is zero, so that B trains second.
             nn.init.normal_(b)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -113,7 +114,7 @@ def checked_lora_linear(
     """:func:`lora_linear` of checked operands, with ``scale`` as the operators take it."""
     if call.dropout_p > 0.0 and rng is None:
         rng = draw_rng(x.device)
-    if torch.is_grad_enabled() and (
+    if ops.records_gradients() and (
         x.requires_grad
         or lora_a.requires_grad
         or lora_b.requires_grad
@@ -181,7 +182,7 @@ def packed_linear(
         weight,
         weight.new_empty(0, k),
         weight.new_empty(n, 0),
-        torch.ones(()),
+        torch.ones((), device="cpu"),
         bias,
         fan_in_fan_out=fan_in_fan_out,
         packed=packed,
@@ -293,7 +294,8 @@ def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
         x = x.to(dtype)
     if x.dim() == 2:
         return x
-    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    # Not flatten: batches of gradients (is_grads_batched=True) have no rule for it.
+    return x.unsqueeze(0) if x.dim() == 1 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def result_of(x: Tensor, y: Tensor) -> Tensor:
@@ -329,7 +331,7 @@ def _cpu_scale(value: float, dtype: torch.dtype) -> Tensor:
     """Nobody gets it who would write to it."""
     # One made in inference mode could not be saved for a backward later.
     with torch.inference_mode(False):
-        return torch.full((), value, dtype=dtype)
+        return torch.full((), value, dtype=dtype, device="cpu")
 
 
 def draw_rng(device: torch.device) -> Tensor:

@@ -392,8 +392,11 @@ class FusedLoRALinear(PackedLinear):
         scale = self._scale
         self.drop_packed()
         super()._apply(fn, recurse)
-        # .half() must not round the scale, to_empty() must not lose it; an unmoved one keeps its
-        # address.
+        # .half() must not round the scale, to_empty() must not lose it.
+        self._keep_scale(scale)
+
+    def _keep_scale(self, scale: Tensor) -> None:
+        """``scale`` where it fits the weight, which keeps its address; else a new one."""
         expected = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         if scale.device == self.weight.device and scale.dtype == expected:
             self._scale = scale
@@ -410,9 +413,13 @@ class FusedLoRALinear(PackedLinear):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.drop_packed()
-        self._with_pristine_weight(
-            lambda: super(FusedLoRALinear, self)._load_from_state_dict(*args, **kwargs)
-        )
+        self._with_pristine_weight(lambda: self._load_pristine(*args, **kwargs))
+
+    def _load_pristine(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # With assign=True the weight may have come off the meta device, and the scale is in no
+        # state_dict.
+        self._keep_scale(self._scale)
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}"

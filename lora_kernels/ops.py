@@ -104,6 +104,14 @@ def autocast_enabled(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
+def records_gradients() -> bool:
+    """Whether a graph is recorded: in inference mode gradients may be enabled, to no effect."""
+    # Dynamo does not know the second question.
+    return torch.is_grad_enabled() and (
+        torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
+    )
+
+
 def _reference_answer(op: str, *args: Any, **kwargs: Any) -> Any:
     plan.answered("reference", Config("reference"), PROBLEM_OF[op](*args, **kwargs))
     return getattr(reference, op)(*args, **kwargs)

@@ -45,6 +45,8 @@ class PackedWeight:
         not on a CPU with native kernels, not float32 or bfloat16, not frozen, or no plain tensor
         (fake, sharded, being traced)."""
         if not _is_plain(weight) or weight.requires_grad or not cpu.packs(weight):
+            # Copies of what it was before would never be read.
+            self.drop()
             return None
         held = self._copies.get(for_dx)
         if (
@@ -146,7 +148,8 @@ class PackedLinear(nn.Linear):
             self.drop_packed()
             return None, None
         # A traced call would make its copy a constant of the graph.
-        if not wanted or torch.compiler.is_compiling() or type(input) not in PLAIN:
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if not wanted or traced or type(input) not in PLAIN:
             return None, None
         device_type = input.device.type
         cast = autocast_enabled(device_type)

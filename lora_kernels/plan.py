@@ -80,7 +80,7 @@ _batch_invariant = False
 # Shared with a node of the graph that answers without Python: whether somebody asks who answers, or
 # forces an answer (the node then calls the operators), and whether it has answered since an
 # operator did.
-_shared = torch.zeros(2, dtype=torch.int64)
+_shared = torch.zeros(2, dtype=torch.int64, device="cpu")
 _asked, _noted = (ctypes.c_int64.from_address(_shared.data_ptr() + 8 * i) for i in range(2))
 _last_of_node: Callable[[], Answer] | None = None
 

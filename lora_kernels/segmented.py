@@ -82,7 +82,7 @@ def segmented_lora(
     _check(x, seg, a, b, packed, dropout_p)
     rows = rows_of(x, x.dtype)
     rng, dropout_p = _dropout(rng, dropout_p if dropping else 0.0, x.device)
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *a, *b))
+    differentiable = ops.records_gradients() and any(t.requires_grad for t in (x, *a, *b))
     if out is not None:
         _check_out(out, x, [t.shape[1] for t in b], differentiable, rng)
         ops.segmented_lora_(_rows_of_out(out), rows, a, b, seg.tensors(), packed)
@@ -141,7 +141,7 @@ def segmented_linear(
         packed = (None, None)
     rng, dropout_p = _dropout(rng, dropout_p if training else 0.0, x.device)
     inputs = (x, weight, *a, *b, *([] if bias is None else [bias]))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+    if ops.records_gradients() and any(t.requires_grad for t in inputs):
         call = Call(seg.tensors(), packed_slices, dropout_p, fan_in_fan_out, dtype, packed)
         return SegmentedLinear.apply(x, weight, bias, rng, call, len(b), *a, *b)
     y, _ = ops.segmented_linear_fwd(
@@ -206,7 +206,7 @@ def _by_address(
         )
     if pointers.device != x.device:
         raise ValueError(f"the pointers are on {pointers.device}, x on {x.device}")
-    differentiable = torch.is_grad_enabled() and x.requires_grad
+    differentiable = ops.records_gradients() and x.requires_grad
     _check_out(out, x, pointers.widths, differentiable, None)
     ops.segmented_lora_pointers_(
         _rows_of_out(out),
@@ -346,7 +346,7 @@ def _check_out(
         raise ValueError(f"out must be {[*x.shape[:-1], width]}, as x says, not {list(out.shape)}")
     if out.dtype != x.dtype or out.device != x.device:
         raise ValueError(f"out is {out.dtype} on {out.device}, x {x.dtype} on {x.device}")
-    if differentiable or (torch.is_grad_enabled() and out.requires_grad):
+    if differentiable or (ops.records_gradients() and out.requires_grad):
         raise ValueError("out= records no gradient: use torch.no_grad(), or out=None")
     if rng is not None:
         raise ValueError("out= is for serving and has no dropout")

@@ -2,6 +2,8 @@
 and wrong calls."""
 
 import itertools
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -171,6 +173,19 @@ def test_backward_twice(retain):
     if not retain:
         with pytest.raises(RuntimeError, match="second time"):
             y.backward(inputs.dy)
+
+
+def test_batches_of_gradients_where_the_base_trains():
+    """is_grads_batched=True, as jacobian(vectorize=True) does."""
+    inputs = Case(6, 5, 7, 2).draw()
+    leaves = [inputs.x.view(2, 3, 7), inputs.weight, inputs.lora_a, inputs.lora_b]
+    x, *others = [leaf.requires_grad_() for leaf in leaves]
+    y = lk.lora_linear(x, *others, inputs.scale)
+    dy = torch.randn(4, *y.shape)
+    batched = torch.autograd.grad(y, leaves, dy, retain_graph=True, is_grads_batched=True)
+    single = [torch.autograd.grad(y, leaves, each, retain_graph=True) for each in dy]
+    for together, *each in zip(batched, *single, strict=True):
+        torch.testing.assert_close(together, torch.stack(each), rtol=1e-5, atol=1e-5)
 
 
 def test_second_derivatives_are_refused():
@@ -461,6 +476,45 @@ def test_a_mode_sees_the_operators():
     ]
     assert [answer.op for answer in direct] == expected and direct == observed
     assert torch.equal(y, again) and torch.equal(gradient, inputs.lora_a.grad)
+
+
+def test_gradients_enabled_in_inference_mode_are_of_no_effect():
+    inputs = Case(5, 6, 7, 2).draw()
+    arguments = (inputs.x, inputs.weight, inputs.lora_a.requires_grad_(), inputs.lora_b)
+    with torch.inference_mode():
+        expected = lk.lora_linear(*arguments)
+        with torch.enable_grad():
+            y = lk.lora_linear(*arguments)
+    assert torch.equal(y, expected) and not y.requires_grad
+    assert lk.last_plan().op == "lora_linear_fwd"
+
+
+def test_the_default_device_is_not_that_of_the_operands():
+    """Nor is anything kept from such a call that another one would stumble over."""
+    inputs = Case(5, 6, 7, 2).draw()
+    arguments = (inputs.x, inputs.weight, inputs.lora_a.requires_grad_(), inputs.lora_b)
+    merged = lk.FusedLoRALinear(7, 6, r=2).eval()
+    merged.merge()
+    with torch.device("meta"):
+        y = lk.lora_linear(*arguments, 0.321)
+        y.backward(inputs.dy)
+        with torch.no_grad():
+            assert lk.lora_linear(*arguments, 0.321).device.type == "cpu"
+            assert merged(inputs.x).device.type == "cpu"
+    assert torch.equal(lk.lora_linear(*arguments, 0.321), y)
+    assert inputs.lora_a.grad.abs().max() > 0
+
+
+def test_imported_under_another_default_device():
+    # In a process of its own: what this module shares with the C++ is made once.
+    code = (
+        "import torch; torch.set_default_device('meta'); import lora_kernels as lk; "
+        "layer = lk.FusedLoRALinear(8, 4, r=2, device='cpu'); "
+        "layer(torch.ones(3, 8, device='cpu')).sum().backward(); "
+        "assert layer.lora_B.grad.abs().max() > 0 and lk.last_plan().op == 'lora_linear_dab'"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_a_scale_of_inference_mode_trains_later():

@@ -387,6 +387,18 @@ def test_to_empty_and_reset_after_meta():
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_assigned_a_state_on_the_meta_device(dtype):
+    """As large models are loaded: built without memory, then given their weights."""
+    source = adapted(lora_alpha=6, use_rslora=True).to(dtype)
+    layer = lk.FusedLoRALinear(24, 40, r=source.r, lora_alpha=6, use_rslora=True, device="meta")
+    layer.load_state_dict(source.state_dict(), assign=True)
+    assert layer._scale.dtype == dtype and layer._scale.item() == source._scale.item()
+    x = torch.randn(3, 24, dtype=dtype)
+    assert torch.equal(layer(x), source(x))
+    layer(x).sum().backward()
+
+
 def test_unmoved_layer_keeps_its_scale_in_place():
     layer = adapted()
     address = layer._scale.data_ptr()

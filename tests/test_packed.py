@@ -5,6 +5,7 @@ import gc
 import io
 import pickle
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -305,6 +306,13 @@ def test_a_weight_that_trains_is_never_packed(packs):
     assert is_right(layer) and not packs
 
 
+def test_a_weight_that_is_unfrozen_drops_its_copies():
+    layer = adapted().eval()
+    assert is_right(layer) and len(layer._packed) == 1
+    layer.weight.requires_grad_(True)
+    assert is_right(layer) and len(layer._packed) == 0
+
+
 def test_copies_are_no_part_of_the_state():
     layer = adapted().eval()
     names = set(layer.state_dict())
@@ -356,6 +364,21 @@ def test_compiled_calls_take_no_copy():
         torch.testing.assert_close(compiled(x), layer(x))
         layer.weight.data.mul_(2.0)
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_traced_calls_take_no_copy(merged):
+    layer = adapted().eval().requires_grad_(False)
+    if merged:
+        layer.merge()
+    x = torch.randn(9, 70)
+    y = layer(x)
+    assert len(layer._packed) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(layer, x)
+    assert not any("lora_kernels_cpu" in node.kind() for node in traced.inlined_graph.nodes())
+    torch.testing.assert_close(traced(x), y, rtol=1e-5, atol=1e-5)
 
 
 def test_threads_share_a_layer():

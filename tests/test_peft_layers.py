@@ -372,6 +372,26 @@ class TestMixedBatches:
         assert answers[0].op == "segmented_linear_fwd"
         torch.testing.assert_close(ours["y"], first.clone(), rtol=1e-5, atol=1e-5)
 
+    def test_gradients_enabled_in_inference_mode_are_of_no_effect(self):
+        model = model_with("abc").eval()
+        report = lk.accelerate_peft(model)
+        x, _ = self.operands(torch.float32)
+        for names in (None, self.ROWS):
+            with torch.no_grad():
+                expected = model(x, adapter_names=names)
+            with torch.inference_mode(), torch.enable_grad():
+                assert torch.equal(model(x, adapter_names=names), expected)
+        assert report.calls.fused == 4
+
+    def test_the_default_device_is_not_that_of_the_operands(self):
+        model = model_with("abc").eval()
+        lk.accelerate_peft(model)
+        x, _ = self.operands(torch.float32)
+        names = ["a", "a", "b", "__base__", "c", "c"]
+        with torch.no_grad(), torch.device("meta"):
+            y = model(x, adapter_names=names)
+        assert y.device.type == "cpu" and torch.equal(y, model(x, adapter_names=names))
+
     def test_lora_bias_falls_back(self):
         model = model_with("ab", lora_bias=True).eval()
         stock = copy.deepcopy(model)
@@ -463,6 +483,10 @@ FALLBACKS = {
         lambda layer: layer.scaling.update({"a": torch.tensor(2.0, requires_grad=True)}),
         "scaling",
     ),
+    "scaling that is an integer tensor": (
+        lambda layer: layer.scaling.update({"a": torch.tensor(2)}),
+        "no single floating number",
+    ),
     "weight as an attribute": (
         lambda layer: (
             layer.lora_A["a"]._parameters.pop("weight"),
@@ -493,6 +517,23 @@ def test_what_falls_back_is_peft_bit_for_bit_and_counted(name):
     ((reason, count),) = report.calls.fallen_back.items()
     assert word in reason and count == 1 and report.calls.fused == 0
     assert reason in str(report) and report.calls.share == 0.0
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, type("Mine", (nn.Linear,), {})])
+def test_a_class_that_is_given_another_forward(kind, monkeypatch):
+    model = model_with().eval()
+    layer_of(model).base_layer.__class__ = kind
+    report = lk.accelerate_peft(model)
+    x, _ = operands(torch.float32)
+    model(x)
+    assert report.calls.fused == 1
+    monkeypatch.setattr(kind, "forward", DOUBLED["forward"])
+    assert torch.equal(model(x), peft.tuners.lora.Linear.forward(layer_of(model), x))
+    assert report.calls.fused == 1 and kind.__name__ in next(iter(report.calls.fallen_back))
+    assert "does not compute as nn.Linear" in str(lk.accelerate_peft(model).skipped)
+    monkeypatch.undo()
+    model(x)
+    assert report.calls.fused == 2
 
 
 def test_hooks_on_the_layer_itself_run_around_our_kernels():
@@ -651,6 +692,39 @@ class TestPackedWeights:
         lk.accelerate_peft(model.eval(), pack_weight="never")
         assert len(layer._packed) == 0
         model(x)
+        assert len(layer._packed) == 0
+
+    @pytest.mark.parametrize("swapping", [False, True])
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_a_state_that_is_loaded(self, assign, swapping):
+        model = model_with().eval()
+        state = {name: 3 * t for name, t in model.state_dict().items()}
+        lk.accelerate_peft(model)
+        x, _ = operands(torch.float32)
+        model(x)
+        torch.__future__.set_swap_module_params_on_conversion(swapping)
+        try:
+            model.load_state_dict(state, assign=assign)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+        assert len(layer_of(model)._packed) == 0
+        stock = model_with().eval()
+        stock.load_state_dict(state)
+        torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("change", ["half", "cpu", "unfreeze"])
+    def test_copies_of_a_weight_that_is_no_more_hold_no_memory(self, change):
+        model = model_with().eval()
+        lk.accelerate_peft(model)
+        layer = layer_of(model)
+        x, _ = operands(torch.float32)
+        model(x)
+        assert len(layer._packed) == 1
+        if change == "unfreeze":
+            layer.base_layer.requires_grad_(True)
+            model(x)
+        else:
+            getattr(model, change)()
         assert len(layer._packed) == 0
 
     def test_what_a_sample_of_the_weight_would_not_show(self):

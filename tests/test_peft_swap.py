@@ -14,7 +14,7 @@ import models
 import peft
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from peft.tuners import lora
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import nn
@@ -474,6 +474,28 @@ def test_accelerates_hooks():
     with lk.record_plans() as answers:
         assert torch.equal(models.logits(model), expected)
     assert not answers
+
+
+@pytest.mark.parametrize("removed", ["before the swap", "after the swap"])
+def test_hooks_that_accelerate_removes_leave_no_forward_behind(removed):
+    """It leaves the forward that it found, bound, as the instance's own."""
+    model = stock_model("llama")
+    expected = models.logits(model)
+    for layer in layers_of(model):
+        for module in (layer, layer.base_layer, layer.lora_A["default"]):
+            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    if removed == "before the swap":
+        remove_hook_from_submodules(model)
+    report = lk.accelerate_peft(model)
+    remove_hook_from_submodules(model)
+    assert "forward" in vars(layers_of(model)[0])
+    torch.testing.assert_close(models.logits(model), expected, rtol=1e-4, atol=1e-4)
+    assert report.calls.fused == LAYERS["llama"] and report.calls.share == 1.0
+    assert len(lk.restore_peft(model)) == LAYERS["llama"]
+    with lk.record_plans() as answers:
+        assert torch.equal(models.logits(model), expected)
+    assert not answers
+    assert len(lk.accelerate_peft(model).fused) == LAYERS["llama"]
 
 
 def test_offloaded_layers_are_pefts():

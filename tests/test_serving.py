@@ -77,6 +77,16 @@ def test_without_a_batch_the_model_is_the_base(zoos, architecture):
         assert torch.equal(models.logits(store.model, batch), alone)
 
 
+def test_adapters_are_read_to_the_host_whatever_the_default_device_is(zoo):
+    store = zoo.store()
+    batch, names = models.batch_for(store.model, rows=4), ["a", None, "c", "b"]
+    store.unload("a")
+    with torch.device("meta"):
+        store.load("a", zoo.directory / "a")
+    with store.batch(names):
+        zoo.check(models.logits(store.model, batch), names, batch)
+
+
 def test_more_sequences_than_names_repeat_them(zoo):
     store = zoo.store()
     batch = models.batch_for(store.model, rows=6)

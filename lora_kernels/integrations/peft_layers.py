@@ -278,8 +278,10 @@ class FusedLinear(lora.Linear):
             if not self.cast_input_dtype_enabled:
                 return "the cast of x to the adapter's dtype is switched off"
         scaling = self.scaling[name]
-        if isinstance(scaling, Tensor) and (scaling.requires_grad or scaling.dim() != 0):
-            return "a scaling that trains, or is no single number"
+        if isinstance(scaling, Tensor) and (
+            scaling.requires_grad or scaling.dim() != 0 or not scaling.is_floating_point()
+        ):
+            return "a scaling that trains, or is no single floating number"
         n, k = base.weight.shape[::-1] if base.transposed else base.weight.shape
         if a.shape[1] != k or b.shape[0] != n or a.shape[0] != b.shape[1] or not dropout_p < 1.0:
             return "shapes that do not fit, or dropout of everything"
@@ -315,6 +317,18 @@ class FusedLinear(lora.Linear):
     def set_base_weight(self, weight_data: Tensor) -> None:
         self._packed.drop()
         super().set_base_weight(weight_data)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLinear:
+        # They would hold the memory of the weight that is moved or cast.
+        self._packed.drop()
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # As in _apply; and a Parameter to which a weak reference exists cannot be swapped
+        # (torch.__future__.set_swap_module_params_on_conversion). The base layer's turn is next.
+        self._packed.drop()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def train(self, mode: bool = True) -> FusedLinear:
         if mode and self._pack_weight == "eval":
@@ -354,7 +368,7 @@ def unsupported_reason(layer: Any) -> str | None:
     if reason is not None:
         return reason
     forward = vars(layer).get("forward")
-    if forward is not None and not _is_accelerate_hook(layer):
+    if not (forward is None or _is_own_forward(forward, layer) or _is_accelerate_hook(layer)):
         return "its forward was replaced on the instance"
     variants = {name: type(v).__name__ for name, v in layer.lora_variant.items()}
     if variants and variants.keys() >= layer.lora_A.keys():
@@ -395,15 +409,21 @@ def restore(layer: Any) -> None:
 
 def _rebind(layer: Any) -> None:
     # accelerate keeps the forward that it found, bound, and calls that one.
-    held = vars(layer).get("_old_forward")
-    if getattr(held, "__func__", None) in (lora.Linear.forward, FusedLinear.forward):
-        layer._old_forward = type(layer).forward.__get__(layer)
+    # When a hook is removed, it becomes the instance's forward.
+    for name in ("_old_forward", "forward"):
+        held = vars(layer).get(name)
+        if getattr(held, "__func__", None) in (lora.Linear.forward, FusedLinear.forward):
+            setattr(layer, name, type(layer).forward.__get__(layer))
 
 
 def _is_accelerate_hook(module: nn.Module) -> bool:
     state = vars(module)
-    held = getattr(state.get("_old_forward"), "__func__", None)
-    return "_hf_hook" in state and held is type(module).forward
+    return "_hf_hook" in state and _is_own_forward(state.get("_old_forward"), module)
+
+
+def _is_own_forward(forward: Any, module: nn.Module) -> bool:
+    """Whether ``forward`` is that of the module's class, bound."""
+    return getattr(forward, "__func__", None) is type(module).forward
 
 
 def _is_called_plainly(module: Any) -> bool:
@@ -415,7 +435,8 @@ def _is_called_plainly(module: Any) -> bool:
         or module._backward_pre_hooks
     ):
         return False
-    if "forward" not in module.__dict__:
+    forward = module.__dict__.get("forward")
+    if forward is None or _is_own_forward(forward, module):
         return True
     # With x on the weight's device, sending it there is nothing.
     if not _is_accelerate_hook(module):
@@ -439,19 +460,22 @@ def _is_device(device: Any, module: nn.Module) -> bool:
 
 def _orientation(module: nn.Module) -> bool | str:
     """Whether the class of ``module`` keeps its weight as [in, out]; or why it is not served."""
-    known = _ORIENTATIONS.get(type(module))
-    if known is None:
-        known = any(matches(module) for matches in our_nn.TRANSPOSED_LINEARS)
-        if not known:
-            plain = type(module).forward is nn.Linear.forward
+    kind: Any = type(module)
+    forward, transposed = _ORIENTATIONS.get(kind, (None, False))
+    # A class may be given another forward at any time.
+    if forward is not kind.forward:
+        transposed = any(matches(module) for matches in our_nn.TRANSPOSED_LINEARS)
+        if not transposed:
+            plain = kind.forward is _LINEAR_FORWARD
             plain = plain or any(same(module) for same in our_nn.PLAIN_LINEARS)
             if not plain or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-                return f"its base layer is a {type(module).__name__}"
-        _ORIENTATIONS[type(module)] = known
-    return known
+                return f"its base layer is a {kind.__name__}, which does not compute as nn.Linear"
+        _ORIENTATIONS[kind] = kind.forward, transposed
+    return transposed
 
 
-_ORIENTATIONS: dict[type, bool] = {nn.Linear: False}
+_LINEAR_FORWARD = nn.Linear.forward
+_ORIENTATIONS: dict[type, tuple[Any, bool]] = {nn.Linear: (_LINEAR_FORWARD, False)}
 
 
 def _concatenated(adapters: list[_Adapter]) -> _Adapter:
@@ -481,8 +505,9 @@ def _table(
 ) -> SegmentTable:
     """The table of a batch whose sequence i has ``rows`` rows of slot ``slots[i]``: one for all
     layers with the same ranks and scales."""
-    # One made in inference mode could not be saved for a backward later.
-    with torch.inference_mode(False):
+    # One made in inference mode could not be saved for a backward later. The numbers become tensors
+    # on a CPU first, whatever the default device is.
+    with torch.inference_mode(False), torch.device("cpu"):
         lengths = [rows] * len(slots)
         return SegmentTable.from_lengths(slots, lengths, ranks, scales, device=device)
 
