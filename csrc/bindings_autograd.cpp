@@ -83,9 +83,13 @@ constexpr Operators kDispatched = {&Dispatched<kShrink, decltype(lora_shrink)>::
 
 // [..., K] as [M, K] in the compute dtype; a view wherever dtype and strides allow one.
 Tensor rows_of(const Tensor& x, at::ScalarType dtype) {
-  const Tensor rows = x.to(dtype);
+  // The kernels read memory, where a negation that is still to be done is not.
+  const Tensor rows = x.resolve_neg().to(dtype);
   if (rows.dim() == 2) return rows;
-  return rows.dim() == 1 ? rows.unsqueeze(0) : rows.flatten(0, -2);
+  if (rows.dim() == 1) return rows.unsqueeze(0);
+  // Not flatten: batches of gradients (is_grads_batched=True) have no rule for it.
+  const int64_t k = rows.size(-1);
+  return rows.reshape({c10::multiply_integers(rows.sizes().slice(0, rows.dim() - 1)), k});
 }
 
 // Gradients that a graph was asked for: whoever differentiates them learns that he cannot.
@@ -215,7 +219,9 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
   }
 
   static bool is_plain(const Tensor& t) {
-    return t.is_cpu() && t.layout() == at::kStrided && !t.key_set().has(c10::DispatchKey::Python);
+    // A batch of gradients and a tensor of zeros have no memory to read.
+    return t.is_cpu() && t.layout() == at::kStrided && t.has_storage() && !t._is_zerotensor() &&
+           !t.key_set().has(c10::DispatchKey::Python);
   }
 };
 

@@ -43,6 +43,39 @@ CASES = [
 ]
 
 
+def test_a_negation_still_to_be_done(monkeypatch):
+    """The imaginary part of a conjugate is a view whose sign is a note in the tensor."""
+    inputs = draw(Case(6, 5, 7, 2, dropout_p=0.25))
+    negated = torch._neg_view(-inputs.x.detach())
+    assert negated.is_neg() and torch.equal(negated, inputs.x)
+    y, other = call(inputs), call(inputs, x=negated)
+    assert CPP in y.grad_fn.name() and CPP in other.grad_fn.name()
+    assert torch.equal(y, other)
+    expected = gradients(y, inputs.dy, inputs)
+    y = call(inputs)
+    for ours, theirs in zip(
+        gradients(y, torch._neg_view(-inputs.dy), inputs), expected, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    in_python(monkeypatch)
+    assert torch.equal(call(inputs, x=negated), other)
+
+
+@pytest.mark.parametrize("shape", [(6, 7), (2, 3, 7)], ids=str)
+def test_batches_of_gradients(shape):
+    """is_grads_batched=True, as jacobian(vectorize=True) does: the operators answer."""
+    inputs = draw(Case(6, 5, 7, 2))
+    x = inputs.x.detach().view(shape).requires_grad_()
+    y = call(inputs, x=x)
+    assert CPP in y.grad_fn.name()
+    leaves = [x, inputs.lora_a, inputs.lora_b]
+    dy = torch.randn(4, *y.shape)
+    batched = torch.autograd.grad(y, leaves, dy, retain_graph=True, is_grads_batched=True)
+    single = [torch.autograd.grad(y, leaves, each, retain_graph=True) for each in dy]
+    for together, *each in zip(batched, *single, strict=True):
+        torch.testing.assert_close(together, torch.stack(each), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("asked", [False, True], ids=["unasked", "asked"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_both_nodes_have_the_same_bits(case, asked, monkeypatch):
