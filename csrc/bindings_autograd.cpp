@@ -81,10 +81,12 @@ constexpr Operators kDispatched = {&Dispatched<kShrink, decltype(lora_shrink)>::
                                    &Dispatched<kDx, decltype(lora_linear_dx)>::call,
                                    &Dispatched<kDab, decltype(lora_linear_dab)>::call};
 
+// The kernels read memory, where a negation that is still to be done is not.
+Tensor resolved(const Tensor& t) { return t.is_neg() ? t.resolve_neg() : t; }
+
 // [..., K] as [M, K] in the compute dtype; a view wherever dtype and strides allow one.
 Tensor rows_of(const Tensor& x, at::ScalarType dtype) {
-  // The kernels read memory, where a negation that is still to be done is not.
-  const Tensor rows = x.resolve_neg().to(dtype);
+  const Tensor rows = x.to(dtype);
   if (rows.dim() == 2) return rows;
   if (rows.dim() == 1) return rows.unsqueeze(0);
   // Not flatten: batches of gradients (is_grads_batched=True) have no rule for it.
@@ -161,7 +163,7 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
                need_bias = bias_dtype != data.end() && ctx->needs_input_grad(kBias);
     const bool need_ab = need_a || need_b || need_bias;
 
-    const Tensor dy = rows_of(grad, dtype);
+    const Tensor dy = rows_of(resolved(grad), dtype);
     const bool native = is_plain(dy) && !somebody_asks();
     const Operators& ops = native ? kNative : kDispatched;
 
@@ -231,8 +233,9 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
                    at::ScalarType dtype, const OptionalTensor& packed,
                    const OptionalTensor& packed_dx) {
   TORCH_CHECK_VALUE(!weight.requires_grad(), "lora_linear has no gradient for a weight here");
-  return LoRALinear::apply(x, weight, lora_a, lora_b, scale, bias, rng, dropout_p, fan_in_fan_out,
-                           dtype, packed, packed_dx);
+  return LoRALinear::apply(resolved(x), resolved(weight), resolved(lora_a), resolved(lora_b),
+                           resolved(scale), bias ? OptionalTensor(resolved(*bias)) : bias, rng,
+                           dropout_p, fan_in_fan_out, dtype, packed, packed_dx);
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from linear_calls import LEAVES, call, require_grad
+from linear_calls import LEAVES, call, check_batches_of_gradients, require_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -176,16 +176,10 @@ def test_backward_twice(retain):
 
 
 def test_batches_of_gradients_where_the_base_trains():
-    """is_grads_batched=True, as jacobian(vectorize=True) does."""
     inputs = Case(6, 5, 7, 2).draw()
     leaves = [inputs.x.view(2, 3, 7), inputs.weight, inputs.lora_a, inputs.lora_b]
     x, *others = [leaf.requires_grad_() for leaf in leaves]
-    y = lk.lora_linear(x, *others, inputs.scale)
-    dy = torch.randn(4, *y.shape)
-    batched = torch.autograd.grad(y, leaves, dy, retain_graph=True, is_grads_batched=True)
-    single = [torch.autograd.grad(y, leaves, each, retain_graph=True) for each in dy]
-    for together, *each in zip(batched, *single, strict=True):
-        torch.testing.assert_close(together, torch.stack(each), rtol=1e-5, atol=1e-5)
+    check_batches_of_gradients(lk.lora_linear(x, *others, inputs.scale), leaves)
 
 
 def test_second_derivatives_are_refused():

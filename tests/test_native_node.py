@@ -1,11 +1,12 @@
 """The node of the graph that the CPU extension makes of a lora_linear: the bits of the one written
 in Python, the same record of who answered, and out of the way where it does not apply."""
 
+import dataclasses
 import threading
 
 import pytest
 import torch
-from linear_calls import LEAVES, call, require_grad
+from linear_calls import LEAVES, call, check_batches_of_gradients, require_grad
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -43,37 +44,41 @@ CASES = [
 ]
 
 
-def test_a_negation_still_to_be_done(monkeypatch):
+@pytest.mark.parametrize("name", ["x", "weight", "lora_a", "lora_b", "bias"])
+def test_a_negation_still_to_be_done(name, monkeypatch):
     """The imaginary part of a conjugate is a view whose sign is a note in the tensor."""
     inputs = draw(Case(6, 5, 7, 2, dropout_p=0.25))
-    negated = torch._neg_view(-inputs.x.detach())
-    assert negated.is_neg() and torch.equal(negated, inputs.x)
-    y, other = call(inputs), call(inputs, x=negated)
+    value = getattr(inputs, name).detach()
+    negated = torch._neg_view(-value).requires_grad_(name != "weight")
+    assert negated.is_neg() and torch.equal(negated, value)
+    others = dataclasses.replace(inputs, **{name: negated})
+    y, other = call(inputs), call(others)
     assert CPP in y.grad_fn.name() and CPP in other.grad_fn.name()
     assert torch.equal(y, other)
     expected = gradients(y, inputs.dy, inputs)
-    y = call(inputs)
-    for ours, theirs in zip(
-        gradients(y, torch._neg_view(-inputs.dy), inputs), expected, strict=True
-    ):
+    for ours, theirs in zip(gradients(other, inputs.dy, others), expected, strict=True):
         assert torch.equal(ours, theirs)
     in_python(monkeypatch)
-    assert torch.equal(call(inputs, x=negated), other)
+    assert torch.equal(call(others), other)
+
+
+def test_a_negation_of_the_gradient():
+    inputs = draw(Case(6, 5, 7, 2, dropout_p=0.25))
+    y = call(inputs)
+    expected = gradients(y, inputs.dy, inputs)
+    ours = gradients(call(inputs), torch._neg_view(-inputs.dy), inputs)
+    for a, b in zip(ours, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("shape", [(6, 7), (2, 3, 7)], ids=str)
 def test_batches_of_gradients(shape):
-    """is_grads_batched=True, as jacobian(vectorize=True) does: the operators answer."""
+    """The operators answer."""
     inputs = draw(Case(6, 5, 7, 2))
     x = inputs.x.detach().view(shape).requires_grad_()
     y = call(inputs, x=x)
     assert CPP in y.grad_fn.name()
-    leaves = [x, inputs.lora_a, inputs.lora_b]
-    dy = torch.randn(4, *y.shape)
-    batched = torch.autograd.grad(y, leaves, dy, retain_graph=True, is_grads_batched=True)
-    single = [torch.autograd.grad(y, leaves, each, retain_graph=True) for each in dy]
-    for together, *each in zip(batched, *single, strict=True):
-        torch.testing.assert_close(together, torch.stack(each), rtol=1e-5, atol=1e-5)
+    check_batches_of_gradients(y, [x, inputs.lora_a, inputs.lora_b])
 
 
 @pytest.mark.parametrize("asked", [False, True], ids=["unasked", "asked"])
