@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import ops
 from .batches import Owner, active_batch
 from .nn import share_hooks, share_linear, unsupported_reason
 from .packed import PackedLinear
@@ -301,7 +302,7 @@ class MultiLoRAEmbedding(_Slots, nn.Embedding):
         parts = F.embedding(ids, self.lora_A.view(slots * embeddings, max_rank)).to(y.dtype)
         live = torch.arange(max_rank, device=y.device) < rank[:, None]
         parts = torch.where(live, parts, 0)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (y, self.lora_A, self.lora_B)):
+        if ops.records_gradients() and any(t.requires_grad for t in (y, self.lora_A, self.lora_B)):
             # Through the identity as its A: that is differentiable in the parts and in B.
             unit = torch.eye(max_rank, device=y.device, dtype=y.dtype).expand(slots, -1, -1)
             return y + segmented_lora(parts, unit, self.lora_B, table).view(y.shape)
