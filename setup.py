@@ -38,6 +38,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS.update(avx2=AVX2, avx512=AVX512)
 
 COMMON_FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-Wall", "-Wextra", "-fvisibility=hidden"]
+# Torch adds its own standard where none is given, and before 2.13 that is C++17.
+COMMON_FLAGS.append("-std=c++20")
 # at::parallel_for is inlined from a header and silently serial without this flag. Apple's clang
 # does not know it, and a second OpenMP runtime beside torch's would be worse than one thread.
 OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
@@ -196,7 +198,7 @@ class Sanitize(Command):
 
         includes = [f"-isystem {path}" for path in include_paths()]
         libraries = [f"-L{path} -Wl,-rpath,{path}" for path in library_paths()]
-        flags = [*COMMON_FLAGS, *OPENMP_FLAGS, *self.FLAGS, "-std=c++20", *includes]
+        flags = [*COMMON_FLAGS, *OPENMP_FLAGS, *self.FLAGS, *includes]
         link = [*OPENMP_FLAGS, *self.FLAGS, *libraries, "-ltorch_cpu", "-lc10"]
         lines = [
             "builddir = build/sanitize",
