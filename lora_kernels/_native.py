@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,23 @@ _outcome: tuple[str | None, str | None] | None = None
 def load() -> str | None:
     """The instruction set that answers, or None where no extension is loaded (see ``why_not``).
 
-    The first call loads it, the others return what that one found. Raises ``ValueError`` if
-    ``LORA_KERNELS_CPU_ISA`` names no instruction set, or one that this CPU does not have.
+    The first call loads it, the others return what that one found. It warns where there is none,
+    unless that was asked for. Raises ``ValueError`` if ``LORA_KERNELS_CPU_ISA`` names no
+    instruction set, or one that this CPU does not have.
     """
     global _outcome
     if _outcome is None:
         with _lock:
             if _outcome is None:
-                _outcome = _load(DIRECTORY, os.environ.get(VARIABLE) or None)
+                forced = os.environ.get(VARIABLE) or None
+                _outcome = isa, reason = _load(DIRECTORY, forced)
+                if isa is None and forced != "none":
+                    warnings.warn(
+                        "lora_kernels has no native CPU kernels and PyTorch computes in their "
+                        f"place, more slowly: {reason}",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
     return _outcome[0]
 
 
@@ -103,7 +113,8 @@ def _load(directory: Path, forced: str | None) -> tuple[str | None, str | None]:
     if info["built"] and info["torch"] != torch.__version__:
         return None, (
             f"the CPU extensions were built for torch {info['torch']} and this is torch "
-            f"{torch.__version__}: install lora_kernels again"
+            f"{torch.__version__}: build them again, with pip install --no-build-isolation "
+            "--force-reinstall --no-deps and what lora_kernels was installed from"
         )
 
     wanted = [forced] if forced else [*reversed(_supported())]
