@@ -202,7 +202,7 @@ class FusedLinear(lora.Linear):
                 return "a transformation of torch.func, or a forward-mode derivative"
             if torch._C._get_tracing_state() is not None:
                 return "traced by torch.jit"
-        elif torch.compiler.is_exporting():
+        elif _is_exporting():
             return "traced by torch.export"
         if _has_any_global_hook():
             return "a global hook on all modules"
@@ -424,6 +424,14 @@ def _is_accelerate_hook(module: nn.Module) -> bool:
 def _is_own_forward(forward: Any, module: nn.Module) -> bool:
     """Whether ``forward`` is that of the module's class, bound."""
     return getattr(forward, "__func__", None) is type(module).forward
+
+
+def _is_exporting() -> bool:
+    """Whether torch.export traces the call, as told in traced code."""
+    if torch.__version__ < "2.13":
+        # There ``torch.compiler.is_exporting()`` is True of everything that Dynamo traces.
+        return torch.compiler._is_exporting_flag
+    return torch.compiler.is_exporting()
 
 
 def _is_called_plainly(module: Any) -> bool:
