@@ -3,18 +3,23 @@
 import pytest
 import torch
 
+from lora_kernels import _native
+
 HAS_GPU = torch.cuda.is_available()
 DEVICES = ["cpu"] + ["cuda"] * HAS_GPU
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU")
+    config.addinivalue_line("markers", "native: needs the CPU extension")
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+        if "native" in item.keywords and _native.load() is None:
+            item.add_marker(pytest.mark.skip(reason=f"no CPU extension: {_native.why_not()}"))
 
 
 @pytest.fixture(params=DEVICES)

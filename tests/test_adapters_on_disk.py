@@ -163,6 +163,7 @@ def test_task_types_of_peft(tmp_path, name, task, targets):
 
 
 def test_adapters_of_transformers_own_integration(tmp_path):
+    models.need_peft_for_transformers()
     theirs = build("llama")
     theirs.add_adapter(peft.LoraConfig(target_modules=["q_proj", "o_proj"]))
     models.draw_adapter(theirs).save_pretrained(tmp_path)
