@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,6 +21,9 @@ logger = logging.getLogger("lora_kernels")
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
+# Modules whose matrices nobody expects to get an adapter.
+_NO_RAW_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.LayerNorm)
+
 # Where the adapter of a model is written down on the model itself.
 _APPLIED = "_lora_kernels_applied"
 
@@ -28,7 +32,8 @@ _APPLIED = "_lora_kernels_applied"
 class LoRAReport:
     """What :func:`apply_lora` did.
 
-    ``adapted``: name -> "kind [out, in], r"; ``skipped``: name -> reason.
+    ``adapted``: name -> "kind [out, in], r"; ``skipped``: name -> reason; ``unreached``: matrices
+    that are in no linear layer, as the experts of a mixture, "kind.parameter [shape]" -> how many.
     """
 
     adapted: dict[str, str]
@@ -37,6 +42,8 @@ class LoRAReport:
     notes: list[str]
     trainable_parameters: int
     all_parameters: int
+    unreached: dict[str, int]
+    unreached_parameters: int
 
     def __str__(self) -> str:
         share = 100 * self.trainable_parameters / max(self.all_parameters, 1)
@@ -105,7 +112,8 @@ def apply_lora(
 
     The arguments are the fields of PEFT's ``LoraConfig``, and ``pack_weight``; those not described
     here are :class:`FusedLoRALinear`'s. What was adapted, what was skipped and why, and the
-    trainable parameters are in ``lora_report(model)``.
+    trainable parameters are in ``lora_report(model)``. A model of which a hundredth or more of the
+    weights are matrices outside linear layers (the experts of a mixture) is warned of.
 
     Args:
         target_modules: a list of module names or their endings ("q_proj", "layers.0.mlp.up_proj");
@@ -156,6 +164,9 @@ def apply_lora(
     insert(root, config, select(root, config))
     for layer in lora_layers(root).values():
         layer.pack_weight = pack_weight
+    report = lora_report(root)
+    if report.unreached_parameters >= 0.01 * report.all_parameters:
+        warnings.warn(f"{type(root).__name__}: {report.notes[-1]}", stacklevel=2)
     return model
 
 
@@ -314,14 +325,51 @@ def _report(model: nn.Module, selection: Selection, owners: dict[Tensor, list[st
                 "does not change"
             )
     parameters = list(model.parameters())
+    all_parameters = sum(p.numel() for p in parameters)
+    unreached, numel = _unreached(model, selection)
+    if unreached:
+        kinds = [f"{kind}, {n} times" if n > 1 else kind for kind, n in unreached.items()]
+        notes.append(
+            f"{100 * numel / all_parameters:.1f}% of the weights cannot get an adapter, for they "
+            f"are in no linear layer, and stay frozen: {'; '.join(kinds)}"
+        )
     return LoRAReport(
         adapted=adapted,
         skipped=selection.skipped,
         modules_to_save=list(selection.modules_to_save),
         notes=notes,
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-        all_parameters=sum(p.numel() for p in parameters),
+        all_parameters=all_parameters,
+        unreached=unreached,
+        unreached_parameters=numel,
     )
+
+
+def _unreached(model: nn.Module, selection: Selection) -> tuple[dict[str, int], int]:
+    """The matrices that no choice of target modules reaches, by kind, and their number of elements.
+
+    Those are 2-D and larger Parameters outside linear layers, as the experts of a mixture in
+    transformers 5, its router, or ``nn.MultiheadAttention.in_proj_weight``. Embeddings,
+    convolutions and what is but added (position embeddings, [1, ...]) are not meant, nor what
+    trains in full.
+    """
+    trained = {p for module in selection.modules_to_save.values() for p in module.parameters()}
+    seen: set[Tensor] = set(trained)
+    for module in model.modules():
+        if isinstance(module, _NO_RAW_MATRICES) or _is_linear(module):
+            seen.update(module.parameters(recurse=False))
+    kinds: dict[str, int] = {}
+    numel = 0
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            matrix = sum(size > 1 for size in parameter.shape) > 1 and parameter.shape[0] > 1
+            if not matrix or parameter in seen or name.endswith("bias"):
+                continue
+            seen.add(parameter)
+            kind = f"{type(module).__name__}.{name} {list(parameter.shape)}"
+            kinds[kind] = kinds.get(kind, 0) + 1
+            numel += parameter.numel()
+    return kinds, numel
 
 
 def _owners_of_parameters(model: nn.Module) -> dict[Tensor, list[str]]:
