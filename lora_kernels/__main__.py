@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import sys
 
@@ -148,6 +149,7 @@ def _tune(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lora_kernels", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"lora_kernels {__version__}")
     commands = parser.add_subparsers(dest="command")
     tuning = commands.add_parser("tune", help="measure the plans for given shapes on this machine")
     tuning.add_argument("--shapes", type=_shapes, required=True, metavar="MxKxN,...")
@@ -189,4 +191,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as `head` has
+        # What is still to be written at exit would raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)
