@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import sys
 
@@ -148,6 +149,7 @@ def _tune(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lora_kernels", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"lora_kernels {__version__}")
     commands = parser.add_subparsers(dest="command")
     tuning = commands.add_parser("tune", help="measure the plans for given shapes on this machine")
     tuning.add_argument("--shapes", type=_shapes, required=True, metavar="MxKxN,...")
@@ -188,5 +190,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _main_of_a_pipe() -> int:
+    """:func:`main` whose reader may go away, as ``head`` does."""
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer is flushed once more when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_main_of_a_pipe())
