@@ -5,6 +5,7 @@ Everything declarative is in pyproject.toml. What could not be built, and why, i
 installs the package all the same and the reference answers.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -46,6 +47,14 @@ OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
 
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
+
+
+def sources_hash() -> str:
+    """Of what the extensions are built from: a table of measurements holds for the same alone."""
+    digest = hashlib.sha256(repr((COMMON_FLAGS, OPENMP_FLAGS, ISA_FLAGS)).encode())
+    for source in SOURCES + HEADERS:
+        digest.update(Path(source).name.encode() + b"\0" + Path(source).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def isa_of(extension: Extension) -> str:
@@ -126,6 +135,7 @@ class BuildNative(BuildExtension.with_options(no_python_abi_suffix=True) if torc
             "failed": self.failed,
             "compiler": compiler and compiler_version(compiler),
             "torch": torch and torch.__version__,
+            "sources": sources_hash(),
         }
         package = Path("." if self.inplace else self.build_lib, "lora_kernels")
         package.mkdir(parents=True, exist_ok=True)

@@ -190,12 +190,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def _main_of_a_pipe() -> int:
+    """:func:`main` whose reader may go away, as ``head`` does."""
     try:
-        status = main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as `head` has
-        # What is still to be written at exit would raise again.
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer is flushed once more when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    sys.exit(status)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(_main_of_a_pipe())

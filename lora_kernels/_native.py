@@ -63,9 +63,20 @@ def why_not() -> str | None:
 def available() -> tuple[str, ...]:
     """The instruction sets built for this torch that this CPU has, narrowest first."""
     info = _build_info(DIRECTORY)
-    if info.get("torch") != torch.__version__:
+    if not _fits(info):
         return ()
     return tuple(isa for isa in _supported() if _extension(isa) in info["built"])
+
+
+def built_from() -> str:
+    """A hash of the sources and flags that the extensions for this torch were built from; "" where
+    there are none."""
+    info = _build_info(DIRECTORY)
+    return info.get("sources", "") if info.get("built") and _fits(info) else ""
+
+
+def _fits(info: dict[str, Any]) -> bool:
+    return info.get("torch") == torch.__version__
 
 
 def _supported() -> tuple[str, ...]:
@@ -93,7 +104,8 @@ def _in_use() -> str:
 
 
 def _build_info(directory: Path) -> dict[str, Any]:
-    """What setup.py wrote: ``built`` [isa], ``failed`` {isa: reason}, ``compiler``, ``torch``."""
+    """What setup.py wrote: ``built`` [isa], ``failed`` {isa: reason}, ``compiler``, ``torch``,
+    ``sources``."""
     try:
         return json.loads((directory / "_build_info.json").read_text())
     except OSError:
@@ -110,7 +122,7 @@ def _load(directory: Path, forced: str | None) -> tuple[str | None, str | None]:
     info = _build_info(directory)
     if not info:
         return None, "the CPU extensions were not built: lora_kernels was never installed with pip"
-    if info["built"] and info["torch"] != torch.__version__:
+    if info["built"] and not _fits(info):
         return None, (
             f"the CPU extensions were built for torch {info['torch']} and this is torch "
             f"{torch.__version__}: build them again, with pip install --no-build-isolation "

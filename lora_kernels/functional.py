@@ -162,13 +162,8 @@ def _forward(
         rng,
         call.dropout_p,
         call.fan_in_fan_out,
-        **_in_place_of_weight(call.packed[0]),
+        packed=call.packed[0],
     )
-
-
-def _in_place_of_weight(packed: Tensor | None) -> dict[str, Tensor]:
-    """The argument of an operator; what has no packed weight need not know of it."""
-    return {} if packed is None else {"packed": packed}
 
 
 def packed_linear(
@@ -247,7 +242,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             rng,
             dropout_p,
             fan_in_fan_out,
-            **_in_place_of_weight(packed[1]),
+            packed=packed[1],
         )
         x_shape, x_dtype = ctx.like_x
         if x_dtype != dtype:

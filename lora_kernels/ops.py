@@ -27,7 +27,7 @@ The segmented operators take, one tensor for each of n slices,
     weight                     [sum N_j, K], the slices one below the other
 
     packed                     the weight in the layout of the CPU's kernels, which read it in the
-                               weight's place; for everybody else weight is the operand
+                               weight's place; the other kernels ignore it and read weight
 """
 
 from __future__ import annotations

@@ -167,6 +167,7 @@ def lora_linear_fwd(
     dropout_p: float = 0.0,
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
+    packed: Tensor | None = None,
     *,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
@@ -184,6 +185,7 @@ def lora_linear_dx(
     dropout_p: float = 0.0,
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
+    packed: Tensor | None = None,
     *,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
