@@ -189,7 +189,7 @@ def match(
     if not wanted:
         raise ValueError(f"{label} holds no lora_A and lora_B")
     layers = {}
-    for path, (a, b) in files.take_pairs(wanted).items():
+    for path, (a, b) in files.take_pairs(places.model, wanted).items():
         first, module = places.resolve(path)
         scale = default_scaling(config.alpha(path), b.shape[1], config.use_rslora)
         a = a.t() if wanted[path].is_embedding else a

@@ -132,8 +132,10 @@ class AdapterFiles:
                         found[key.removesuffix(ending)] = None
         return list(found)
 
-    def take_pairs(self, layers: Mapping[str, Layer]) -> dict[str, tuple[Tensor, Tensor]]:
-        """A and B of every layer, which are removed from ``tensors``.
+    def take_pairs(
+        self, model: nn.Module, layers: Mapping[str, Layer]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and B of every layer of ``model``, which are removed from ``tensors``.
 
         Raises:
             ValueError: one is missing, of the wrong shape, or no floating point numbers.
@@ -149,6 +151,7 @@ class AdapterFiles:
                 elif tuple(tensor.shape) != shape:
                     wrong.append(
                         f"{key} is {list(tensor.shape)}, the model's layer wants {list(shape)}"
+                        + (" (its vocabulary differs)" if name in _embeddings(model) else "")
                     )
                 elif tensor.dtype not in _FLOATS:
                     wrong.append(f"{key} is {tensor.dtype}")
@@ -168,17 +171,18 @@ class AdapterFiles:
         PEFT takes every module whose name ends in an entry ("classifier" means "pre_classifier"
         too), and lists usual names that the model may not have. So what the file holds decides.
         """
-        entries = self.config.modules_to_save or []
+        entries = [entry for entry in self.config.modules_to_save or [] if entry]
+
+        def is_here(name: str, module: nn.Module) -> bool:
+            keys = module.state_dict().keys()
+            return bool(keys) and all(f"{name}.{key}" in self.tensors for key in keys)
+
         return [
             name
-            for name in names_of(model)
-            if name
-            and any(
-                f".{name}".endswith(f".{entry}")
-                or name.endswith(entry)
-                and any(key.startswith(f"{name}.") for key in self.tensors)
-                for entry in filter(None, entries)
-            )
+            for name, module in model.named_modules(remove_duplicate=False)
+            if f".{name}".endswith(tuple(f".{entry}" for entry in entries))
+            or name.endswith(tuple(entries))
+            and is_here(name, module)
         ]
 
     def match_rest(
@@ -225,6 +229,7 @@ class AdapterFiles:
         trained = set() if shared_base else wanted | biases
         written = set() if shared_base else trained | embedded
         found: dict[str, tuple[Tensor, Tensor]] = {}
+        known: dict[str, tuple[Tensor, Tensor]] = {}
         unexpected, wrong = [], []
         for key, tensor in self.tensors.items():
             place = places.get(key)
@@ -235,7 +240,7 @@ class AdapterFiles:
                     unexpected.append(key)
             elif key not in trained and _has_values(place, tensor):
                 # PEFT saves an output head with its base weight; one that the model has is no news.
-                continue
+                known[key] = place, tensor
             elif key not in written:
                 unexpected.append(key)
             else:
@@ -257,7 +262,7 @@ class AdapterFiles:
                 + some(sorted(unexpected))
                 + why
             )
-        self._check_tied(found)
+        self._check_tied(known | found)
         return found, embedded & found.keys()
 
     def _check_tied(self, found: Mapping[str, tuple[Tensor, Tensor]]) -> None:

@@ -133,7 +133,7 @@ def load_adapter(
             out_features, in_features = weight.shape[::-1] if transposed else weight.shape
             wanted[names[0]] = Layer(config.rank(names[0]), in_features, out_features)
         saved = selection.modules_to_save
-    pairs = files.take_pairs(wanted)
+    pairs = files.take_pairs(root, wanted)
     others, embeddings = files.match_rest(
         root, saved, wanted.keys(), load_embedding_layers=load_embedding_layers
     )
