@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -65,6 +65,8 @@ class Applied:
 
     config: LoRAConfig
     report: LoRAReport
+    # Keys of embeddings that the adapter's file brought, and that are saved with it.
+    embeddings: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -274,6 +276,8 @@ def insert(model: nn.Module, config: LoRAConfig, selection: Selection) -> None:
                 setattr(parent, child, layers[module])
         _set_trainable(model, config, selection, layers.values())
         report = _report(model, selection, owners)
+        names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+        report.notes += config.warn_of_unmatched(report.adapted, names)
     except BaseException:
         for parent, child, module in replaced:
             setattr(parent, child, module)

@@ -153,7 +153,14 @@ class AdapterStore:
 
     # Adapters.
 
-    def load(self, name: str, source: Source, config: Any = None) -> None:
+    def load(
+        self,
+        name: str,
+        source: Source,
+        config: Any = None,
+        *,
+        load_embedding_layers: bool = True,
+    ) -> None:
         """Load an adapter in PEFT's format, or replace the one of that name.
 
         It goes into a free slot if there is one, a replacement into the slot of its predecessor;
@@ -164,6 +171,9 @@ class AdapterStore:
             source: a directory with ``adapter_config.json`` and ``adapter_model.safetensors``, or a
                 state dict with PEFT's keys (with or without ``base_model.model.``).
             config: of a state dict: a mapping of PEFT's fields, an ``lk.LoRAConfig`` or PEFT's own.
+            load_embedding_layers: embeddings that were saved along (PEFT's
+                ``save_embedding_layers``) must be the model's own, which all adapters share; False
+                leaves them out.
 
         Raises:
             FileNotFoundError: the directory or one of its two files is missing.
@@ -176,8 +186,8 @@ class AdapterStore:
         """
         if not isinstance(name, str) or not name:
             raise TypeError(f"an adapter's name must be a string, not {name!r}")
-        found, tensors, label = read(name, source, config)
-        host = match(self._slotted.places(), found, tensors, self._room(), label)
+        files = read(name, source, config, self.model)
+        host = match(self._slotted.places(), files, self._room(), load_embedding_layers)
         self._enter(name, host)
 
     def create(

@@ -531,10 +531,10 @@ def nothing(zoo, tmp_path):
     ("make", "error", "says"),
     [
         (truncated, ValueError, "is not a readable safetensors file"),
-        (of_width, ValueError, r"lora_A.weight is \[2, 56\], the model's layer .* want \[2, 48\]"),
+        (of_width, ValueError, r"lora_A.weight is \[2, 56\], the model's layer wants \[2, 48\]"),
         (of_rank, ValueError, "the rank 17 of .* is above the store's max_rank=16"),
         (of_more_layers, ValueError, r"the model has no layer 'model.layers.2.self_attn.q_proj'"),
-        (of_fewer_layers, ValueError, "has no lora_A and lora_B for model.layers.1"),
+        (of_fewer_layers, ValueError, "has no model.layers.1.*lora_A.weight"),
         (with_a_head, ValueError, "holds what the model has no place for, or with other values"),
         (nothing, FileNotFoundError, "there is no adapter directory"),
     ],
