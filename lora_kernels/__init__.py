@@ -8,8 +8,10 @@ from .models import (
     LoRAConfig,
     LoRAReport,
     apply_lora,
+    disable_adapter,
     lora_report,
     merge_adapter,
+    unload,
     unmerge_adapter,
 )
 from .multi_lora import MultiLoRAEmbedding, MultiLoRALinear
@@ -34,6 +36,7 @@ __all__ = [
     "accelerate_peft",
     "apply_lora",
     "batch_invariant",
+    "disable_adapter",
     "force_plan",
     "last_plan",
     "load_adapter",
@@ -47,6 +50,7 @@ __all__ = [
     "segmented_linear",
     "segmented_lora",
     "segmented_shrink",
+    "unload",
     "unmerge_adapter",
     "warmup",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops
+from . import ops, reference
 
 # A packed weight for the forward, and one for dX.
 Packed = tuple[Tensor | None, Tensor | None]
@@ -65,7 +66,9 @@ def lora_linear(
     half-precision base included (PEFT without autocast computes that case in float32). Saved for
     backward are x as it was given and ``S = scale * x A^T`` [M, r], each only if a gradient needs
     it, and no mask. Every gradient has its input's dtype; ``weight`` and ``bias`` get one if they
-    require it. Second derivatives are not defined.
+    require it. Second derivatives are not defined, except under ``torch.func`` and forward-mode
+    differentiation (``grad``, ``jvp``, ``hessian``, ``vmap``, ...), where plain torch operations
+    compute instead of the kernels.
 
     Raises:
         ValueError: shapes that do not fit, rank 0, dropout_p outside [0, 1), tensors on different
@@ -136,9 +139,35 @@ def checked_lora_linear(
         )
         if y is not None:
             return y
+        if ops.is_transformed():
+            return _composed(x, weight, lora_a, lora_b, scale, bias, rng, call)
         return _LoRALinear.apply(x, weight, lora_a, lora_b, scale, bias, rng, call)
+    if ops.is_transformed():
+        return _composed(x, weight, lora_a, lora_b, scale, bias, rng, call)
     y, _ = _forward(x, weight, lora_a, lora_b, scale, bias, rng, call)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _composed(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    rng: Tensor | None,
+    call: Call,
+) -> Tensor:
+    """y of plain torch operations, which every transformation knows: derivatives of any order,
+    batches of anything."""
+    rows, weight = rows_of(x, call.dtype), weight.to(call.dtype)
+    device_type = x.device.type
+    cast = ops.autocast_enabled(device_type)
+    with torch.autocast(device_type, enabled=False) if cast else contextlib.nullcontext():
+        y, _ = reference.lora_linear_fwd(
+            rows, weight, lora_a, lora_b, scale, bias, rng, call.dropout_p, call.fan_in_fan_out
+        )
+    return y.reshape(*x.shape[:-1], y.shape[1])
 
 
 def _forward(

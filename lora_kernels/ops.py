@@ -161,6 +161,15 @@ def is_observed() -> bool:
     )
 
 
+def is_transformed() -> bool:
+    """Whether ``torch.func`` or a forward-mode derivative is at work, which know no operator of
+    ours."""
+    # Dynamo knows nothing of these.
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
 def _direct(op: str) -> Callable[..., Any]:
     """The functional operator ``op``. A call that nobody observes, with rows on a CPU, goes at once
     where the dispatcher would bring it: its way costs more than a small layer's products."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import cpu
 from .functional import Packed, packed_linear
-from .ops import PLAIN, autocast_enabled
+from .ops import PLAIN, autocast_enabled, is_transformed
 
 PACK_WEIGHT = ("eval", "always", "never")
 
@@ -148,7 +148,7 @@ class PackedLinear(nn.Linear):
             self.drop_packed()
             return None, None
         # A traced call would make its copy a constant of the graph.
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
         if not wanted or traced or type(input) not in PLAIN:
             return None, None
         device_type = input.device.type

@@ -25,7 +25,7 @@ LAYERS = [
     {"cuda", "cpu", "plan", "tune"},
     {"ops"},
     {"functional", "segmented", "segmented_autograd"},
-    {"nn", "packed", "multi_lora", "batches"},
+    {"nn", "merging", "packed", "multi_lora", "batches"},
     {
         "models",
         "warming",

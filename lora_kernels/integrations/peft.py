@@ -18,7 +18,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..functional import is_dtensor
-from ..models import Applied, applied, insert, lora_layers, select, unwrap
+from ..merging import write_obstacle
+from ..models import (
+    Applied,
+    applied,
+    insert,
+    lora_layers,
+    lost_layers,
+    select,
+    unwrap,
+    warn_of_lost_layers,
+)
 from ..nn import FusedLoRALinear
 from .lora_config import LoRAConfig, exact_patterns
 from .on_disk import (
@@ -31,6 +41,7 @@ from .on_disk import (
     read_adapter,
     some,
 )
+from .transformers import stored_value
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -51,7 +62,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the model has no LoRA layers of this package.
-        RuntimeError: the adapter was folded in by ``merge_adapter(model, keep_base=False)``.
+        RuntimeError: the adapter was folded in by ``merge_adapter(model, keep_base=False)``, or its
+            values are on the meta device.
         TypeError: the model is sharded (``fully_shard``, tensor parallelism).
     """
     root = unwrap(model)
@@ -61,8 +73,17 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         raise RuntimeError(
             "merge_adapter(model, keep_base=False) removed the adapter: there is nothing to save"
         )
+    warn_of_lost_layers(root)
+    if not layers:
+        raise ValueError(f"{type(root).__name__} has no LoRA layers left: there is nothing to save")
     _warn_of_shared(root, layers)
     tensors = _tensors(root, record, layers)
+    empty = [key for key, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise RuntimeError(
+            f"{some(empty)} on the meta device, without values: offloaded weights come back with "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True), others by loading them"
+        )
     sharded = [key for key, tensor in tensors.items() if is_dtensor(tensor)]
     if sharded:
         raise TypeError(
@@ -109,6 +130,7 @@ def load_adapter(
     layers = lora_layers(root)
     if layers:
         selection = None
+        warn_of_lost_layers(root)
         present = applied(root).config
         if config.bias != present.bias:
             raise ValueError(
@@ -134,6 +156,10 @@ def load_adapter(
             wanted[names[0]] = Layer(config.rank(names[0]), in_features, out_features)
         saved = selection.modules_to_save
     pairs = files.take_pairs(root, wanted)
+    for name, layer in layers.items():
+        obstacle = write_obstacle(layer, ("lora_A", "lora_B"))
+        if obstacle is not None:
+            raise ValueError(f"no adapter can be loaded into {name}: {obstacle}")
     others, embeddings = files.match_rest(
         root, saved, wanted.keys(), load_embedding_layers=load_embedding_layers
     )
@@ -180,17 +206,20 @@ def _tensors(
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         assert layer.lora_A is not None and layer.lora_B is not None
-        tensors[f"{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"{name}.lora_B.weight"] = layer.lora_B
+        tensors[f"{name}.lora_A.weight"] = stored_value(layer, "lora_A")
+        tensors[f"{name}.lora_B.weight"] = stored_value(layer, "lora_B")
         if config.bias != "none" and layer.bias is not None:
-            tensors[f"{name}.base_layer.bias"] = layer.bias
+            tensors[f"{name}.base_layer.bias"] = stored_value(layer, "bias")
     if config.bias == "all":
-        for name, parameter in model.named_parameters():
+        for name, _ in model.named_parameters():
             owner, _, last = name.rpartition(".")
             if last == "bias" and owner not in layers:
-                tensors[name] = parameter
+                tensors[name] = stored_value(model.get_submodule(owner), last)
     for name in record.report.modules_to_save:
         for key, tensor in model.get_submodule(name).state_dict().items():
+            owner, _, last = f"{name}.{key}".rpartition(".")
+            if tensor.is_meta:
+                tensor = stored_value(model.get_submodule(owner), last)
             tensors[f"{name}.{key}"] = tensor
     if record.embeddings:
         places = places_of(model, layers)
@@ -243,7 +272,7 @@ def _content(
             "(exclude_modules)",
             stacklevel=4,
         )
-    if taken or config.all_linear or config.layers_to_transform is not None:
+    if taken or config.all_linear or config.layers_to_transform is not None or lost_layers(model):
         # Resolved: "all" is another set of layers in PEFT, it finds no index in "layers.0.x", and
         # of a mixture it takes a regular expression for the last names that match.
         content["target_modules"] = _endings(model, layers)

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..batches import CarryingCheckpoint
+from ..merging import is_offloaded
 from ..nn import PLAIN_LINEARS, TRANSPOSED_LINEARS
 
 # Last name of a head where the model has no base model to tell it apart (T5, plain modules,
@@ -195,11 +196,21 @@ def carry_dispatch_hook(old: nn.Module, new: nn.Module) -> None:
 
 def offload_reason(module: nn.Module) -> str | None:
     """Why a dispatched module cannot be replaced: its weights are elsewhere between two calls."""
-    hook = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", [hook])
-    if any(getattr(h, "offload", False) for h in hooks):
+    if is_offloaded(module):
         return "its weight is offloaded by accelerate's device_map"
     return None
+
+
+def stored_value(module: nn.Module, name: str) -> Any:
+    """The tensor ``name`` of ``module``, fetched from where accelerate offloaded it."""
+    tensor = getattr(module, name)
+    if tensor is not None and tensor.is_meta:
+        hook = getattr(module, "_hf_hook", None)
+        for offloading in getattr(hook, "hooks", [hook]):
+            weights = getattr(offloading, "weights_map", None)
+            if weights is not None and name in [key for key, _ in module.named_parameters()]:
+                return weights[name]
+    return tensor
 
 
 def checkpointing_modules(model: nn.Module) -> list[nn.Module]:
