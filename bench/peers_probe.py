@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from . import checks, peers, rows, segmented_cases
+from . import checks, peers, report, segmented_cases
 from .baselines import Variant
 from .cases import Setting
 from .measure import CapturedStep, EagerStep, Step
@@ -91,7 +91,7 @@ def _rows(key: str, work: dict[str, list[dict[str, Any]]]) -> Iterator[Setting |
     found = (
         [segmented_cases.setting_of({"setting": each}) for each in work["mixed"]]
         if key in MIXED_PEERS
-        else [rows.setting_of({"setting": each}) for each in work["training"]]
+        else [report.setting_of({"setting": each}) for each in work["training"]]
     )
     variant: Any = _variant(key)
     return (setting for setting in found if variant.missing(setting, "cuda") is None)
