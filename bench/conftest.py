@@ -14,11 +14,11 @@ import torch
 
 from lora_kernels.device import facts
 
-from . import cases, peers, peers_probe, report, segmented_cases
+from . import cases, peers, report, segmented_cases
 from .baselines import VARIANTS, Variant, version
 from .cases import Setting
 from .measure import CpuClock, CudaClock, roofline
-from .peers_serving import mixed_peers
+from .peers_serving import MIXED_PEERS, mixed_peers
 from .peers_training import TRAINING_PEERS
 from .segmented_baselines import MIXED_VARIANTS, MixedVariant
 from .segmented_cases import MixedSetting
@@ -160,9 +160,13 @@ class Session:
         dtypes = list(dict.fromkeys(setting.dtype for setting in self.settings))
         self.roofline = roofline(self.clock, self.device, dtypes)
         if self.device == "cuda":
-            self.broken_peers = peers_probe.broken_here(
-                self.variants, self.settings, list(mixed_peers("cuda")), self.mixed_settings
-            )
+            tried = [(key, self.settings) for key in self.variants if key in TRAINING_PEERS]
+            tried += [(key, self.mixed_settings) for key in mixed_peers("cuda")]
+            known = TRAINING_PEERS | MIXED_PEERS
+            copied = {
+                key: rows for key, rows in tried if rows and peers.version(known[key].package)
+            }
+            self.broken_peers = peers.broken_here(copied)
 
     def skip_if_late(self) -> None:
         if self.time_limit is not None and time.time() - self.started > self.time_limit:
