@@ -10,10 +10,9 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import segmented_cases
 from .cases import CPU_RANKS, CPU_SHAPES, MODES, Setting
@@ -34,13 +33,10 @@ _RESTLESS = 0.25
 _MOST_SHOWN = 40
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """What the speed of ``ours`` over that of ``theirs`` has to be on a CPU: its geometric mean
     over the cells of a dtype and pass, or its worst. None: it is shown, and nothing is demanded.
-
-    ``shape``: of the batch of mixed adapters of that shape instead.
-    """
+    ``shape``: of the batch of mixed adapters of that shape instead."""
 
     dtype: str
     mode: str
@@ -70,32 +66,30 @@ def _of_one_linear(
     ]
 
 
-def _of_a_mixed_batch(
-    shape: tuple[int, int, int], ours: str, theirs: str, least: float | None = None
-) -> Target:
-    return Target("bfloat16", "forward", ours, theirs, "mean", least, shape)
-
-
 TARGETS = (
     *_of_one_linear("bfloat16", 1.0, 1.30, 1.25),
     *_of_one_linear("float32", 1 / 1.05, None, None),
-    _of_a_mixed_batch(DECODE, "fused", "plain", 1 / 1.25),
-    _of_a_mixed_batch(DECODE, "segmented", "plain"),
-    _of_a_mixed_batch(DECODE, "packed", "plain"),
-    _of_a_mixed_batch(DECODE, "segmented", "peft", 1.5),
-    _of_a_mixed_batch(DECODE, "segmented", "loop"),
-    _of_a_mixed_batch(PREFILL, "segmented_part", "gather_fp32_part", 10.0),
-    _of_a_mixed_batch(PREFILL, "segmented_part", "gather_part", 10.0),
+    *(
+        Target("bfloat16", "forward", ours, theirs, "mean", least, shape)
+        for shape, ours, theirs, least in (
+            (DECODE, "fused", "plain", 1 / 1.25),
+            (DECODE, "segmented", "plain", None),
+            (DECODE, "packed", "plain", None),
+            (DECODE, "segmented", "peft", 1.5),
+            (DECODE, "segmented", "loop", None),
+            (PREFILL, "segmented_part", "gather_fp32_part", 10.0),
+            (PREFILL, "segmented_part", "gather_part", 10.0),
+        )
+    ),
 )
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     target: Target
-    value: float | None
-    cells: int
-    worst_cell: str | None
-    worst: float | None
+    value: float | None = None
+    cells: int = 0
+    worst_cell: str | None = None
+    worst: float | None = None
 
     @property
     def outcome(self) -> str:
@@ -152,7 +146,7 @@ def judge(target: Target, content: Content) -> Verdict:
         if (value := speed(row, target.ours, target.theirs)) is not None
     }
     if not found:
-        return Verdict(target, None, 0, None, None)
+        return Verdict(target)
     worst_cell = min(found, key=found.__getitem__)
     mean = math.exp(sum(map(math.log, found.values())) / len(found))
     value = mean if target.statistic == "mean" else found[worst_cell]
@@ -182,51 +176,60 @@ def targets_table(content: Content) -> Table:
 
 
 def linear_table(content: Content) -> Table:
-    """A line for each row of one linear: ours, and how many times as fast as the others it is."""
-    rows, roof = content["rows"], content["roofline"]
-    rivals = _measured(content["variants"], rows, without=("fused",))
-    head = ["M x K x N", "r", "dtype", "pass", "dropout", "ours ms"]
-    head += [f"/ {content['variants'][key]['label']}" for key in rivals]
-    head += ["tokens/s", "of roofline", "saved MiB", "answered by"]
-    body = []
-    for row in rows:
+    """A line for each row of one linear."""
+    head = ["M x K x N", "r", "dtype", "pass", "dropout"]
+    roof, lines = content["roofline"], []
+    for row in content["rows"]:
         s, work, found = setting_of(row), row["work"]["adapter"], row["variants"]["fused"]
-        seconds, saved = found["median_s"], found.get("saved_bytes")
-        line = [s.shape, str(s.r), s.short_dtype, s.mode, f"{s.p:g}", _ms(seconds)]
-        line += [_ratio(speed(row, "fused", key)) for key in rivals]
         flop_s = work["flop"] / roof["gemm_flop_per_s"][s.dtype]
         least = max(flop_s, work["bytes"] / roof["copy_bytes_per_s"])
-        line += [number(s.m / seconds), f"{least / seconds:.0%}"]
-        body.append([*line, "-" if saved is None else number(saved / 2**20), plans(row, "fused")])
-    return head, body
+        saved = f"{found['saved_bytes'] / 2**20:.2f}" if "saved_bytes" in found else "-"
+        cells = [s.shape, str(s.r), s.short_dtype, s.mode, f"{s.p:g}"]
+        lines.append((row, cells, [f"{least / found['median_s']:.0%}", saved]))
+    return _table(content["variants"], head, lines, "fused", ["of roofline", "saved MiB"])
 
 
 def mixed_table(content: Content) -> Table:
     """A line for each batch of mixed adapters. What is called "alone" is compared with our part
     alone; tables are built once per batch and in no other column, so theirs are times."""
-    rows, variants = mixed_rows(content), content.get("mixed", {}).get("variants", {})
-    keys = _measured(variants, rows, without=("segmented_part",))
-    ours = "fused" if "fused" in keys else "segmented"
-    tables = [key for key in keys if key.endswith("table")]
-    rivals = [key for key in keys if key not in tables and key != ours]
-    head = ["M x K x N", "layer", "r", "adapters", "population", "dtype", "ours ms"]
-    head += [f"/ {variants[key]['label']}" for key in rivals]
-    head += [f"{variants[key]['label']} ms" for key in tables] + ["answered by"]
-    body = []
+    variants, rows = content.get("mixed", {}).get("variants", {}), mixed_rows(content)
+    measured = _measured(variants, rows)
+    tables = [key for key in measured if key.endswith("table")]
+    lines = []
     for row in rows:
         s = mixed_setting(row)
-        line = [s.shape, s.layer or "-", str(s.r), str(s.adapters), s.population, s.dtype]
-        line += [_ms(median(row, ours))]
-        for key in rivals:
-            beside = "segmented_part" if key.endswith("_part") else ours
-            line.append(_ratio(speed(row, beside, key)))
-        body.append([*line, *(_ms(median(row, key)) for key in tables), plans(row, ours)])
-    return head, body
+        cells = [s.shape, s.layer or "-", str(s.r), str(s.adapters), s.population, s.dtype]
+        lines.append((row, cells, [_ms(median(row, key)) for key in tables]))
+    head = ["M x K x N", "layer", "r", "adapters", "population", "dtype"]
+    ours = "fused" if "fused" in measured else "segmented"
+    return _table(variants, head, lines, ours, [f"{variants[key]['label']} ms" for key in tables])
 
 
-def _measured(variants: Content, rows: Sequence[Row], without: Iterable[str]) -> list[str]:
-    found = {key for row in rows for key in row["variants"]}
-    return [key for key in variants if key in found and key not in without]
+def _table(
+    variants: Content,
+    head: list[str],
+    lines: list[tuple[Row, list[str], list[str]]],
+    ours: str,
+    last: list[str],
+) -> Table:
+    """``lines``: a row, its first cells and its last ones; between them our time and how many times
+    as fast as every other variant that is."""
+    rivals = [
+        key
+        for key in _measured(variants, [row for row, *_ in lines])
+        if key not in (ours, "segmented_part") and not key.endswith("table")
+    ]
+    body = []
+    for row, first, rest in lines:
+        beside = {key: "segmented_part" if key.endswith("_part") else ours for key in rivals}
+        ratios = [_ratio(speed(row, beside[key], key)) for key in rivals]
+        body.append([*first, _ms(median(row, ours)), *ratios, *rest, plans(row, ours)])
+    labels = [f"/ {variants[key]['label']}" for key in rivals]
+    return [*head, "ours ms", *labels, *last, "answered by"], body
+
+
+def _measured(variants: Content, rows: Sequence[Row]) -> list[str]:
+    return [key for key in variants if any(key in row["variants"] for row in rows)]
 
 
 def plans(row: Row, key: str) -> str:
@@ -261,10 +264,8 @@ def notes(content: Content) -> list[str]:
 
 def _is_restless(row: Row) -> bool:
     """Whether the quartiles of the floor or of our own variant lie far apart."""
-    own = [
-        row["variants"][key] for key in ("plain", "fused", "segmented") if key in row["variants"]
-    ]
-    return any(v["q3_s"] - v["q1_s"] > _RESTLESS * v["median_s"] for v in own)
+    found = [row["variants"].get(key) for key in ("plain", "fused", "segmented")]
+    return any(v and v["q3_s"] - v["q1_s"] > _RESTLESS * v["median_s"] for v in found)
 
 
 def number(value: float) -> str:
@@ -288,15 +289,12 @@ def piped(table: Table) -> str:
     widths = [max(3, *map(len, column)) for column in zip(head, *body, strict=True)]
     # Columns of words to the left, of numbers to the right.
     words = [any(c[:1].isalpha() for c in column) for column in zip(*body, strict=True)]
-    words = words or [True] * len(head)
-    words[0] = True
-    rule = [
-        ("-" * w if left else "-" * (w - 1) + ":") for w, left in zip(widths, words, strict=True)
-    ]
+    words[:1] = [True]
     lines = [
         [c.ljust(w) if left else c.rjust(w) for c, w, left in zip(line, widths, words, strict=True)]
         for line in (head, *body)
     ]
+    rule = ["-" * w if left else "-" * (w - 1) + ":" for w, left in zip(widths, words, strict=True)]
     lines.insert(1, rule)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -335,12 +333,10 @@ def markdown(content: Content, most: int | None = None) -> str:
     if judged := targets_table(content)[1]:
         lines += ["## Targets", "", piped((targets_table(content)[0], judged)), ""]
         lines += [f"Set for a grid of {CELLS} cells per dtype and pass, without dropout.", ""]
-    tables: dict[str, Callable[[Content], Table]] = {
-        "One linear": linear_table,
-        "Batches that mix adapters": mixed_table,
-    }
-    for title, make in tables.items():
-        table = make(content)
+    for title, table in (
+        ("One linear", linear_table(content)),
+        ("Batches that mix adapters", mixed_table(content)),
+    ):
         if table[1] and (most is None or len(table[1]) <= most):
             lines += [f"## {title}", "", piped(table), ""]
         elif table[1]:
@@ -396,7 +392,10 @@ def picture(content: Content, path: Path) -> None:
 def write(content: Content, directory: Path) -> list[str]:
     """Write everything into ``directory``; returns a line about each file."""
     directory.mkdir(parents=True, exist_ok=True)
-    judged = [asdict(v) | {"outcome": v.outcome} for v in verdicts(content)]
+    judged = [
+        v._asdict() | {"target": v.target._asdict(), "outcome": v.outcome}
+        for v in verdicts(content)
+    ]
     (directory / JSON_NAME).write_text(json.dumps(content | {"targets": judged}, indent=1) + "\n")
     return [f"wrote {directory / JSON_NAME}", *render(content, directory / MARKDOWN_NAME)]
 
