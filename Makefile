@@ -53,7 +53,7 @@ help:
 	@sed -n 's/^# \(.*\)/  \1/p;/^PYTHON/q' Makefile
 
 demo: $(READY)
-	$(PY) -m bench.demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
+	$(PY) -m examples.demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
 
 # Threads that spin while they wait for each other stand still where the machine has other work.
 test test-peft: export OMP_WAIT_POLICY ?= PASSIVE
@@ -104,7 +104,7 @@ types: $(READY)
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks .venv/ready
 	rm -f lora_kernels/*.so lora_kernels/_build_info.json
-	find lora_kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	find lora_kernels tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -1,7 +1,6 @@
-"""The demo's processes: what they must agree on, how they take turns, and how they are run.
+"""Processes that are measured against each other: started apart, they take turns on the machine.
 
-Nothing here imports torch: a wrong argument is told at once, and the process that waits for the
-others stays small.
+Nothing here imports torch: the process that waits for the others stays small.
 """
 
 from __future__ import annotations
@@ -11,79 +10,21 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing import connection
-from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any
-
-from .demo_text import UserError
-
-OURS, PEFT = "lora_kernels", "PEFT"
+from typing import Any, NamedTuple
 
 # Started anew, not forked: no process inherits another's threads, memory or device.
 CONTEXT = multiprocessing.get_context("spawn")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything that the processes must agree on."""
-
-    model: str | None
-    train_text: str
-    held_out_text: str
-    pretraining_text: str
-    out: Path
-    prompt: str
-    # Of the model that is made, None: by the device; a model of the user's has its own.
-    layers: int | None
-    width: int | None
-    context: int
-    batch: int
-    pretrain_seconds: float
-    pretrain_batch: int | None
-    pretrain_learning_rate: float | None
-    steps: int
-    finetune_seconds: float
-    learning_rate: float
-    rank: int
-    alpha: float
-    dropout: float
-    evaluation_blocks: int
-    generated_tokens: int
-    # package -> its text to train an adapter on, and what is held out of it
-    packages: dict[str, tuple[str, str]]
-    package_steps: int
-    package_seconds: float
-    served_tokens: int
-    stream_batches: int
-    dtype: str
-    seed: int
-
-    @property
-    def base(self) -> str:
-        """Where the base model that gets adapted is loaded from."""
-        return self.model or str(self.out / "base")
-
-    @property
-    def initial_adapter(self) -> Path:
-        """The untrained adapter that every library starts from."""
-        return self.out / "initial-adapter"
-
-    @property
-    def adapter(self) -> Path:
-        return self.out / "adapter"
-
-    @property
-    def adapters(self) -> Path:
-        """One for each package."""
-        return self.out / "adapters"
+class UserError(Exception):
+    """Something that the user must change; the message says what, and is all that is shown."""
 
 
 class Turns:
-    """Training processes that each wait for the others, take turns, and stop at the same step.
+    """Processes that each wait for the others, take turns, and stop at the same step.
 
     The first of them decides, at the end of a turn, when the time is over; it is ahead of the
     others by no more than that turn, so they can still stop where it did.
@@ -98,7 +39,7 @@ class Turns:
         self._last_step = CONTEXT.Value("i", 0)
 
     def begin(self, party: int) -> None:
-        """Wait until all are ready to train and it is this one's turn."""
+        """Wait until all are ready and it is this one's turn."""
         if self._all.wait() == 0:
             self._gates[0].release()
         self._gates[party].acquire()
@@ -131,27 +72,27 @@ class Turns:
         self._gates[(party + 1) % len(self._gates)].release()
 
 
-@dataclass(frozen=True)
-class Call:
-    """A call of a function by name, in ``bench.demo_stages`` or another module of ``bench``."""
+class Call(NamedTuple):
+    """A call of a function by name, "package.module:function"."""
 
-    stage: str
-    arguments: tuple[Any, ...]
-    module: str = "demo_stages"
+    function: str
+    arguments: tuple[Any, ...] = ()
 
 
-def run_together(calls: list[Call], environment: Mapping[str, str]) -> list[Any]:
+def run_together(
+    calls: Sequence[Call], environment: Mapping[str, str], seconds: float | None = None
+) -> list[Any]:
     """Make each call in a process of its own, all at the same time; returns their results in order.
 
     Raises:
         UserError: a call raised it.
-        RuntimeError: a call raised something else, which has been printed, or its process ended.
-        The other processes are then stopped.
+        RuntimeError: a call raised something else (its traceback has been printed), took more than
+            ``seconds``, or its process ended. The other processes are then stopped.
     """
     processes = []
-    ready: Any
     waiting: dict[Any, int] = {}
     results: list[Any] = [None] * len(calls)
+    end = None if seconds is None else time.monotonic() + seconds
     try:
         for index, call in enumerate(calls):
             receiver, sender = CONTEXT.Pipe(duplex=False)
@@ -162,15 +103,19 @@ def run_together(calls: list[Call], environment: Mapping[str, str]) -> list[Any]
             processes.append(process)
             waiting[receiver] = index
         while waiting:
-            for ready in connection.wait(list(waiting)):
-                index = waiting.pop(ready)
+            left = None if end is None else max(end - time.monotonic(), 0.0)
+            ready: list[Any] = connection.wait(list(waiting), left)
+            if not ready:
+                raise RuntimeError(f"not done after {seconds:.0f} s")
+            for receiver in ready:
+                index = waiting.pop(receiver)
                 try:
-                    results[index], error = ready.recv()
+                    results[index], error = receiver.recv()
                 except EOFError:
                     processes[index].join()
                     code = processes[index].exitcode
                     raise RuntimeError(
-                        f"the process of {calls[index].stage} ended with exit code {code}"
+                        f"the process of {calls[index].function} ended with exit code {code}"
                     ) from None
                 if error is not None:
                     raise error
@@ -183,18 +128,20 @@ def run_together(calls: list[Call], environment: Mapping[str, str]) -> list[Any]
     return results
 
 
-def _answer(call: Call, sender: Connection) -> None:
+def _answer(call: Call, sender: Any) -> None:
     try:
-        stage = getattr(importlib.import_module(f".{call.module}", __package__), call.stage)
-        sender.send((stage(*call.arguments), None))
+        module, _, name = call.function.partition(":")
+        function = getattr(importlib.import_module(module), name)
+        sender.send((function(*call.arguments), None))
     except UserError as error:
         sender.send((None, error))
     except KeyboardInterrupt:
         # The user stopped the parent, too, and it is the parent that says so.
         pass
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
-        sender.send((None, RuntimeError(f"{call.stage} failed, see above")))
+        told = f"{call.function} failed: {type(error).__name__}: {error}"
+        sender.send((None, RuntimeError(told[:800])))
 
 
 @contextmanager

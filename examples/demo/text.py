@@ -8,32 +8,26 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.turns import UserError
+
 # The language reference that help() prints: prose, where the rest is code. From 60 steps on its
 # sources a base gained 0.17 nats a byte, on asyncio, email, unittest, xml or tkinter 0.01 to 0.05.
 DEFAULT_PACKAGE = "pydoc_data"
 
 # Tests; what is not the standard library; tables of numbers; what describes one machine's build.
 _NOT_TEXT = frozenset(
-    [
-        "test",
-        "tests",
-        "idle_test",
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-        "encodings",
-        "ensurepip",
-    ]
+    ["test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"]
+    + ["encodings", "ensurepip"]
 )
 
 HELD_OUT_SHARE = 0.1
 
 # A demo reads a sample of somebody's text, not a corpus into memory.
 MAX_BYTES = 32 << 20
+# Far more than a few dozen steps on a part of it read.
+_LONGEST_PART = 200_000
 
-
-class UserError(Exception):
-    """Something that the user must change; the message says what, and is all that is shown."""
+ADAPTERS = 10
 
 
 @dataclass(frozen=True)
@@ -87,9 +81,9 @@ def pretraining_text(without: Iterable[Path]) -> str:
     return "\n".join(text for text in texts if text)
 
 
-def largest_packages(count: int) -> dict[str, Corpus]:
-    """The standard library's packages with the most source text, by name; fewer where this Python
-    has fewer of them, none where it has no sources."""
+def largest_packages(count: int = ADAPTERS) -> dict[str, tuple[str, str]]:
+    """{name: (text to train on, text held out)} of the standard library's packages with the most
+    source text; fewer where this Python has fewer of them, none where it has no sources."""
     root = standard_library()
     found = []
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
@@ -98,7 +92,18 @@ def largest_packages(count: int) -> dict[str, Corpus]:
             continue
         texts = [(path, _decoded(path) or "") for path in library_sources(package=name)]
         found.append((-sum(len(text) for _, text in texts), name, texts))
-    return {name: _corpus(name, texts) for _, name, texts in sorted(found)[:count]}
+    corpora = {name: _corpus(name, texts) for _, name, texts in sorted(found)[:count]}
+    return {name: (corpus.train, corpus.held_out) for name, corpus in corpora.items()}
+
+
+def parts(corpus: Corpus, context: int, count: int = ADAPTERS) -> dict[str, tuple[str, str]]:
+    """The same of the user's text, cut into parts of equal length: as many as are long enough."""
+    text = corpus.train + corpus.held_out
+    # A tenth of a part is held out: a block of tokens, of some four characters each.
+    count = max(min(count, len(text) // (40 * context)), 1)
+    size = len(text) // count
+    chunks = (text[i * size : (i + 1) * size][:_LONGEST_PART] for i in range(count))
+    return {f"part-{i + 1}": split(chunk) for i, chunk in enumerate(chunks)}
 
 
 def finetuning_corpus(data: str | None) -> Corpus:
