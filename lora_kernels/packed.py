@@ -81,6 +81,11 @@ class PackedWeight:
     def __len__(self) -> int:
         return len(self._copies)
 
+    @property
+    def nbytes(self) -> int:
+        """The memory of the copies."""
+        return sum(held.panels.nbytes for held in self._copies.values())
+
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
         return PackedWeight()
 
