@@ -77,7 +77,9 @@ def serve(settings: Settings) -> dict[str, Any] | None:
     result["together"] = together(settings, everybody, whole, expected)
     few = new_store(settings, base, list(texts), min(STREAM_SLOTS, len(texts)))
     result["stream"] = through(settings, few, stream, expected)
-    runs = {ALL: store_run(settings, everybody, stream), FEW: store_run(settings, few, stream)}
+    runs = {ALL: store_run(settings, everybody, stream)}
+    if few.max_adapters < len(texts):
+        runs[FEW] = store_run(settings, few, stream)
     if settings.peft and has_peft():
         runs[PEFT] = peft_run(settings, base, list(texts), stream)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
