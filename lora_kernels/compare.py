@@ -38,6 +38,7 @@ from .compare_model import (
     inputs_for,
     linear_layers,
     load,
+    or_error,
     outline_of,
     required_bytes,
     shared_copy,
@@ -152,6 +153,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     stock = adapted(load(source, config, model_class, dtype).to(device), source, r)
     inputs = {name: value.to(device) for name, value in inputs.items()}
+    # What PEFT alone cannot compute is not ours to compare.
+    with torch.no_grad():
+        made = f"{source.folder}: {model_class.__name__} fails on {' and '.join(inputs)} alone"
+        or_error(made, lambda: logits(stock, inputs))
     ours = shared_copy(stock)
     report = accelerate_peft(ours)
     print("\n".join(headline(source, stock, report, inputs, generate)), flush=True)

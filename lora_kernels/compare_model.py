@@ -188,8 +188,8 @@ def shared_copy(model: nn.Module) -> Any:
     return copy.deepcopy(model, frozen)
 
 
-def or_error(where: Path, action: Callable[[], Any]) -> Any:
-    """``action()``; what it raises becomes one line about the folder."""
+def or_error(where: Path | str, action: Callable[[], Any]) -> Any:
+    """``action()``; what it raises becomes one line that begins with ``where``."""
     try:
         return action()
     except Exception as error:  # of transformers, PEFT, safetensors: they share no class
