@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from typing import Any, NamedTuple
@@ -161,9 +160,7 @@ def _composed(
     """y of plain torch operations, which every transformation knows: derivatives of any order,
     batches of anything."""
     rows, weight = rows_of(x, call.dtype), weight.to(call.dtype)
-    device_type = x.device.type
-    cast = ops.autocast_enabled(device_type)
-    with torch.autocast(device_type, enabled=False) if cast else contextlib.nullcontext():
+    with ops.without_autocast(x.device.type):
         y, _ = reference.lora_linear_fwd(
             rows, weight, lora_a, lora_b, scale, bias, rng, call.dropout_p, call.fan_in_fan_out
         )

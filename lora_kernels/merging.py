@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,9 @@ def write_obstacle(layer: nn.Module, names: Iterable[str]) -> str | None:
             "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
         )
     for name in names:
-        if name not in layer._parameters:
+        # Removing a parametrisation leaves a tensor that does not train as a buffer.
+        kept = name in layer._parameters or name in layer._buffers
+        if not kept or parametrize.is_parametrized(layer, name):
             cause, remedy = _derivation(layer, name)
             return f"its {name} is {cause}: {remedy}"
     return None
@@ -118,7 +120,7 @@ class MergeableLinear(PackedLinear):
             self._check_writable("merge the adapter", "weight", "lora_A", "lora_B")
         if not self.merged:
             delta = self.delta_weight()
-            base = cast(nn.Parameter, self.weight)
+            base = self._own_weight()
             merged = (base.to(delta.dtype) + delta).to(base.dtype)
             self.weight = merged = nn.Parameter(merged, requires_grad=False)
             self._base = (base, merged)
@@ -127,6 +129,12 @@ class MergeableLinear(PackedLinear):
         if not keep_base and self._base:
             self._base = ()
             self.lora_A = self.lora_B = None
+
+    def _own_weight(self) -> nn.Parameter:
+        weight = self.weight
+        if isinstance(weight, nn.Parameter):
+            return weight
+        return nn.Parameter(weight, requires_grad=False)
 
     def unmerge(self) -> None:
         """Put the pristine weight back; on a layer that is not merged nothing changes.

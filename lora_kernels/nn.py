@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .functional import lora_linear
 from .merging import MergeableLinear, Plain
+from .ops import without_autocast
 from .packed import PackedLinear
 
 # Classes that hold their weight as [in, out], recognised by predicates that the integrations add
@@ -345,9 +346,8 @@ class FusedLoRALinear(MergeableLinear):
         if self.lora_A is None or self.lora_B is None:
             raise RuntimeError("merge(keep_base=False) removed the adapter of this layer")
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        device_type = self.weight.device.type
         # Merging under autocast must not round the factors.
-        with torch.autocast(device_type, enabled=False):
+        with without_autocast(self.weight.device.type):
             delta = (self.lora_B.to(dtype) @ self.lora_A.to(dtype)).mul_(self._scaling)
         return delta.t() if self.fan_in_fan_out else delta
 
@@ -366,7 +366,7 @@ class FusedLoRALinear(MergeableLinear):
         vars(plain).update(attributes)
         if isinstance(plain, nn.Linear):
             plain.in_features, plain.out_features = self.in_features, self.out_features
-        plain.weight, plain.bias = self.weight, self.bias
+        plain.weight, plain.bias = self._own_weight(), self.bias
         share_hooks(plain, self)
         return plain.train(self.training)
 

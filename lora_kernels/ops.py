@@ -32,7 +32,9 @@ The segmented operators take, one tensor for each of n slices,
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -97,6 +99,12 @@ def autocast_enabled(device_type: str) -> bool:
         return torch.is_autocast_enabled(device_type)
     # Torch raises for a device that knows no autocast, such as meta.
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
+    if autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def records_gradients() -> bool:
@@ -164,9 +172,9 @@ def is_observed() -> bool:
 def is_transformed() -> bool:
     """Whether ``torch.func`` or a forward-mode derivative is at work, which know no operator of
     ours."""
-    # Dynamo knows nothing of these.
-    return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    # Dynamo follows torch.func, and knows nothing of the other.
+    return torch._C._are_functorch_transforms_active() or (
+        not torch.compiler.is_compiling() and forward_ad._current_level >= 0
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from linear_calls import LEAVES, call, check_batches_of_gradients, require_grad
+from linear_calls import LEAVES, call, require_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -173,21 +173,6 @@ def test_backward_twice(retain):
     if not retain:
         with pytest.raises(RuntimeError, match="second time"):
             y.backward(inputs.dy)
-
-
-def test_batches_of_gradients_where_the_base_trains():
-    inputs = Case(6, 5, 7, 2).draw()
-    leaves = [inputs.x.view(2, 3, 7), inputs.weight, inputs.lora_a, inputs.lora_b]
-    x, *others = [leaf.requires_grad_() for leaf in leaves]
-    check_batches_of_gradients(lk.lora_linear(x, *others, inputs.scale), leaves)
-
-
-def test_second_derivatives_are_refused():
-    inputs = Case(3, 4, 5, 2).draw()
-    require_grad(inputs)
-    (dx,) = torch.autograd.grad(call(inputs).square().sum(), inputs.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
 
 
 def test_changing_a_saved_tensor_in_place_is_an_error():
