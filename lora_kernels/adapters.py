@@ -266,6 +266,7 @@ def draw(
             nn.init.kaiming_uniform_(a if embedding else b, a=math.sqrt(5))
         scale = default_scaling(config.alpha(path), rank, config.use_rslora)
         layers[path] = room.weights(path, module, a.t() if embedding else a, b, scale)
+    config.warn_of_unmatched(layers, names_of(places.model))
     return HostAdapter(config, layers)
 
 

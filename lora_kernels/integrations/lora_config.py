@@ -172,8 +172,8 @@ class LoRAConfig:
         ``adapted``: the layers with an adapter; ``names``: all modules of the model.
         """
         notes = [
-            f"{field}: {entry!r} matches {what} and is ignored{_instead(str(entry), names)}"
-            for field, entry, what in self._unmatched(adapted, names)
+            f"{field}: {entry!r} matches {what} and is ignored{advice}"
+            for field, entry, what, advice in self._unmatched(adapted, names)
         ]
         for note in notes:
             warnings.warn(note, stacklevel=stacklevel)
@@ -181,25 +181,33 @@ class LoRAConfig:
 
     def _unmatched(
         self, adapted: Collection[str], names: Collection[str]
-    ) -> Iterator[tuple[str, str | int, str]]:
+    ) -> Iterator[tuple[str, str | int, str, str]]:
+        """field, entry, what it does not match, and what may have been meant."""
         containers = {name.rpartition(".")[0] for name in names}
         layers = [name for name in names if name not in containers]
         for field_name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, field_name):
                 if not any(map(_compiled(_at_end(pattern)).match, adapted)):
-                    yield field_name, pattern, "no adapted layer"
-        if isinstance(self.target_modules, list):
-            for entry in self.target_modules:
-                if not any(_matches([entry], name) for name in layers):
-                    yield "target_modules", entry, "no layer"
-        excluded = self.exclude_modules
-        for item in [excluded] if isinstance(excluded, str) and excluded else excluded or []:
-            if not any(_matches(item if item is excluded else [item], name) for name in layers):
-                yield "exclude_modules", item, "no layer"
+                    known = any(_matches([pattern], name) for name in layers)
+                    advice = "" if known else _near(pattern, adapted)
+                    yield field_name, pattern, "no adapted layer", advice
+        for field_name in ("target_modules", "exclude_modules"):
+            value = getattr(self, field_name)
+            if field_name == "target_modules" and isinstance(value, str):
+                # Its layers are none, which is an error.
+                continue
+            for entry in _as_list(value):
+                is_regex = isinstance(value, str)
+                meant = entry if is_regex else [entry]
+                if not any(_matches(meant, name) for name in layers):
+                    holds = any(_matches(meant, name) for name in containers)
+                    inside = _inside(entry if is_regex else re.escape(entry))
+                    advice = inside if holds else _near(entry, layers)
+                    yield field_name, entry, "no layer", advice
         targets = [name for name in layers if self.is_target(name)]
         for index in _as_list(self.layers_to_transform):
             if not any(replace(self, layers_to_transform=index).is_in_layers(n) for n in targets):
-                yield "layers_to_transform", index, "no layer of target_modules"
+                yield "layers_to_transform", index, "no layer of target_modules", ""
 
 
 def exact_patterns(
@@ -278,14 +286,12 @@ def _check_alpha(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a finite number, not {value!r}")
 
 
-def _instead(entry: str, names: Collection[str]) -> str:
-    """What may have been meant by an entry that matches nothing."""
+def _inside(pattern: str) -> str:
+    return rf"; to mean the layers inside, use the regular expression (.*\.)?{pattern}\..*"
+
+
+def _near(entry: str, names: Collection[str]) -> str:
     name = re.sub(r"\\(.)", r"\1", entry).strip("^$")
-    if any(_matches([name], other) for other in names):
-        return (
-            f"; {name} holds layers and is none itself: use the regular expression "
-            rf"'(.*\.)?{re.escape(name)}\..*'"
-        )
     if len(name) > 200:
         return ""
     parts = name.count(".") + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -377,11 +377,15 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def without_prefix(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
     """``tensors`` by their paths in the model whose modules are ``names``."""
+    containers = {name.rpartition(".")[0] for name in names}
+    layers = set(names) - containers
+    stripped = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+
+    def fitting(keys: Iterable[str]) -> int:
+        return sum(key.removesuffix(e) in layers for key in keys for e in LINEAR + EMBEDDING)
+
     # A model may have a base_model.model of its own, and keys of it without PEFT's.
-    own = PREFIX.removesuffix(".") in names and not any(
-        key.startswith(PREFIX + PREFIX) for key in tensors
-    )
-    return {key if own else key.removeprefix(PREFIX): t for key, t in tensors.items()}
+    return dict(tensors) if fitting(tensors) > fitting(stripped) else stripped
 
 
 def names_of(model: nn.Module) -> list[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import uuid
 import warnings
 from collections.abc import Collection, Iterable, Mapping
@@ -275,7 +276,7 @@ def _content(
     if taken or config.all_linear or config.layers_to_transform is not None or lost_layers(model):
         # Resolved: "all" is another set of layers in PEFT, it finds no index in "layers.0.x", and
         # of a mixture it takes a regular expression for the last names that match.
-        content["target_modules"] = _endings(model, layers)
+        content["target_modules"] = _targets(model, layers)
         content["layers_to_transform"] = content["layers_pattern"] = None
     alphas = {}
     for name, (rank, scaling) in layers.items():
@@ -338,11 +339,15 @@ def _modules_to_save(
     return entries, more
 
 
-def _endings(model: nn.Module, layers: Collection[str]) -> list[str]:
-    """The adapted layers' last names if they select nothing else, else their whole names."""
-    last = {name.rpartition(".")[2] for name in layers}
-    selected = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
-    return sorted(last) if selected == set(layers) else sorted(layers)
+def _targets(model: nn.Module, layers: Collection[str]) -> list[str] | str:
+    """What selects these layers and no other: their last names, their whole names (which may end
+    others), or a regular expression."""
+    names = [name for name, _ in model.named_modules()]
+    for entries in {name.rpartition(".")[2] for name in layers}, set(layers):
+        config = LoRAConfig(target_modules=sorted(entries))
+        if {name for name in names if config.is_target(name)} == set(layers):
+            return sorted(entries)
+    return "|".join(re.escape(name) for name in sorted(layers))
 
 
 def _replace(path: Path, write: Any) -> None:
