@@ -28,7 +28,8 @@ from .integrations.peft import (
     write_adapter,
 )
 from .multi_lora import MultiLoRALinear, unsupported_embedding_reason
-from .nn import default_scaling, unsupported_reason
+from .nn import default_scaling
+from .replacing import unsupported_reason
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 

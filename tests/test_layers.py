@@ -26,9 +26,11 @@ LAYERS = [
     {"cuda", "cpu", "plan", "tune"},
     {"ops"},
     {"functional", "segmented", "segmented_autograd"},
-    {"nn", "packed", "multi_lora", "batches"},
+    {"nn", "packed", "replacing", "multi_lora", "batches"},
     {
         "models",
+        "reports",
+        "selection",
         "warming",
         "serving",
         "slots",
