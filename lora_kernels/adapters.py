@@ -18,7 +18,8 @@ from .integrations.lora_config import LoRAConfig
 from .integrations.on_disk import AdapterFiles, Layer, from_state_dict, names_of, read_adapter
 from .integrations.peft import write_adapter
 from .multi_lora import MultiLoRALinear, unsupported_embedding_reason
-from .nn import default_scaling, unsupported_reason
+from .nn import default_scaling
+from .replacing import unsupported_reason
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 

@@ -41,7 +41,8 @@ def lora_linear(
         x: [..., K], any number of leading dimensions and any strides; float32, float16, bfloat16 or
             float64.
         weight: [N, K] in x's dtype, or [K, N] with ``fan_in_fan_out`` (Conv1D's layout); any
-            strides, never copied.
+            strides, never copied. A tensor subclass of another library (quantised weights) computes
+            the base by its ``F.linear``, and plain torch operations add the adapter.
         lora_a: [r, K] with r >= 1, lora_b: [N, r]. Any floating dtype; they are rounded to the
             compute dtype.
         scale: a float, or a 0-d floating tensor: changing its value recompiles nothing and reaches
@@ -88,6 +89,8 @@ def lora_linear(
         rng, dropout_p = None, 0.0
     elif rng is not None:
         rng = check_rng(rng, x.device)
+    if type(weight) not in ops.PLAIN and is_foreign(weight):
+        return _beside(x, weight, lora_a, lora_b, scale, bias, rng, dropout_p, fan_in_fan_out)
     call = Call(dropout_p, fan_in_fan_out, dtype, packed if weight.dtype == dtype else NOT_PACKED)
     return checked_lora_linear(x, weight, lora_a, lora_b, scale, bias, call, rng)
 
@@ -165,6 +168,30 @@ def _composed(
             rows, weight, lora_a, lora_b, scale, bias, rng, call.dropout_p, call.fan_in_fan_out
         )
     return y.reshape(*x.shape[:-1], y.shape[1])
+
+
+def _beside(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    fan_in_fan_out: bool,
+) -> Tensor:
+    """y where only the class of ``weight`` knows its values: the base by ``F.linear``, the adapter
+    beside it in plain torch operations."""
+    y = F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
+    acc = torch.promote_types(y.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        rows = rows_of(x, acc)
+        if dropout_p > 0.0:
+            rows = reference.masked(rows, draw_rng(x.device) if rng is None else rng, dropout_p)
+        s = rows @ lora_a.to(acc).t() * (scale.to(acc) / (1.0 - dropout_p))
+        delta = s @ lora_b.to(acc).t()
+    return y + delta.to(y.dtype).view(y.shape)
 
 
 def _forward(
@@ -432,6 +459,18 @@ def _check(
 def is_dtensor(tensor: Tensor) -> bool:
     """By name: the class lies in a package that takes a second to import."""
     return type(tensor).__name__ == "DTensor"
+
+
+def is_foreign(tensor: Tensor) -> bool:
+    """Whether a library gave this tensor another meaning (quantised weights): its class knows
+    ``F.linear`` and none of our operators. Torch's own tracing and DTensor are no such library."""
+    kind = type(tensor)
+    return not (
+        kind in ops.PLAIN
+        or kind.__module__.startswith(
+            ("torch._subclasses", "torch._functorch", "torch.distributed")
+        )
+    )
 
 
 def check_local(name: str, tensor: Tensor) -> None:

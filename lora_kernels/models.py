@@ -429,7 +429,6 @@ def insert(model: nn.Module, config: LoRAConfig, selection: Selection) -> None:
         layers: dict[nn.Module, FusedLoRALinear] = {}
         for module, names in selection.targets.items():
             layers[module] = FusedLoRALinear.from_linear(module, **config.layer_arguments(names[0]))
-            _transformers.carry_dispatch_hook(module, layers[module])
         for module, names in selection.targets.items():
             for name in names:
                 parent_name, _, child = name.rpartition(".")

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from . import ops
 from .batches import Owner, active_batch
-from .nn import share_hooks, share_linear, unsupported_reason
+from .functional import is_foreign
 from .packed import PackedLinear
+from .replacing import carry, own_behaviour, share_hooks, share_linear, unsupported_reason
 from .segmented import segmented_expand, segmented_linear, segmented_lora
 from .segments import SegmentTable
 
@@ -174,6 +175,7 @@ class MultiLoRALinear(_Slots, PackedLinear):
             self.bias.requires_grad_(False)
         shapes = (slots, max_rank, self.in_features), (slots, self.out_features, max_rank)
         self._add_slots(path, owner or Owner(), *shapes, device, dtype)
+        carry(module, self)
         return self.train(module.training)
 
     def slot(self, slot: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -224,15 +226,20 @@ class MultiLoRALinear(_Slots, PackedLinear):
         return text + (", fan_in_fan_out=True" if self.fan_in_fan_out else "")
 
 
+_EMBEDDING_FORWARD = nn.Embedding.forward
+
+
 def unsupported_embedding_reason(module: nn.Module) -> str | None:
     """Why ``module`` cannot become a :class:`MultiLoRAEmbedding`, or None if it can."""
     if not isinstance(module, nn.Embedding):
         return f"is a {type(module).__name__}, no nn.Embedding"
-    if type(module).forward is not nn.Embedding.forward:
+    if type(module).forward is not _EMBEDDING_FORWARD:
         return f"is a {type(module).__name__}, an embedding with a forward of its own"
     if module.max_norm is not None:
         return "renormalises its weight (max_norm)"
-    return None
+    if is_foreign(module.weight):
+        return f"its weight is no plain Parameter but of {type(module.weight).__name__}"
+    return own_behaviour(module)
 
 
 class MultiLoRAEmbedding(_Slots, nn.Embedding):
@@ -277,6 +284,7 @@ class MultiLoRAEmbedding(_Slots, nn.Embedding):
             (slots, self.embedding_dim, max_rank),
         )
         self._add_slots(path, owner or Owner(), *shapes, device, dtype)
+        carry(module, self)
         self.train(module.training)
         return self
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,66 +12,7 @@ from torch import Tensor, nn
 from .functional import lora_linear
 from .merging import MergeableLinear, Plain
 from .ops import without_autocast
-from .packed import PackedLinear
-
-# Classes that hold their weight as [in, out], recognised by predicates that the integrations add
-# (transformers' Conv1D).
-TRANSPOSED_LINEARS: list[Callable[[nn.Module], bool]] = []
-
-# Subclasses of nn.Linear whose own forward is nn.Linear's in other words, recognised likewise.
-PLAIN_LINEARS: list[Callable[[nn.Module], bool]] = []
-
-# What a replacement takes over from the module it replaces: the very dicts, so that handles still
-# remove their hooks.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
-
-_BASE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def unsupported_reason(module: nn.Module) -> str | None:
-    """Why ``module`` cannot become a :class:`FusedLoRALinear`, or None if it can."""
-    kind = type(module).__name__
-    if isinstance(module, FusedLoRALinear):
-        return "is a FusedLoRALinear already"
-    transposed = any(matches(module) for matches in TRANSPOSED_LINEARS)
-    if not isinstance(module, nn.Linear) and not transposed:
-        return f"is a {kind}, neither nn.Linear nor transformers' Conv1D"
-    plain = type(module).forward is nn.Linear.forward or any(same(module) for same in PLAIN_LINEARS)
-    if not transposed and not plain:
-        return f"is a {kind}, a linear layer with a forward of its own"
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "its forward is never called: nn.MultiheadAttention reads its weight"
-    if isinstance(module.weight, nn.UninitializedParameter):
-        return "is lazy: its weight has no shape yet"
-    if not isinstance(module.weight, nn.Parameter) or module.weight.dim() != 2:
-        return "its weight is no 2-D Parameter (parametrised or sharded)"
-    if module.weight.dtype not in _BASE_DTYPES:
-        return f"its weight is {module.weight.dtype}"
-    return None
-
-
-def share_linear(layer: PackedLinear, module: nn.Module) -> None:
-    """Give ``layer`` the Parameters and the hooks of ``module``, an ``nn.Linear`` or Conv1D."""
-    layer.fan_in_fan_out = any(matches(module) for matches in TRANSPOSED_LINEARS)
-    weight = cast(nn.Parameter, module.weight)
-    shape = weight.shape[::-1] if layer.fan_in_fan_out else weight.shape
-    layer.out_features, layer.in_features = shape
-    layer.weight, layer.bias = weight, cast(nn.Parameter, module.bias)
-    share_hooks(layer, module)
-
-
-def share_hooks(layer: nn.Module, module: nn.Module) -> None:
-    for name in _HOOKS:
-        setattr(layer, name, getattr(module, name))
+from .replacing import carry, share_hooks, share_linear, unsupported_reason
 
 
 class FusedLoRALinear(MergeableLinear):
@@ -181,8 +122,9 @@ class FusedLoRALinear(MergeableLinear):
         ``module`` changes.
 
         Raises:
-            TypeError: ``module`` is something else, or a subclass with a forward of its own; the
-                message says which.
+            TypeError: ``module`` is something else, computes in its own way (a subclass's forward,
+                one that was set on the object), holds more than weight and bias (parametrised,
+                pruned), or its weight is no plain Parameter (quantised); the message says which.
             ValueError: as for the constructor.
         """
         reason = unsupported_reason(module)
@@ -197,6 +139,7 @@ class FusedLoRALinear(MergeableLinear):
             r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, autocast_adapter_dtype
         )
         self.pack_weight = pack_weight
+        carry(module, self)
         self.train(module.training)
         return self
 

@@ -7,10 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .functional import Packed, check_local, check_rng, compute_dtype, draw_rng, rows_of
+from .functional import (
+    Packed,
+    check_local,
+    check_rng,
+    compute_dtype,
+    draw_rng,
+    is_foreign,
+    rows_of,
+)
 from .segmented_autograd import Call, SegmentedLinear, SegmentedLoRA
 from .segments import SegmentTable
 
@@ -128,6 +137,11 @@ def segmented_linear(
     tensor([[44., 44., 44.],
             [ 4.,  4.,  4.]])
     """
+    if is_foreign(weight):
+        y = F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
+        options: Any = {"output_slices": output_slices, "training": training, "rng": rng}
+        delta = segmented_lora(x, lora_a, lora_b, seg, dropout_p=dropout_p, **options)
+        return y + delta.to(y.dtype)
     a, b, packed_slices = _stacks(lora_a, lora_b, output_slices)
     _check(x, seg, a, b, packed_slices, dropout_p)
     _check_base(x, weight, bias, sum(t.shape[1] for t in b), fan_in_fan_out)

@@ -11,7 +11,6 @@ from torch import nn
 
 from .adapters import Places
 from .batches import Owner
-from .integrations import transformers as _transformers
 from .integrations.lora_config import LoRAConfig
 from .models import select
 from .multi_lora import MultiLoRAEmbedding, MultiLoRALinear, unsupported_embedding_reason
@@ -106,7 +105,6 @@ class SlottedModel:
             layer = MultiLoRALinear.from_linear(module, self._slots, self._max_rank, **options)
         for stack in (layer.lora_A, layer.lora_B):
             stack.requires_grad_(self.trains)
-        _transformers.carry_dispatch_hook(module, layer)
         return layer
 
     def _put(self, module: nn.Module, paths: Iterable[str]) -> None:

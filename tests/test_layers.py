@@ -25,9 +25,11 @@ LAYERS = [
     {"cuda", "cpu", "plan", "tune"},
     {"ops"},
     {"functional", "segmented", "segmented_autograd"},
-    {"nn", "merging", "packed", "multi_lora", "batches"},
+    {"nn", "merging", "packed", "replacing", "multi_lora", "batches"},
     {
         "models",
+        "reports",
+        "selection",
         "warming",
         "serving",
         "slots",

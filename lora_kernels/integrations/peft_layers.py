@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import nn as our_nn
+from .. import replacing
 from ..functional import NOT_PACKED, Call, Packed, checked_lora_linear, scale_tensor
 from ..ops import PLAIN, autocast_enabled
 from ..packed import PackedWeight, gathered_by_fsdp
 from ..segmented import segmented_linear
 from ..segments import SegmentTable
 from .peft_swap import Calls
-from .transformers import offload_reason
+from .transformers import is_dispatched, offload_reason
 
 _DTYPES = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])
 _KNOWN_ARGUMENTS = frozenset(["adapter_names", "alora_offsets"])
@@ -359,7 +359,7 @@ def unsupported_reason(layer: Any) -> str | None:
     transposed = _orientation(base)
     if isinstance(transposed, str):
         return transposed
-    reason = our_nn.unsupported_reason(base)
+    reason = replacing.unsupported_reason(base)
     if reason is not None:
         return f"its base layer {reason}"
     if type(base.weight) not in PLAIN:
@@ -368,7 +368,7 @@ def unsupported_reason(layer: Any) -> str | None:
     if reason is not None:
         return reason
     forward = vars(layer).get("forward")
-    if not (forward is None or _is_own_forward(forward, layer) or _is_accelerate_hook(layer)):
+    if not (forward is None or _is_own_forward(forward, layer) or is_dispatched(layer)):
         return "its forward was replaced on the instance"
     variants = {name: type(v).__name__ for name, v in layer.lora_variant.items()}
     if variants and variants.keys() >= layer.lora_A.keys():
@@ -416,11 +416,6 @@ def _rebind(layer: Any) -> None:
             setattr(layer, name, type(layer).forward.__get__(layer))
 
 
-def _is_accelerate_hook(module: nn.Module) -> bool:
-    state = vars(module)
-    return "_hf_hook" in state and _is_own_forward(state.get("_old_forward"), module)
-
-
 def _is_own_forward(forward: Any, module: nn.Module) -> bool:
     """Whether ``forward`` is that of the module's class, bound."""
     return getattr(forward, "__func__", None) is type(module).forward
@@ -447,7 +442,7 @@ def _is_called_plainly(module: Any) -> bool:
     if forward is None or _is_own_forward(forward, module):
         return True
     # With x on the weight's device, sending it there is nothing.
-    if not _is_accelerate_hook(module):
+    if not is_dispatched(module):
         return False
     hook = module._hf_hook
     return (
@@ -472,10 +467,10 @@ def _orientation(module: nn.Module) -> bool | str:
     forward, transposed = _ORIENTATIONS.get(kind, (None, False))
     # A class may be given another forward at any time.
     if forward is not kind.forward:
-        transposed = any(matches(module) for matches in our_nn.TRANSPOSED_LINEARS)
+        transposed = any(matches(module) for matches in replacing.TRANSPOSED_LINEARS)
         if not transposed:
             plain = kind.forward is _LINEAR_FORWARD
-            plain = plain or any(same(module) for same in our_nn.PLAIN_LINEARS)
+            plain = plain or any(same(module) for same in replacing.PLAIN_LINEARS)
             if not plain or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
                 return f"its base layer is a {kind.__name__}, which does not compute as nn.Linear"
         _ORIENTATIONS[kind] = kind.forward, transposed
