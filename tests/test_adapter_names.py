@@ -319,6 +319,14 @@ def test_entries_that_match_say_nothing():
     assert lk.lora_report(ours).notes == []
 
 
+def test_many_entries_that_match_nothing_are_said_in_short():
+    patterns = {f"x{i}": 4 for i in range(3000)}
+    with pytest.warns(UserWarning, match="matches no adapted layer") as caught:
+        ours = lk.apply_lora(build("llama"), target_modules=["q_proj"], alpha_pattern=patterns)
+    assert len(caught) == 21
+    assert lk.lora_report(ours).notes[-1].startswith("more entries of the configuration match no")
+
+
 def test_a_warning_that_is_an_error_leaves_the_model_as_it_was():
     model = build("llama")
     before = models.Snapshot(model)
