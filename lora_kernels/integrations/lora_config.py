@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import json
 import math
 import re
@@ -20,6 +21,12 @@ from ..nn import check_lora_arguments
 
 # One process tries all patterns; honest ones take milliseconds.
 _PATTERN_SECONDS = 10.0
+
+# Of one kind: an entry for every layer of a large mixture. All stay compiled.
+_MAX_PATTERNS = 2**15
+
+# Of entries that match nothing, these are said one by one.
+_MAX_NOTES = 20
 
 
 @dataclass
@@ -115,6 +122,11 @@ class LoRAConfig:
             patterns = getattr(self, name)
             if not isinstance(patterns, dict):
                 raise ValueError(f"{name} must be a dictionary, not {patterns!r}")
+            if len(patterns) > _MAX_PATTERNS:
+                raise ValueError(
+                    f"{name} has {len(patterns)} patterns, more than {_MAX_PATTERNS}: let one "
+                    "match several layers"
+                )
             for pattern, value in patterns.items():
                 _check_pattern(name, pattern, _at_end(pattern))
                 if name == "alpha_pattern":
@@ -173,8 +185,12 @@ class LoRAConfig:
         """
         notes = [
             f"{field}: {entry!r} matches {what} and is ignored{advice}"
-            for field, entry, what, advice in self._unmatched(adapted, names)
+            for field, entry, what, advice in itertools.islice(
+                self._unmatched(adapted, names), _MAX_NOTES + 1
+            )
         ]
+        if len(notes) > _MAX_NOTES:
+            notes[-1] = "more entries of the configuration match no layer and are ignored"
         for note in notes:
             warnings.warn(note, stacklevel=stacklevel)
         return notes
@@ -247,7 +263,7 @@ def by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     return default
 
 
-_compiled = functools.lru_cache(maxsize=4096)(re.compile)
+_compiled = functools.lru_cache(maxsize=2 * _MAX_PATTERNS)(re.compile)
 
 
 def _at_end(pattern: str) -> str:

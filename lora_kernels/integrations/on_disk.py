@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,7 +23,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 # Far above a configuration that names every layer of a large mixture.
-_MAX_CONFIG_BYTES = 16 * 2**20
+_MAX_CONFIG_BYTES = 4 * 2**20
 
 # What can be copied into a parameter.
 _FLOATS = (
@@ -318,8 +319,7 @@ def _read_json(folder: Path) -> dict[str, Any]:
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twin = next(key for key in keys if keys.count(key) > 1)
+        ((twin, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"{twin!r} stands in it twice")
     return content
 

@@ -302,13 +302,16 @@ def _taken_for_experts(model: nn.Module, layers: Iterable[str]) -> list[str]:
     if not isinstance(model_type, str):
         return []
     try:
-        from transformers import conversion_mapping
+        from transformers.conversion_mapping import (
+            _MODEL_TO_CONVERSION_PATTERN,
+            get_checkpoint_conversion_mapping,
+        )
     except ImportError:
         # No transformers, or one from before it fused experts.
         return []
-    if conversion_mapping.get_checkpoint_conversion_mapping(model_type) is None:
+    if get_checkpoint_conversion_mapping(model_type) is None:
         return []
-    kinds = {"mixtral": "mixtral"} | conversion_mapping._MODEL_TO_CONVERSION_PATTERN
+    kinds = {"mixtral": "mixtral"} | _MODEL_TO_CONVERSION_PATTERN
     names = EXPERT_NAMES.get(kinds.get(model_type, ""), ())
     return [name for name in layers if name.rpartition(".")[2] in names]
 
