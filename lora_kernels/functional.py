@@ -411,7 +411,11 @@ def _check_operands(x: Any, weight: Any, lora_a: Any, lora_b: Any, bias: Any) ->
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating tensor, not {tensor.dtype}")
         if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {device}")
+            empty = tensor.is_meta and name.startswith("lora")
+            raise ValueError(
+                f"{name} is on {tensor.device}, x on {device}"
+                + ": it has no values; load them, or draw them by reset_lora_parameters()" * empty
+            )
 
 
 def _check(

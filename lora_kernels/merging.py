@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .ops import PLAIN
-from .packed import PackedLinear
+from .packed import PackedLinear, gathered_by_fsdp
 
 # What is nn.Module's own, what a plain layer takes over otherwise, and accelerate's hook, which is
 # put on the new layer by whoever builds it.
@@ -210,23 +210,27 @@ class MergeableLinear(PackedLinear):
 
     def _forward_beside_merged(self, input: Tensor) -> Tensor:
         """A merged layer's call with another weight than the merged one: its adapter is disabled,
-        or ``functional_call`` brought one."""
+        or somebody put a weight there without an assignment (``functional_call``, accelerate)."""
         base = self._base[0]
         if self._disabled:
             return F.linear(input, base.t() if self.fan_in_fan_out else base, self.bias)
-        # state_dict() holds the pristine weight, named_parameters() the merged one.
-        if _share_memory(self.weight, base):
+        # state_dict() holds the pristine weight, and is what accelerate offloads;
+        # named_parameters() holds the merged one, which is what FSDP gathers.
+        if is_offloaded(self) or (not gathered_by_fsdp(self) and _is_same(self.weight, base)):
             return self._adapted_forward(input)
         return self._base_forward(input)
 
 
-def _share_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether ``one``, be it wrapped by ``torch.func``, begins where ``other`` does."""
+def _is_same(weight: Tensor, base: Tensor) -> bool:
+    """Whether ``weight``, be it wrapped by ``torch.func``, has the values of ``base``."""
     functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(one):
-        one = functorch.get_unwrapped(one)
-    plain = type(one) in PLAIN and one.layout is torch.strided
-    return plain and not one.is_meta and one.data_ptr() == other.data_ptr() != 0
+    while functorch.is_functorch_wrapped_tensor(weight):
+        weight = functorch.get_unwrapped(weight)
+    if type(weight) not in PLAIN or weight.shape != base.shape or weight.dtype != base.dtype:
+        return False
+    if weight.is_meta or base.is_meta:
+        return False
+    return weight.data_ptr() == base.data_ptr() or torch.equal(weight.to(base.device), base)
 
 
 def _warn_of_merged(destination: dict[str, Any]) -> None:

@@ -196,6 +196,7 @@ class FusedLoRALinear(MergeableLinear):
                 assert held is not None
                 values = torch.empty_like(held, device=self.weight.device)
                 setattr(self, name, nn.Parameter(values, held.requires_grad))
+            self._keep_scale(self._scale)
         if self.init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / self.r)
         else:

@@ -191,17 +191,54 @@ def test_dispatched_layers_keep_their_hook():
 # ---- offloaded after apply_lora
 
 
-@pytest.fixture(params=["cpu", "disk"])
-def offloaded(request, tmp_path):
+def offload(model, where, directory):
     accelerate = pytest.importorskip("accelerate")
-    model = models.draw_adapter(lk.apply_lora(build("llama"), bias="all")).eval()
-    wanted = logits(model)
     device = torch.device("cpu")
-    if request.param == "cpu":
+    if where == "cpu":
         accelerate.cpu_offload(model, execution_device=device)
     else:
-        accelerate.disk_offload(model, str(tmp_path / "offload"), execution_device=device)
+        accelerate.disk_offload(model, str(directory), execution_device=device)
+
+
+@pytest.fixture(params=["cpu", "disk"])
+def offloaded(request, tmp_path):
+    model = models.draw_adapter(lk.apply_lora(build("llama"), bias="all")).eval()
+    wanted = logits(model)
+    offload(model, request.param, tmp_path / "offload")
     return model, wanted
+
+
+@pytest.mark.filterwarnings("ignore:the state_dict of a merged")
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_a_merged_model_that_is_offloaded_keeps_its_adapter(tmp_path, where):
+    from accelerate.hooks import remove_hook_from_module
+
+    model = adapt("llama", target_modules=["q_proj", "down_proj"]).eval()
+    wanted = logits(model)
+    lk.merge_adapter(model)
+    offload(model, where, tmp_path)
+    assert models.relative_difference(logits(model), wanted) < 1e-5
+    with pytest.raises(RuntimeError, match="accelerate offloads"):
+        lk.unmerge_adapter(model)
+    remove_hook_from_module(model, recurse=True)
+    assert models.relative_difference(logits(model), wanted) < 1e-5
+    lk.unmerge_adapter(model)
+    assert models.relative_difference(logits(model), wanted) < 1e-5
+
+
+def test_a_base_put_on_the_meta_device_by_accelerate():
+    modeling = pytest.importorskip("accelerate.utils.modeling")
+    plain = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    model = lk.apply_lora(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).to("meta"))
+    for name, value in plain.state_dict().items():
+        modeling.set_module_tensor_to_device(model, name, "cpu", value=value)
+    x = torch.randn(4, 6)
+    with pytest.raises(ValueError, match=r"lora_a is on meta.*reset_lora_parameters"):
+        model(x)
+    for layer in lora_layers(model).values():
+        layer.reset_lora_parameters()
+    torch.testing.assert_close(model(x), plain(x))
+    model(x).sum().backward()
 
 
 def test_an_offloaded_model_says_how_to_merge(offloaded):
