@@ -31,6 +31,7 @@ LAYERS = [
         "models",
         "warming",
         "serving",
+        "running",
         "slots",
         "slotted_model",
         "transfers",
