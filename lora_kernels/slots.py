@@ -332,7 +332,8 @@ class Slots:
             raise RuntimeError(
                 f"the batch uses {len(residents)} adapters, and the store has {self.count} slots"
             )
-        others = [r for r in self.residents() if r not in residents]
+        others = [r for r in self._slot_of if r not in residents]
+        others.sort(key=self._slot_of.__getitem__)
         pinned = [r for r in others if self._is_pinned(r)]
         nested = [r for r in others if r in around and r not in pinned]
         waiting = [r for r in others if r in stuck and r not in pinned]
