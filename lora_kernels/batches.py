@@ -4,6 +4,7 @@ recomputation too."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 import weakref
@@ -221,7 +222,7 @@ def _remove(entry: _Entry) -> None:
     _ACTIVE.set(tuple(other for other in _ACTIVE.get() if other is not entry))
 
 
-class activate:
+class activate(AbstractContextManager[None]):
     """A context in which the layers of ``owner`` use ``batch``.
 
     It may be left in another context than the one in which it was entered. Should an interruption
@@ -237,9 +238,9 @@ class activate:
         _push(self._entry)
 
     def __exit__(self, *error: object) -> None:
+        _remove(self._entry)
         # In copies of the context the entry stays, and says that it has ended.
         self._entry.batch = None
-        _remove(self._entry)
         self._owner.leave(self)
 
 
@@ -275,17 +276,25 @@ class bind:
         self._batches = {owner: batch for owner, batch in found.items() if batch is not None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        entries, _ = _seen()
-        with contextlib.ExitStack() as stack:
-            for batch in self._batches.values():
-                if not any(entry.batch is batch for entry in entries):
-                    stack.enter_context(batch.resume())
-            mark = _Entry(None, None, stack)
-            stack.callback(_remove, mark)
-            _push(mark)
-            for owner, batch in self._batches.items():
-                stack.enter_context(activate(owner, batch))
-            return self._function(*args, **kwargs)
+        before, (entries, _) = _ACTIVE.get(), _seen()
+        ended = [b for b in self._batches.values() if not any(e.batch is b for e in entries)]
+        contexts: list[AbstractContextManager[Any]] = [batch.resume() for batch in ended]
+        contexts += [activate(owner, batch) for owner, batch in self._batches.items()]
+        call = functools.partial(self._function, *args, **kwargs)
+        try:
+            _push(_Entry(None, None, call))
+            return _within(contexts, call)
+        finally:
+            # Also what an interruption left.
+            _ACTIVE.set(before)
+
+
+def _within(contexts: Sequence[AbstractContextManager[Any]], call: Callable[[], Any]) -> Any:
+    """``call()`` in all of them. An ExitStack would keep them alive with an interruption."""
+    if not contexts:
+        return call()
+    with contexts[0]:
+        return _within(contexts[1:], call)
 
 
 def active_batch(owner: Owner, path: str) -> Batch | None:

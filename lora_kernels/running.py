@@ -64,10 +64,13 @@ class BatchContext:
             raise
 
     def __exit__(self, *error: object) -> None:
-        self._end()
+        try:
+            self._end()
+        finally:
+            self._end()
 
     async def __aexit__(self, *error: object) -> None:
-        self._end()
+        self.__exit__()
 
     def _check_free(self) -> None:
         if self._hold is not None:
@@ -82,18 +85,18 @@ class BatchContext:
         return batch
 
     def _end(self) -> None:
-        active, self._active = self._active, None
+        """Once is enough, and twice ends what an interruption of the first time left."""
         try:
-            if active is not None:
-                active.__exit__()
+            if self._active is not None:
+                self._active.__exit__()
+                self._active = None
+            if self._hold is not None:
+                with self._slots.lock:
+                    self._transfers.end(self._places())
         finally:
-            hold, self._hold = self._hold, None
-            if hold is not None:
-                try:
-                    with self._slots.lock:
-                        self._transfers.end(self._places())
-                finally:
-                    self._slots.release(hold)
+            if self._hold is not None:
+                self._slots.release(self._hold)
+                self._hold = None
 
     def _places(self) -> list[int]:
         return [r.slot for r in self._chosen.values() if r.slot is not None]

@@ -419,10 +419,13 @@ class AdapterStore:
     def requires_grad_(self, requires_grad: bool = True) -> AdapterStore:
         """Make the adapters trainable, or not any more. While they are, nobody is evicted."""
         with self._slots.lock:
+            # Nobody is evicted as long as any of them trains.
+            if requires_grad:
+                self._slots.hold_all(True)
             self._slotted.trains = requires_grad
-            self._slots.hold_all(requires_grad)
             for parameter in self.parameters():
                 parameter.requires_grad_(requires_grad)
+            self._slots.hold_all(requires_grad)
         return self
 
     def close(self) -> None:
