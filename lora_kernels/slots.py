@@ -140,7 +140,7 @@ class Slots:
     def residents(self) -> list[Resident]:
         """Those in a slot, the least recently used first."""
         with self.lock:
-            return sorted(self._slot_of, key=lambda r: r.last_used)
+            return sorted(self._slot_of, key=lambda r: (r.last_used, self._slot_of[r]))
 
     def is_named(self, resident: Resident) -> bool:
         """Whether it has not been unloaded or replaced."""
