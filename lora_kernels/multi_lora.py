@@ -19,7 +19,7 @@ from .segmented import segmented_expand, segmented_linear, segmented_lora
 from .segments import SegmentTable
 
 
-class _Slots(nn.Module):
+class SlottedLayer(nn.Module):
     """What both kinds of layer have: two stacks, and the batch that says which slot a row uses."""
 
     lora_A: nn.Parameter
@@ -64,7 +64,7 @@ class _Slots(nn.Module):
         if torch.compiler.is_compiling():
             # Compiled code asks at every call: a table that was traced would stay. (No decorator:
             # that would import the compiler with this package.)
-            return torch.compiler.disable(_Slots._find_table)(self, shape, device)
+            return torch.compiler.disable(SlottedLayer._find_table)(self, shape, device)
         return self._find_table(shape, device)
 
     def _find_table(
@@ -116,7 +116,7 @@ class _Slots(nn.Module):
         missing_keys += [key for key in found if key not in own]
 
 
-class MultiLoRALinear(_Slots, PackedLinear):
+class MultiLoRALinear(SlottedLayer, PackedLinear):
     """A linear layer that adds to every row the adapter of the row's own slot; a drop-in for
     ``nn.Linear``, inserted by :class:`lora_kernels.AdapterStore`.
 
@@ -242,7 +242,7 @@ def unsupported_embedding_reason(module: nn.Module) -> str | None:
     return own_behaviour(module)
 
 
-class MultiLoRAEmbedding(_Slots, nn.Embedding):
+class MultiLoRAEmbedding(SlottedLayer, nn.Embedding):
     """An embedding that adds to every token the adapter of its row's slot:
     ``y_i = W[id_i] + scale_t A_t[id_i] B_t^T``.
 

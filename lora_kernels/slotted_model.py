@@ -115,13 +115,15 @@ class SlottedModel:
     def take_out(self, paths: Iterable[str]) -> None:
         """Put the layers that were at ``paths`` back, trainable as they were."""
         for path in paths:
-            module, places, trained = self._before.pop(path)
-            layer = self.layers.pop(path, None)
-            if layer is not None:
-                module.train(layer.training)
+            module, places, trained = self._before[path]
+            if path in self.layers:
+                module.train(self.layers[path].training)
             self._put(module, places)
             for parameter in trained:
                 parameter.requires_grad_(True)
+            # Last, so that it can be done again if it is interrupted.
+            self.layers.pop(path, None)
+            del self._before[path]
 
 
 def _select(

@@ -30,3 +30,27 @@ def device(request):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def zoos(tmp_path_factory):
+    """Adapters on disk by architecture, see ``stores.Zoo``."""
+    import models
+    from stores import Zoo
+
+    found = {}
+
+    def zoo(architecture, **changes):
+        key = architecture, *changes.items()
+        if key not in found:
+            with models.isolated():
+                directory = tmp_path_factory.mktemp(architecture.replace(" ", "_"))
+                found[key] = Zoo(architecture, directory, **changes)
+        return found[key]
+
+    return zoo
+
+
+@pytest.fixture
+def zoo(zoos):
+    return zoos("llama")

@@ -32,6 +32,7 @@ LAYERS = [
         "selection",
         "warming",
         "serving",
+        "running",
         "slots",
         "slotted_model",
         "transfers",
