@@ -29,6 +29,7 @@ LAYERS = [
     {"nn", "merging", "packed", "multi_lora", "batches"},
     {
         "models",
+        "unloading",
         "warming",
         "serving",
         "slots",
