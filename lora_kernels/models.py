@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +24,8 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 # Modules whose matrices nobody expects to get an adapter.
 _NO_RAW_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.LayerNorm)
 
-# Where the adapter of a model is written down on the model itself.
+# Where the adapter of a model is written down on the model itself; None: it was taken off.
 _APPLIED = "_lora_kernels_applied"
-
-# No adapter was ever there; None: it was taken off.
-_NEVER = object()
 
 
 @dataclass
@@ -195,19 +191,30 @@ def lora_report(model: nn.Module) -> LoRAReport:
 
 
 def applied(model: nn.Module) -> Applied:
-    record = vars(unwrap(model)).get(_APPLIED, _NEVER)
+    check_not_taken_off(model)
+    record = record_of(model)
     if record is None:
-        raise RuntimeError(_taken_off(model))
-    if record is _NEVER:
         raise ValueError(f"{type(model).__name__} was not adapted by apply_lora or load_adapter")
     return record
 
 
-def _taken_off(model: nn.Module) -> str:
-    return (
-        f"merge_adapter(model, keep_base=False) or unload took the adapter off this "
-        f"{type(model).__name__}, for good: call apply_lora or load_adapter for another"
-    )
+def record_of(model: nn.Module) -> Applied | None:
+    return vars(unwrap(model)).get(_APPLIED)
+
+
+def forget_record(model: nn.Module) -> None:
+    """The adapter was taken off: :func:`apply_lora` may come again."""
+    if record_of(model) is not None:
+        setattr(unwrap(model), _APPLIED, None)
+
+
+def check_not_taken_off(model: nn.Module) -> None:
+    root = unwrap(model)
+    if _APPLIED in vars(root) and record_of(root) is None:
+        raise RuntimeError(
+            f"merge_adapter(model, keep_base=False) or unload took the adapter off this "
+            f"{type(root).__name__}, for good: call apply_lora or load_adapter for another"
+        )
 
 
 def lora_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
@@ -218,7 +225,7 @@ def lora_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
 def lost_layers(model: nn.Module) -> dict[str, str]:
     """Layers that were adapted and have no adapter now: name -> what happened."""
     root = unwrap(model)
-    record = vars(root).get(_APPLIED)
+    record = record_of(root)
     lost = {}
     for name in record.report.adapted if record else ():
         try:
@@ -241,144 +248,6 @@ def warn_of_lost_layers(model: nn.Module) -> None:
             "apply_lora, or exclude the layer",
             stacklevel=3,
         )
-
-
-def merge_adapter(model: nn.Module, keep_base: bool = True) -> None:
-    """Fold the adapter of every layer into its weight, so that it costs nothing.
-
-    With ``keep_base`` the layers keep the adapter and their pristine weights too: ``state_dict``,
-    so also transformers' ``save_pretrained``, saves those, merged or not, and
-    :func:`unmerge_adapter` gives them back. To export the merged model, call
-    ``merge_adapter(model, keep_base=False)``, then ``save_pretrained``: plain ``nn.Linear`` and
-    Conv1D layers with the merged weights take the places of the adapted ones, as by PEFT's
-    ``merge_and_unload``.
-
-    Raises:
-        ValueError: the model has no adapted layer.
-        RuntimeError: a layer cannot be merged: offloaded by accelerate, pruned, parametrised; the
-            message says what to do. Then no layer is.
-    """
-    layers = _some_lora_layers(model)
-    _check_mergeable(layers)
-    warn_of_lost_layers(model)
-    for layer in layers.values():
-        layer.merge(keep_base)
-    if not keep_base:
-        _put_plain_layers(unwrap(model), layers)
-
-
-def unmerge_adapter(model: nn.Module) -> None:
-    """:meth:`FusedLoRALinear.unmerge` on every adapted layer; ValueError if there is none."""
-    layers = _some_lora_layers(model)
-    if any(layer.merged and layer.lora_A is None for layer in layers.values()):
-        raise RuntimeError(
-            "the adapter was merged with keep_base=False: the pristine weights are gone"
-        )
-    _check_mergeable(layers)
-    warn_of_lost_layers(model)
-    for layer in layers.values():
-        layer.unmerge()
-
-
-def unload(model: ModelT, merge: bool = False) -> ModelT:
-    """Take the adapter off ``model``, in place, and return it with the plain layers that
-    :func:`apply_lora` replaced (PEFT: ``unload()`` and ``merge_and_unload()``).
-
-    The layers are new objects of the former classes. They share Parameters (which stay frozen),
-    hooks and ``training`` with the adapted ones, and stand at all their places. A layer keeps the
-    weight that it has now, so one that is merged keeps the merged weight; ``unmerge_adapter`` first
-    gives the pristine model back. Biases and ``modules_to_save`` keep what they learned. Afterwards
-    :func:`apply_lora` and ``load_adapter`` start anew.
-
-    Args:
-        merge: fold the adapter into the weights first; else it is dropped.
-
-    Raises:
-        As :func:`merge_adapter`, with or without ``merge``.
-
-    >>> model = apply_lora(nn.Sequential(nn.Linear(8, 8)), r=2)
-    >>> type(unload(model)[0]).__name__
-    'Linear'
-    """
-    layers = _some_lora_layers(model)
-    _check_mergeable(layers)
-    if merge:
-        merge_adapter(model)
-    root = unwrap(model)
-    if isinstance(root, FusedLoRALinear):
-        return cast(ModelT, root.to_linear())
-    _put_plain_layers(root, layers)
-    return model
-
-
-@contextlib.contextmanager
-def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """``with lk.disable_adapter(model):`` the model computes without its adapter, as a reference
-    model of DPO does; merged layers compute with their pristine weights. PEFT:
-    ``model.disable_adapter()``.
-
-    What was trained in full (biases, ``modules_to_save``) stays, with a warning. The switch is the
-    model's, not the thread's: other threads' calls meanwhile are without the adapter too. A
-    checkpointed forward computes again in ``backward``, so keep that inside, or use ``no_grad``.
-
-    Raises:
-        ValueError: the model has no adapted layer.
-        RuntimeError: the adapter was merged with ``keep_base=False``.
-    """
-    layers = _some_lora_layers(model)
-    if any(layer.merged and layer.lora_A is None for layer in layers.values()):
-        raise RuntimeError(
-            "the adapter was merged with keep_base=False: the pristine weights are gone"
-        )
-    warn_of_lost_layers(model)
-    record = vars(unwrap(model)).get(_APPLIED)
-    if record and (record.config.bias != "none" or record.report.modules_to_save):
-        warnings.warn(
-            "disable_adapter leaves the trained biases and modules_to_save as they are: the model "
-            "is not the one that it was before training",
-            stacklevel=3,
-        )
-    before = {layer: layer._disabled for layer in layers.values()}
-    try:
-        for layer in before:
-            layer._disabled = True
-        yield
-    finally:
-        for layer, disabled in before.items():
-            layer._disabled = disabled
-
-
-def _put_plain_layers(root: nn.Module, layers: dict[str, FusedLoRALinear]) -> None:
-    """Replace every layer at all its places; the record of the adapter goes."""
-    plain: dict[nn.Module, nn.Module] = {layer: layer.to_linear() for layer in layers.values()}
-    for layer, module in plain.items():
-        _transformers.carry_dispatch_hook(layer, module)
-    for parent in list(root.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in plain:
-                setattr(parent, name, plain[child])
-    if _APPLIED in vars(root):
-        setattr(root, _APPLIED, None)
-
-
-def _check_mergeable(layers: dict[str, FusedLoRALinear]) -> None:
-    for name, layer in layers.items():
-        obstacle = layer.merge_obstacle()
-        if obstacle is not None:
-            raise RuntimeError(f"cannot merge or unmerge {name or 'the layer'}: {obstacle}")
-
-
-def _some_lora_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
-    layers = lora_layers(model)
-    if not layers:
-        root = unwrap(model)
-        if vars(root).get(_APPLIED, _NEVER) is None:
-            raise RuntimeError(_taken_off(model))
-        warn_of_lost_layers(model)
-        raise ValueError(
-            f"{type(model).__name__} has no LoRA layers of lora_kernels: call apply_lora first"
-        )
-    return layers
 
 
 def select(model: nn.Module, config: LoRAConfig) -> Selection:

@@ -160,21 +160,6 @@ def test_trained_base_weight_gets_its_gradient():
     torch.testing.assert_close(inputs.weight.grad, inputs.x.t() @ inputs.dy)
 
 
-@pytest.mark.parametrize("retain", [True, False])
-def test_backward_twice(retain):
-    inputs = Case(9, 12, 10, 3, dropout_p=0.2).draw()
-    require_grad(inputs)
-    y = call(inputs)
-    y.backward(inputs.dy, retain_graph=True)
-    first = {name: getattr(inputs, name).grad.clone() for name in LEAVES}
-    y.backward(inputs.dy, retain_graph=retain)
-    for name, gradient in first.items():
-        assert torch.equal(getattr(inputs, name).grad, 2 * gradient)
-    if not retain:
-        with pytest.raises(RuntimeError, match="second time"):
-            y.backward(inputs.dy)
-
-
 def test_changing_a_saved_tensor_in_place_is_an_error():
     inputs = Case(3, 4, 5, 2).draw()
     require_grad(inputs, ("lora_a",))

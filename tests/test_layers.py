@@ -30,6 +30,7 @@ LAYERS = [
         "models",
         "reports",
         "selection",
+        "unloading",
         "warming",
         "serving",
         "running",

@@ -1,5 +1,5 @@
-"""``torch.func``, forward-mode derivatives, and batches of gradients, over the function and the
-layer."""
+"""``torch.func``, forward-mode derivatives, batches of gradients and repeated backward passes, over
+the function and the layer."""
 
 import pytest
 import torch
@@ -170,3 +170,18 @@ def test_second_derivatives_of_a_recorded_graph_are_refused():
     (dx,) = torch.autograd.grad(call(inputs).square().sum(), inputs.x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("retain", [True, False])
+def test_backward_twice(retain):
+    inputs = Case(9, 12, 10, 3, dropout_p=0.2).draw()
+    require_grad(inputs)
+    y = call(inputs)
+    y.backward(inputs.dy, retain_graph=True)
+    first = {name: getattr(inputs, name).grad.clone() for name in LEAVES}
+    y.backward(inputs.dy, retain_graph=retain)
+    for name, gradient in first.items():
+        assert torch.equal(getattr(inputs, name).grad, 2 * gradient)
+    if not retain:
+        with pytest.raises(RuntimeError, match="second time"):
+            y.backward(inputs.dy)
