@@ -119,9 +119,7 @@ def _weight_reason(module: nn.Module) -> str | None:
     bias = module._parameters.get("bias")
     if bias is None and module.bias is not None:
         return "its bias is no Parameter (parametrised or pruned)"
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is None:
-            continue
+    for name, parameter in module.named_parameters(recurse=False):
         if is_foreign(parameter):
             return f"its {name} is no plain Parameter but of {type(parameter).__name__}"
         if parameter.layout is not torch.strided or parameter.is_nested:

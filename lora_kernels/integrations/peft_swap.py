@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..packed import check_pack_weight
+from ..reports import grouped
 
 logger = logging.getLogger("lora_kernels")
 
@@ -80,8 +81,8 @@ class PeftReport:
             f"{len(self.fused)} LoRA layers of PEFT on lora_kernels, {len(self.skipped)} left to "
             f"PEFT; {self.calls}"
         ]
-        lines += [f"  fused    {name}: {what}" for name, what in self.fused.items()]
-        lines += [f"  skipped  {name}: {why}" for name, why in self.skipped.items()]
+        lines += [f"  fused    {line}" for line in grouped(self.fused)]
+        lines += [f"  skipped  {line}" for line in grouped(self.skipped)]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 

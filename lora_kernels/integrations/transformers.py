@@ -125,7 +125,7 @@ def bypass_reason(by_name: dict[str, nn.Module], names: list[str]) -> str | None
         parts = name.split(".")
         for depth in reversed(range(len(parts))):
             owner, path = by_name[".".join(parts[:depth])], ".".join(parts[depth:])
-            kind = type(owner)
+            kind: Any = type(owner)
             if isinstance(owner, nn.TransformerEncoderLayer) and path in ("linear1", "linear2"):
                 return (
                     f"its forward is skipped by the fast path of {kind.__name__}, which reads "
