@@ -121,7 +121,8 @@ def _weight_reason(module: nn.Module) -> str | None:
         return "its bias is no Parameter (parametrised or pruned)"
     for name, parameter in module.named_parameters(recurse=False):
         if is_foreign(parameter):
-            return f"its {name} is no plain Parameter but of {type(parameter).__name__}"
+            kind = type(parameter).__name__
+            return f"has a {name} of {kind}, no plain Parameter (PEFT adapts quantised layers)"
         if parameter.layout is not torch.strided or parameter.is_nested:
             return f"its {name} is sparse or nested"
     if weight.dtype not in _BASE_DTYPES:

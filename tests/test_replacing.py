@@ -154,7 +154,7 @@ REFUSED = {
     ),
     "tensor subclass": (
         lambda: with_weight(foreign()),
-        "its weight is no plain Parameter but of Scaled",
+        "has a weight of Scaled, no plain Parameter",
     ),
     "sparse": (
         lambda: with_weight(nn.Parameter(torch.eye(E).to_sparse())),
@@ -321,6 +321,6 @@ def test_a_real_model_is_refused_before_anything_changes():
         if isinstance(module, nn.Linear):
             module.weight = nn.Parameter(module.weight.detach().as_subclass(Scaled), False)
     before = models.Snapshot(model)
-    with pytest.raises(ValueError, match="no plain Parameter but of Scaled"):
+    with pytest.raises(ValueError, match="has a weight of Scaled, no plain Parameter"):
         lk.apply_lora(model)
     before.assert_unchanged()
