@@ -367,13 +367,11 @@ def unsupported_reason(layer: Any) -> str | None:
     reason = offload_reason(layer) or offload_reason(base)
     if reason is not None:
         return reason
-    forward = vars(layer).get("forward")
-    if not (forward is None or _is_own_forward(forward, layer) or is_dispatched(layer)):
+    if not replacing.is_forward_of_class(layer):
         return "its forward was replaced on the instance"
     reasons = [_adapter_reason(layer, name) for name in layer.lora_A]
-    if reasons and None not in reasons:
-        return ", ".join(sorted({reason for reason in reasons if reason is not None}))
-    return None
+    found = sorted({reason for reason in reasons if reason is not None})
+    return ", ".join(found) if found and None not in reasons else None
 
 
 def _adapter_reason(layer: Any, name: str) -> str | None:
@@ -383,23 +381,10 @@ def _adapter_reason(layer: Any, name: str) -> str | None:
         return f"its adapter is a {type(variant).__name__}"
     for part in ("lora_A", "lora_B"):
         module = getattr(layer, part)[name]
-        if type(module) is not nn.Linear:
-            return f"its {part} is a {type(module).__name__}"
         reason = replacing.unsupported_reason(module)
-        if reason is not None:
-            return f"its {part} {reason}"
+        if reason is not None or type(module) is not nn.Linear:
+            return f"its {part} {reason or f'is a {type(module).__name__}'}"
     return None
-
-
-def description(layer: Any) -> str:
-    """ "kind [out, in], adapters" of a swapped layer."""
-    adapters = []
-    for name, module in layer.lora_A.items():
-        variant = layer.lora_variant.get(name)
-        what = f"r={module.weight.shape[0]}" if variant is None else f"{type(variant).__name__}"
-        adapters.append(f"{name} {what}" + " by PEFT" * (variant is not None))
-    kind = type(layer.base_layer).__name__
-    return f"{kind} [{layer.out_features}, {layer.in_features}], {', '.join(adapters)}"
 
 
 def swap(layer: Any, calls: Calls, pack_weight: str) -> None:
