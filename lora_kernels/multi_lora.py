@@ -238,7 +238,7 @@ def unsupported_embedding_reason(module: nn.Module) -> str | None:
     if module.max_norm is not None:
         return "renormalises its weight (max_norm)"
     if is_foreign(module.weight):
-        return f"its weight is no plain Parameter but of {type(module.weight).__name__}"
+        return f"has a weight of {type(module.weight).__name__}, no plain Parameter"
     return own_behaviour(module)
 
 

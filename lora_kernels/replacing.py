@@ -82,7 +82,7 @@ def own_behaviour(module: nn.Module) -> str | None:
     if overridden:
         return f"is a {kind.__name__}, which overrides {_some(overridden)}"
     set_on_it = _methods(vars(module))
-    if "forward" in set_on_it and _forward_is_carried(module):
+    if "forward" in set_on_it and is_forward_of_class(module):
         set_on_it.remove("forward")
     if set_on_it:
         return f"computes in its own way: {_some(set_on_it)} was set on the module object"
@@ -107,8 +107,11 @@ def _methods(names: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _forward_is_carried(module: nn.Module) -> bool:
-    own = getattr(vars(module)["forward"], "__func__", None) is type(module).forward
+def is_forward_of_class(module: nn.Module) -> bool:
+    """Whether a call runs the forward of the module's class, perhaps inside one that is carried
+    along."""
+    forward = vars(module).get("forward")
+    own = forward is None or getattr(forward, "__func__", None) is type(module).forward
     return own or any(is_carried(module) for is_carried in CARRIED_FORWARDS)
 
 
@@ -121,7 +124,8 @@ def _weight_reason(module: nn.Module) -> str | None:
         return "its bias is no Parameter (parametrised or pruned)"
     for name, parameter in module.named_parameters(recurse=False):
         if is_foreign(parameter):
-            return f"its {name} is no plain Parameter but of {type(parameter).__name__}"
+            kind = type(parameter).__name__
+            return f"has a {name} of {kind}, no plain Parameter (PEFT adapts quantised layers)"
         if parameter.layout is not torch.strided or parameter.is_nested:
             return f"its {name} is sparse or nested"
     if weight.dtype not in _BASE_DTYPES:

@@ -137,7 +137,7 @@ def segmented_linear(
     tensor([[44., 44., 44.],
             [ 4.,  4.,  4.]])
     """
-    if is_foreign(weight):
+    if type(weight) not in ops.PLAIN and is_foreign(weight):
         y = F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
         options: Any = {"output_slices": output_slices, "training": training, "rng": rng}
         delta = segmented_lora(x, lora_a, lora_b, seg, dropout_p=dropout_p, **options)

@@ -126,6 +126,13 @@ class AdapterStore:
         )
 
     @property
+    def skipped(self) -> dict[str, str]:
+        """The linear layers without slots, by path with the reason; heads get theirs when an
+        adapter has them."""
+        skipped, layers = self._slotted.skipped, self._layers
+        return {path: reason for path, reason in skipped.items() if path not in layers}
+
+    @property
     def names(self) -> list[str]:
         """The adapters, in the order in which they were first loaded."""
         return list(self._adapters)

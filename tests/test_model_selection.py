@@ -226,7 +226,7 @@ def test_report_is_readable(caplog):
     text = str(lk.lora_report(model))
     assert text in caplog.text
     for line in (
-        "adapted  bert.encoder.layer.0.attention.self.query: Linear [48, 48], r=3",
+        "adapted  bert.encoder.layer.0-1.attention.self.query: Linear [48, 48], r=3 (2 layers)",
         "skipped  classifier: in modules_to_save",
         "trained in full  classifier",
     ):

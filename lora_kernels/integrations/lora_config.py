@@ -12,7 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,28 @@ _MAX_PATTERNS = 2**15
 
 # Of entries that match nothing, these are said one by one.
 _MAX_NOTES = 20
+
+# Fields of PEFT's LoraConfig that say nothing of what a fresh adapter computes.
+_NO_PART_OF_A_LAYER = frozenset(
+    [
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "fan_in_fan_out",
+        "inference_mode",
+        "loftq_config",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+    ]
+)
 
 
 @dataclass
@@ -47,6 +69,45 @@ class LoRAConfig:
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     autocast_adapter_dtype: bool = True
+
+    @staticmethod
+    def is_like(value: Any) -> bool:
+        """Whether ``value`` is a configuration: one of these, or one of PEFT's."""
+        return isinstance(value, LoRAConfig) or hasattr(value, "peft_type")
+
+    @classmethod
+    def of(cls, config: Any) -> LoRAConfig:
+        """A copy of ``config``, one of these or PEFT's ``LoraConfig``.
+
+        Raises:
+            TypeError: it is neither.
+            ValueError: it is of another method, or has fields set that are not computed here.
+        """
+        if isinstance(config, LoRAConfig):
+            return replace(config)
+        if not cls.is_like(config):
+            raise TypeError(
+                f"config must be a LoraConfig of PEFT or an lk.LoRAConfig, not {config!r}"
+            )
+        method = getattr(config.peft_type, "value", config.peft_type)
+        if method != "LORA":
+            raise ValueError(f"config is of {method}; only LORA is computed here")
+        own = {f.name for f in fields(cls)}
+        values: dict[str, Any] = {}
+        others = []
+        for f in fields(config):
+            value = getattr(config, f.name)
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            if f.name in own:
+                values[f.name] = sorted(value) if isinstance(value, (set, frozenset)) else value
+            elif value != default and value and f.name not in _NO_PART_OF_A_LAYER:
+                others.append(f.name)
+        if others:
+            raise ValueError(
+                f"config sets {', '.join(others)}, which is not computed here: leave it out, or "
+                "use PEFT's get_peft_model and then accelerate_peft"
+            )
+        return cls(**values)
 
     @property
     def all_linear(self) -> bool:

@@ -367,24 +367,24 @@ def unsupported_reason(layer: Any) -> str | None:
     reason = offload_reason(layer) or offload_reason(base)
     if reason is not None:
         return reason
-    forward = vars(layer).get("forward")
-    if not (forward is None or _is_own_forward(forward, layer) or is_dispatched(layer)):
+    if not replacing.is_forward_of_class(layer):
         return "its forward was replaced on the instance"
-    variants = {name: type(v).__name__ for name, v in layer.lora_variant.items()}
-    if variants and variants.keys() >= layer.lora_A.keys():
-        return f"its adapter is a {', '.join(sorted(set(variants.values())))}"
+    reasons = [_adapter_reason(layer, name) for name in layer.lora_A]
+    found = sorted({reason for reason in reasons if reason is not None})
+    return ", ".join(found) if found and None not in reasons else None
+
+
+def _adapter_reason(layer: Any, name: str) -> str | None:
+    """Why no call of one adapter could be fused, or None."""
+    variant = layer.lora_variant.get(name)
+    if variant is not None:
+        return f"its adapter is a {type(variant).__name__}"
+    for part in ("lora_A", "lora_B"):
+        module = getattr(layer, part)[name]
+        reason = replacing.unsupported_reason(module)
+        if reason is not None or type(module) is not nn.Linear:
+            return f"its {part} {reason or f'is a {type(module).__name__}'}"
     return None
-
-
-def description(layer: Any) -> str:
-    """ "kind [out, in], adapters" of a swapped layer."""
-    adapters = []
-    for name, module in layer.lora_A.items():
-        variant = layer.lora_variant.get(name)
-        what = f"r={module.weight.shape[0]}" if variant is None else f"{type(variant).__name__}"
-        adapters.append(f"{name} {what}" + " by PEFT" * (variant is not None))
-    kind = type(layer.base_layer).__name__
-    return f"{kind} [{layer.out_features}, {layer.in_features}], {', '.join(adapters)}"
 
 
 def swap(layer: Any, calls: Calls, pack_weight: str) -> None:
@@ -469,7 +469,7 @@ def _orientation(module: nn.Module) -> bool | str:
     if forward is not kind.forward:
         transposed = any(matches(module) for matches in replacing.TRANSPOSED_LINEARS)
         if not transposed:
-            plain = kind.forward is _LINEAR_FORWARD
+            plain = kind.forward is _LINEAR_FORWARD and kind.__call__ is nn.Module.__call__
             plain = plain or any(same(module) for same in replacing.PLAIN_LINEARS)
             if not plain or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
                 return f"its base layer is a {kind.__name__}, which does not compute as nn.Linear"
