@@ -207,8 +207,8 @@ struct Pointers {
   Matrix matrix_at(int64_t address, int64_t n_rows, int64_t cols, int64_t step) const {
     void* data = reinterpret_cast<void*>(address);
     if (read_as_it_is(dtype, rows)) return {data, *kind_or_none(dtype), n_rows, cols, step, 1};
-    converted.push_back(
-        at::from_blob(data, {n_rows, cols}, {step, 1}, at::TensorOptions(dtype)).to(rows));
+    converted.push_back(at::from_blob(data, {n_rows, cols}, {step, 1}, at::TensorOptions(dtype))
+                            .to(compute_type(rows)));
     return matrix(converted.back(), "an adapter");
   }
 };
@@ -283,7 +283,7 @@ struct Shrunk {
   Shrunk(const Batch& batch, const Gathered<C>& x, int64_t M, int64_t slices, int64_t r_max,
          double keep, Operand operand, const at::TensorOptions& options)
       : n(slices) {
-    s = at::zeros({M, n, r_max}, options);
+    s = at::zeros({M, n, r_max}, options.dtype(c10::CppTypeToScalarType<C>::value));
     reserve(batch, options);
     std::vector<Shrink<C>> jobs;
     for (size_t i = 0; i < batch.segments.size(); ++i) {
