@@ -3,7 +3,6 @@
 #pragma once
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -31,8 +30,7 @@ struct Batch {
   int64_t live = 0;  // rows with an adapter
   int64_t slots;
 
-  // `most` [slots], if given: the ranks of the adapters that there are, to which ranks are cut.
-  Batch(TensorList table, int64_t M, int64_t r_max, const std::vector<int64_t>* most = nullptr) {
+  Batch(TensorList table, int64_t M, int64_t r_max) {
     slots = slots_of(table);
     constexpr at::ScalarType kTypes[] = {at::kInt, at::kInt, at::kFloat, at::kLong,
                                          at::kInt, at::kInt, at::kInt,   at::kInt};
@@ -60,7 +58,7 @@ struct Batch {
       TORCH_CHECK_VALUE(
           0 <= start[slot] && start[slot] < start[slot + 1] && start[slot + 1] <= room,
           "start_of_slot of slot ", slot, " does not fit the table's order");
-      const int64_t rank = most ? std::min<int64_t>(ranks[slot], (*most)[slot]) : ranks[slot];
+      const int64_t rank = ranks[slot];
       TORCH_CHECK_VALUE(rank >= 0 && rank <= r_max, "slot ", slot, " has rank ", rank,
                         " and the adapters have room for ", r_max);
       const int64_t rows = start[slot + 1] - start[slot];
@@ -141,75 +139,6 @@ struct Stacks {
   // B [N, rank].
   Matrix b(const Segment& segment, int64_t slice) const {
     return part(tensors[slice], segment.slot, 0, tensors[slice].size(1), segment.rank);
-  }
-};
-
-// Adapters by address: see pointers.py for the table, int64 [slots, n, 5].
-struct Pointers {
-  const int64_t* table;
-  int64_t n, in_features;
-  at::IntArrayRef widths;
-  at::ScalarType dtype, rows;
-  std::vector<int64_t> ranks;             // of the slots
-  mutable std::vector<Tensor> converted;  // what packing does not read as it is
-
-  Pointers(const Tensor& given, at::IntArrayRef widths, int64_t in_features, int64_t r_max,
-           at::ScalarType dtype, at::ScalarType rows, int64_t slots)
-      : n(widths.size()), in_features(in_features), widths(widths), dtype(dtype), rows(rows) {
-    TORCH_CHECK_TYPE(given.scalar_type() == at::kLong, "pointers must be int64, got ",
-                     given.scalar_type());
-    TORCH_CHECK_TYPE(at::isFloatingType(dtype), "dtype must be a floating one, got ", dtype);
-    TORCH_CHECK_VALUE(given.is_cpu() && given.is_contiguous() && given.dim() == 3 && n > 0 &&
-                          given.size(0) == slots && given.size(1) == n && given.size(2) == 5,
-                      "pointers must be a contiguous CPU tensor [", slots, ", ", n, ", 5], got ",
-                      given.sizes());
-    for (const int64_t width : widths) {
-      TORCH_CHECK_VALUE(width >= 0, "widths must not be negative, got ", widths);
-    }
-    table = given.const_data_ptr<int64_t>();
-    const int64_t size = at::elementSize(dtype);
-    for (int64_t slot = 0; slot < slots; ++slot) {
-      ranks.push_back(r_max);
-      for (int64_t j = 0; j < n; ++j) {
-        const auto [a, step_a, b, step_b, rank] = at(slot, j);
-        TORCH_CHECK_VALUE(rank >= 0 && rank <= r_max, "the pointers of slot ", slot,
-                          " are of rank ", rank, " and r_max is ", r_max);
-        TORCH_CHECK_VALUE(rank == 0 || (a && b && step_a >= in_features && step_b >= rank),
-                          "the pointers of slot ", slot, ", rank ", rank,
-                          ", have a null address or rows that overlap");
-        TORCH_CHECK_VALUE(rank == 0 || (a % size == 0 && b % size == 0), "the pointers of slot ",
-                          slot, " are not to elements of ", dtype);
-        ranks.back() = std::min(ranks.back(), rank);
-      }
-    }
-  }
-
-  int64_t slices() const { return n; }
-  Matrix a(const Segment& segment, int64_t slice) const {
-    const Entry entry = at(segment.slot, slice);
-    return matrix_at(entry.a, segment.rank, in_features, entry.step_a);
-  }
-  Matrix b(const Segment& segment, int64_t slice) const {
-    const Entry entry = at(segment.slot, slice);
-    return matrix_at(entry.b, widths[slice], segment.rank, entry.step_b);
-  }
-
- private:
-  struct Entry {
-    int64_t a, step_a, b, step_b, rank;
-  };
-
-  Entry at(int64_t slot, int64_t slice) const {
-    const int64_t* entry = table + (slot * n + slice) * 5;
-    return {entry[0], entry[1], entry[2], entry[3], entry[4]};
-  }
-
-  Matrix matrix_at(int64_t address, int64_t n_rows, int64_t cols, int64_t step) const {
-    void* data = reinterpret_cast<void*>(address);
-    if (read_as_it_is(dtype, rows)) return {data, *kind_or_none(dtype), n_rows, cols, step, 1};
-    converted.push_back(at::from_blob(data, {n_rows, cols}, {step, 1}, at::TensorOptions(dtype))
-                            .to(compute_type(rows)));
-    return matrix(converted.back(), "an adapter");
   }
 };
 

@@ -69,14 +69,11 @@ inline at::ScalarType compute_type(at::ScalarType rows) {
   return rows == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
 }
 
-// Whether packing reads an adapter's matrix as it is: of the rows' own type, or float32. Others are
-// first rounded to what the rows are multiplied in.
-inline bool read_as_it_is(at::ScalarType adapter, at::ScalarType rows) {
-  return adapter == rows || adapter == at::kFloat;
-}
-
+// An adapter as packing reads it: as it is where it is of the rows' own type or float32, else
+// rounded to what the rows are multiplied in.
 inline Tensor adapter(const Tensor& t, at::ScalarType rows) {
-  return read_as_it_is(t.scalar_type(), rows) ? t : t.to(compute_type(rows));
+  const bool as_it_is = t.scalar_type() == rows || t.scalar_type() == at::kFloat;
+  return as_it_is ? t : t.to(compute_type(rows));
 }
 
 inline void check_shape(const Tensor& t, const char* name, int64_t rows, int64_t cols) {

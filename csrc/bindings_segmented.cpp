@@ -119,12 +119,11 @@ void multiply(const Batch& batch, const Rows<C>& x, const Base* base, const Tail
 }
 
 // The tails of a forward: S times B in the columns of each slice.
-template <typename C, typename Adapters>
-Tails<C> tails_of(const Batch& batch, const Shrunk<C>& s, const Adapters& b,
-                  at::IntArrayRef widths) {
+template <typename C>
+Tails<C> tails_of(const Batch& batch, const Shrunk<C>& s, const Stacks& b) {
   return Tails<C>(batch, s,
                   [&](const Segment& segment, int64_t j) { return b.b(segment, j).transposed(); },
-                  begins(offsets(widths)), {});
+                  begins(offsets(b.widths())), {});
 }
 
 // x for every slice, in the order of the batch, and S.
@@ -134,27 +133,24 @@ struct ShrunkRows {
   Gathered<C> x;
   Shrunk<C> s;
 
-  template <typename Adapters>
-  ShrunkRows(const Tensor& rows, const Adapters& a, int64_t r_max, const Batch& batch,
+  ShrunkRows(const Tensor& rows, const Stacks& a, const Batch& batch,
              const std::optional<DropoutMask>& mask, double dropout_p, bool base)
       : logical(batch.logical(mask.has_value())),
         x(matrix(rows, "x"), batch, repeated(0, a.slices()), repeated(rows.size(1), a.slices()),
           mask, logical, rows.options(), base),
         s(
-            batch, x, rows.size(0), a.slices(), r_max, 1.0 - dropout_p,
+            batch, x, rows.size(0), a.slices(), a.r_max(), 1.0 - dropout_p,
             [&](const Segment& segment, int64_t j) { return a.a(segment, j); }, rows.options()) {}
 };
 
 // y = or += x w + bias + S B^T; S is returned.
-template <typename Adapters>
-Tensor forward(const Tensor& x, const Base* base, const Adapters& a, const Adapters& b,
-               at::IntArrayRef widths, int64_t r_max, const Batch& batch,
-               const std::optional<DropoutMask>& mask, double dropout_p, const Tensor& y,
-               bool add) {
+Tensor forward(const Tensor& x, const Base* base, const Stacks& a, const Stacks& b,
+               const Batch& batch, const std::optional<DropoutMask>& mask, double dropout_p,
+               const Tensor& y, bool add) {
   return with_compute_type(x, [&](auto* type) {
     using C = std::remove_pointer_t<decltype(type)>;
-    const ShrunkRows<C> rows(x, a, r_max, batch, mask, dropout_p, base != nullptr);
-    multiply(batch, rows.x.whole, base, tails_of(batch, rows.s, b, widths), {}, y, add);
+    const ShrunkRows<C> rows(x, a, batch, mask, dropout_p, base != nullptr);
+    multiply(batch, rows.x.whole, base, tails_of(batch, rows.s, b), {}, y, add);
     return rows.s.s;
   });
 }
@@ -195,7 +191,7 @@ Tensor segmented_shrink(const Tensor& x, TensorList lora_a, TensorList table, in
   const auto mask = dropout_mask(rng, dropout_p);
   return with_compute_type(x, [&](auto* type) {
     using C = std::remove_pointer_t<decltype(type)>;
-    return ShrunkRows<C>(x, a, a.r_max(), batch, mask, dropout_p, false).s.s;
+    return ShrunkRows<C>(x, a, batch, mask, dropout_p, false).s.s;
   });
 }
 
@@ -204,7 +200,7 @@ void expand_given(const Tensor& y, const Tensor& s, const Stacks& b, TensorList 
   with_compute_type(s, [&](auto* type) {
     using C = std::remove_pointer_t<decltype(type)>;
     const Shrunk<C> given(batch, s);
-    multiply<C>(batch, {}, nullptr, tails_of(batch, given, b, b.widths()), {}, y, add);
+    multiply<C>(batch, {}, nullptr, tails_of(batch, given, b), {}, y, add);
   });
 }
 
@@ -276,8 +272,7 @@ std::tuple<Tensor, Tensor> segmented_lora(const Tensor& x, TensorList lora_a, Te
   at::AutoDispatchBelowADInplaceOrView guard;
   const Call call = call_of_x(x, lora_a, lora_b, table, packed_slices, rng, dropout_p);
   Tensor y = at::empty({x.size(0), call.N}, x.options());
-  Tensor s = forward(x, nullptr, call.a, call.b, call.b.widths(), call.a.r_max(), call.batch,
-                     call.mask, dropout_p, y, false);
+  Tensor s = forward(x, nullptr, call.a, call.b, call.batch, call.mask, dropout_p, y, false);
   return {y, s};
 }
 
@@ -286,20 +281,7 @@ void segmented_lora_(const Tensor& y, const Tensor& x, TensorList lora_a, Tensor
   at::AutoDispatchBelowADInplaceOrView guard;
   const Call call = call_of_x(x, lora_a, lora_b, table, packed_slices, std::nullopt, 0.0);
   check_rows(y, "y", x, call.N, x.scalar_type());
-  forward(x, nullptr, call.a, call.b, call.b.widths(), call.a.r_max(), call.batch, std::nullopt,
-          0.0, y, true);
-}
-
-void segmented_lora_pointers_(const Tensor& y, const Tensor& x, const Tensor& pointers,
-                              TensorList table, at::IntArrayRef widths, int64_t r_max,
-                              at::ScalarType dtype) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  matrix(x, "x");
-  const Pointers adapters(pointers, widths, x.size(1), r_max, dtype, x.scalar_type(),
-                          slots_of(table));
-  const Batch batch(table, x.size(0), r_max, &adapters.ranks);
-  check_rows(y, "y", x, offsets(widths).back(), x.scalar_type());
-  forward(x, nullptr, adapters, adapters, widths, r_max, batch, std::nullopt, 0.0, y, true);
+  forward(x, nullptr, call.a, call.b, call.batch, std::nullopt, 0.0, y, true);
 }
 
 std::tuple<Tensor, Tensor> segmented_lora_dx(const Tensor& dy, TensorList lora_a, TensorList lora_b,
@@ -320,8 +302,7 @@ std::tuple<Tensor, Tensor> segmented_linear_fwd(const Tensor& x, const Tensor& w
   const Call call = call_of_x(x, lora_a, lora_b, table, packed_slices, rng, dropout_p);
   const Base base(x, weight, call.K, call.N, !fan_in_fan_out, bias, packed);
   Tensor y = at::empty({x.size(0), call.N}, x.options());
-  Tensor s = forward(x, &base, call.a, call.b, call.b.widths(), call.a.r_max(), call.batch,
-                     call.mask, dropout_p, y, false);
+  Tensor s = forward(x, &base, call.a, call.b, call.batch, call.mask, dropout_p, y, false);
   return {y, s};
 }
 
@@ -427,9 +408,6 @@ TORCH_LIBRARY_FRAGMENT(lora_kernels_cpu, m) {
       "segmented_lora_dx(Tensor dy, Tensor[] lora_a, Tensor[] lora_b, Tensor[] table, "
       "int packed_slices=0, Tensor? rng=None, float dropout_p=0.0) -> (Tensor, Tensor)");
   m.def(
-      "segmented_lora_pointers_(Tensor(a!) y, Tensor x, Tensor pointers, Tensor[] table, "
-      "int[] widths, int r_max, ScalarType dtype) -> ()");
-  m.def(
       "segmented_linear_fwd(Tensor x, Tensor weight, Tensor[] lora_a, Tensor[] lora_b, "
       "Tensor[] table, int packed_slices=0, Tensor? bias=None, Tensor? rng=None, "
       "float dropout_p=0.0, bool fan_in_fan_out=False, Tensor? packed=None) -> (Tensor, Tensor)");
@@ -451,7 +429,6 @@ TORCH_LIBRARY_IMPL(lora_kernels_cpu, CPU, m) {
   m.impl("segmented_lora", &segmented_lora);
   m.impl("segmented_lora_", &segmented_lora_);
   m.impl("segmented_lora_dx", &segmented_lora_dx);
-  m.impl("segmented_lora_pointers_", &segmented_lora_pointers_);
   m.impl("segmented_linear_fwd", &segmented_linear_fwd);
   m.impl("segmented_linear_dx", &segmented_linear_dx);
   m.impl("segmented_lora_dab", &segmented_lora_dab);

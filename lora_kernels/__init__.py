@@ -15,7 +15,6 @@ from .models import (
 from .multi_lora import MultiLoRAEmbedding, MultiLoRALinear
 from .nn import FusedLoRALinear
 from .plan import Answer, batch_invariant, force_plan, last_plan, record_plans
-from .pointers import AdapterPointers
 from .segmented import segmented_expand, segmented_linear, segmented_lora, segmented_shrink
 from .segments import SegmentTable
 from .serving import AdapterStore, UnknownAdapterError
@@ -23,7 +22,6 @@ from .warming import warmup
 
 __version__ = "0.1.0"
 __all__ = [
-    "AdapterPointers",
     "AdapterStore",
     "Answer",
     "FusedLoRALinear",

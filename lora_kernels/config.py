@@ -30,7 +30,7 @@ TILED_PLANS = ("in_loop", "tail", "producer", "skinny", "decode", "grouped")
 WHOLE_RANK_PLANS = ("in_loop", "producer")
 SEGMENTED_PLANS = ("decode", "grouped")
 SKINNY_OPS = ("lora_shrink", "lora_linear_dab")
-DECODE_OPS = ("segmented_lora", "segmented_lora_", "segmented_lora_pointers_")
+DECODE_OPS = ("segmented_lora", "segmented_lora_")
 # A base linear whose tail differs from row to row.
 MIXED_LINEAR_OPS = ("segmented_linear_fwd", "segmented_linear_dx")
 
@@ -110,9 +110,6 @@ def invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str 
             return "the library has no call that mixes adapters"
         # The base is the library's, the adapters are added by our kernels.
         return _tiled_invalid_reason(Config("grouped"), problem.adapters(), facts)
-    by_address = problem.op == "segmented_lora_pointers_" and facts.kind != "cpu"
-    if config.plan == "reference" and by_address:
-        return "it reads addresses of this process's memory alone"
     if config.plan in ("native", "vendor"):
         if problem.dtype == "float64":
             return "float64 is computed by the reference"
@@ -169,9 +166,6 @@ def _segmented_invalid_reason(config: Config, problem: Problem, facts: DeviceFac
             return f"its partial sums grow with the rows, of which it takes {MOST_DECODE_ROWS}"
         if config.chunk and _decode_room(config, problem) > MOST_DECODE_ROOM:
             return f"its partial sums would take more than {MOST_DECODE_ROOM} bytes"
-    by_address = config.plan == "decode" and problem.op == "segmented_lora_pointers_"
-    if by_address and problem.dtype == "float32" and family(facts.arch) == "sm_80":
-        return _REGISTERS
     if config.block_m == 0:
         return None
     if config.block_m != BLOCK_ROWS:

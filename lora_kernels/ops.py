@@ -26,7 +26,6 @@ The segmented operators take, one tensor for each of n slices,
     s, d       [M, n, r_max]   zero beyond the live rank
 
     weight                     [sum N_j, K], the slices one below the other
-    pointers   int64 [S, n, 5] ``AdapterPointers.table``: adapters by address, for engines
 
     packed                     the weight in the layout of the CPU's kernels, which read it in the
                                weight's place; for everybody else weight is the operand
@@ -70,10 +69,6 @@ _SCHEMAS = {
     "segmented_lora": f"(Tensor x, {_SEGMENTED}, {_DROPOUT}) -> (Tensor delta, Tensor s)",
     "segmented_lora_": f"(Tensor(a!) y, Tensor x, {_SEGMENTED}) -> ()",
     "segmented_lora_dx": f"(Tensor dy, {_SEGMENTED}, {_DROPOUT}) -> (Tensor dx, Tensor d)",
-    "segmented_lora_pointers_": (
-        "(Tensor(a!) y, Tensor x, Tensor pointers, Tensor[] table, int[] widths, int r_max, "
-        "ScalarType dtype) -> ()"
-    ),
     "segmented_linear_fwd": (
         f"(Tensor x, Tensor weight, {_SEGMENTED}, Tensor? bias=None, {_DROPOUT}, {_SEGMENTED_BASE})"
         " -> (Tensor y, Tensor s)"
@@ -150,7 +145,6 @@ segmented_expand = torch.ops.lora_kernels.segmented_expand.default
 segmented_expand_ = torch.ops.lora_kernels.segmented_expand_.default
 segmented_lora = torch.ops.lora_kernels.segmented_lora.default
 segmented_lora_ = torch.ops.lora_kernels.segmented_lora_.default
-segmented_lora_pointers_ = torch.ops.lora_kernels.segmented_lora_pointers_.default
 segmented_linear_fwd = torch.ops.lora_kernels.segmented_linear_fwd.default
 segmented_linear_dx = torch.ops.lora_kernels.segmented_linear_dx.default
 segmented_lora_dx = torch.ops.lora_kernels.segmented_lora_dx.default
@@ -345,19 +339,6 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     dx = dy.new_empty(dy.shape[0], lora_a[0].shape[2])
     return dx, _tail_of(dy, len(lora_b), lora_b[0].shape[2])
-
-
-@torch.library.register_fake("lora_kernels::segmented_lora_pointers_", lib=_library)
-def _(
-    y: Tensor,
-    x: Tensor,
-    pointers: Tensor,
-    table: list[Tensor],
-    widths: list[int],
-    r_max: int,
-    dtype: torch.dtype,
-) -> None:
-    return None
 
 
 @torch.library.register_fake("lora_kernels::segmented_linear_fwd", lib=_library)

@@ -260,20 +260,6 @@ def _segmented_lora_dx(dy: Tensor, *args: Any, **kwargs: Any) -> Problem:
     return _segmented_lora(dy, *args, **kwargs)._replace(op="segmented_lora_dx")
 
 
-def _segmented_lora_pointers_(
-    y: Tensor,
-    x: Tensor,
-    pointers: Tensor,
-    table: Sequence[Tensor],
-    widths: Sequence[int],
-    r_max: int,
-    dtype: torch.dtype,
-) -> Problem:
-    # What the table points to begins on whole vectors.
-    op, n, k = "segmented_lora_pointers_", sum(widths), x.shape[1]
-    return _segmented(op, x, n, k, table, r_max, len(widths), dtype)
-
-
 def _segmented_linear_fwd(
     x: Tensor,
     weight: Tensor,
@@ -344,7 +330,6 @@ PROBLEM_OF: dict[str, Callable[..., Problem]] = {
     "segmented_lora": _segmented_lora,
     "segmented_lora_": _segmented_lora_,
     "segmented_lora_dx": _segmented_lora_dx,
-    "segmented_lora_pointers_": _segmented_lora_pointers_,
     "segmented_linear_fwd": _segmented_linear_fwd,
     "segmented_linear_dx": _segmented_linear_dx,
     "segmented_lora_dab": _segmented_lora_dab,

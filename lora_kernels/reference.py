@@ -38,7 +38,6 @@ read. Slice number j draws its mask with offset + j. With the base linear under 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -482,38 +481,3 @@ def segmented_lora_dab(
                 db[j][slot, :, :rank] = (columns.t() @ s[rows, j, :rank].to(acc)).to(db_dtype)
         first += width
     return da, db
-
-
-def segmented_lora_pointers_(
-    y: Tensor,
-    x: Tensor,
-    pointers: Tensor,
-    table: Sequence[Tensor],
-    widths: Sequence[int],
-    r_max: int,
-    dtype: torch.dtype,
-) -> None:
-    """``y += delta`` with adapters by address (:class:`lora_kernels.pointers.AdapterPointers`), on
-    a CPU alone, whose addresses this process can read."""
-    if x.device.type != "cpu":
-        raise NotImplementedError(f"no kernel reads adapters by address on {x.device}")
-    ranks = torch.minimum(table[1], pointers[:, :, 4].amin(1).to(table[1].dtype))
-    a = [x.new_zeros(len(ranks), r_max, x.shape[1], dtype=dtype) for _ in widths]
-    b = [x.new_zeros(len(ranks), width, r_max, dtype=dtype) for width in widths]
-    for slot, row in enumerate(pointers.tolist()):
-        for j, (address_a, step_a, address_b, step_b, _) in enumerate(row):
-            rank = int(ranks[slot])
-            a[j][slot, :rank] = _at(address_a, (rank, x.shape[1]), step_a, dtype)
-            b[j][slot, :, :rank] = _at(address_b, (widths[j], rank), step_b, dtype)
-    s = segmented_shrink(x, a, [table[0], ranks, *table[2:]])
-    segmented_expand_(y, s, b, [table[0], ranks, *table[2:]])
-
-
-def _at(address: int, shape: tuple[int, int], step: int, dtype: torch.dtype) -> Tensor:
-    """The matrix of this shape at an address, its rows ``step`` elements apart."""
-    rows, cols = shape
-    if rows == 0 or cols == 0:
-        return torch.empty(shape, dtype=dtype)
-    elements = (rows - 1) * step + cols
-    memory = (ctypes.c_char * (elements * dtype.itemsize)).from_address(address)
-    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, (step, 1))

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from . import ops
 from .functional import Packed, check_local, check_rng, compute_dtype, draw_rng, rows_of
-from .pointers import AdapterPointers
 from .reference import tail_dtype
 from .segmented_autograd import Call, SegmentedLinear, SegmentedLoRA
 from .segments import SegmentTable
@@ -21,8 +20,8 @@ Stack = Tensor | Sequence[Tensor]
 
 def segmented_lora(
     x: Tensor,
-    lora_a: Stack | AdapterPointers,
-    lora_b: Stack | None,
+    lora_a: Stack,
+    lora_b: Stack,
     seg: SegmentTable,
     out: Tensor | None = None,
     *,
@@ -43,8 +42,7 @@ def segmented_lora(
         lora_a: [S, r_max, K], A of every slot, or a sequence of such tensors, one for each slice
             (query, key and value of one input). Any floating dtype; rounded to x's on
             use, for float16 to float32.
-        lora_b: [S, N, r_max], or a sequence, one for each slice; widths N may differ. None if
-            ``lora_a`` is an :class:`AdapterPointers`, which takes the place of both (with ``out``).
+        lora_b: [S, N, r_max], or a sequence, one for each slice; widths N may differ.
         seg: the slot of each row, and the live rank and the scale of each slot. Compute and memory
             traffic follow live ranks; what lies beyond them, or in unused slots, is never read.
         out: None: a new tensor, in which rows without an adapter are zero. A tensor [..., sum of
@@ -77,13 +75,10 @@ def segmented_lora(
             [ 0.,  0.,  0.],
             [ 4.,  4.,  4.]])
     """
-    dropping = training and dropout_p > 0.0
-    if isinstance(lora_a, AdapterPointers):
-        return _by_address(x, lora_a, seg, out, lora_b is None and not dropping)
     a, b, packed = _stacks(lora_a, lora_b, output_slices)
     _check(x, seg, a, b, packed, dropout_p)
     rows = rows_of(x, x.dtype)
-    rng, dropout_p = _dropout(rng, dropout_p if dropping else 0.0, x.device)
+    rng, dropout_p = _dropout(rng, dropout_p if training else 0.0, x.device)
     differentiable = ops.records_gradients() and any(t.requires_grad for t in (x, *a, *b))
     if out is not None:
         _check_out(out, x, [t.shape[1] for t in b], differentiable, rng)
@@ -195,35 +190,6 @@ def segmented_expand(
         return out
 
 
-def _by_address(
-    x: Tensor, pointers: AdapterPointers, seg: SegmentTable, out: Tensor | None, plain: bool
-) -> Tensor:
-    """:func:`segmented_lora` with adapters by address."""
-    if out is None or not plain:
-        raise ValueError("AdapterPointers are for serving: lora_b=None, out=, and no dropout")
-    _check_tensor("x", x, x.device)
-    _check_table(x, seg, x.numel() // max(x.shape[-1], 1))
-    if x.shape[-1] != pointers.in_features or seg.slots != pointers.slots:
-        raise ValueError(
-            f"x is {list(x.shape)} and the table has {seg.slots} slots, the pointers are for "
-            f"[..., {pointers.in_features}] and {pointers.slots} slots"
-        )
-    if pointers.device != x.device:
-        raise ValueError(f"the pointers are on {pointers.device}, x on {x.device}")
-    differentiable = ops.records_gradients() and x.requires_grad
-    _check_out(out, x, pointers.widths, differentiable, None)
-    ops.segmented_lora_pointers_(
-        _rows_of_out(out),
-        rows_of(x, x.dtype),
-        pointers.table,
-        seg.tensors(),
-        pointers.widths,
-        pointers.max_rank,
-        pointers.dtype,
-    )
-    return out
-
-
 def _dropout(
     rng: Tensor | None, dropout_p: float, device: torch.device
 ) -> tuple[Tensor | None, float]:
@@ -243,11 +209,9 @@ def _list(stack: Stack) -> list[Tensor]:
 
 
 def _stacks(
-    lora_a: Stack, lora_b: Stack | None, output_slices: Sequence[int] | None
+    lora_a: Stack, lora_b: Stack, output_slices: Sequence[int] | None
 ) -> tuple[list[Tensor], list[Tensor], int]:
     """A and B one tensor a slice, and the number of slices that A packs by live rank (or 0)."""
-    if lora_b is None:
-        raise TypeError("lora_b may be None with AdapterPointers only")
     a, b = _list(lora_a), _list(lora_b)
     if output_slices is None:
         if len(a) != len(b) or not a:

@@ -7,7 +7,6 @@ nobody may read: beyond the live ranks and in the slots without rows or rank.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from . import reference
 from .plan import record_plans
-from .pointers import AdapterPointers
 from .segments import SegmentTable
 from .testing import LAYOUTS, Arguments, assert_within_budget, poisoned_memory
 
@@ -126,20 +124,6 @@ class SegmentedInputs:
         slots = self.seg.slot_of_row[: self.case.m].long()
         return (slots < 0) | (self.seg.rank_of_slot[slots.clamp(min=0)] == 0)
 
-    @functools.cached_property
-    def pointers(self) -> AdapterPointers:
-        """The live adapters by address, each with memory of its own that lives as long as this."""
-        case, r = self.case, self.lora_b[0].shape[2]
-        dtype = self.lora_b[0].dtype
-        pointers = AdapterPointers(
-            len(case.ranks), case.k, case.widths, r, dtype=dtype, device=case.device
-        )
-        for slot, rank in enumerate(case.ranks):
-            if rank:
-                a = [self.slice_of_a(slot, j).clone() for j in range(len(case.widths))]
-                pointers.set_(slot, a, [b[slot, :, :rank].clone() for b in self.lora_b])
-        return pointers
-
     def slice_of_a(self, slot: int, j: int) -> Tensor:
         """A [rank, K] of a slot and slice."""
         rank = self.case.ranks[slot]
@@ -167,16 +151,6 @@ class SegmentedInputs:
             return both | dropout | base | {"x": self.x, "bias": self.bias}
         if op == "segmented_linear_dx":
             return both | dropout | base | {"dy": self.dy}
-        if op == "segmented_lora_pointers_":
-            return {
-                "y": y,
-                "x": self.x,
-                "pointers": self.pointers.table,
-                "table": table,
-                "widths": self.pointers.widths,
-                "r_max": self.pointers.max_rank,
-                "dtype": self.pointers.dtype,
-            }
         s = reference.segmented_shrink(self.x, **a, **dropout)
         if op == "segmented_lora_dab":
             _, d = reference.segmented_lora_dx(self.dy, **both, **dropout)

@@ -21,7 +21,6 @@ from torch import Tensor
 from . import cpu, cuda, plan
 from .config import Config, candidates
 from .device import facts
-from .pointers import AdapterPointers
 from .problem import PROBLEM_OF, Problem
 from .segments import SegmentTable
 
@@ -100,9 +99,9 @@ def mixed_arguments_for(
     dropout_p: float,
     fan_in_fan_out: bool,
     device: torch.device,
-) -> tuple[dict[str, Any], list[Any]]:
+) -> dict[str, Any]:
     """The same for an operator of a batch that mixes adapters, whose rows take turns among the
-    slots; and what has to be kept while the arguments are used."""
+    slots."""
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
@@ -127,24 +126,16 @@ def mixed_arguments_for(
         "table": seg.tensors(),
         "widths": list(widths),
         "r_max": r,
-        "dtype": adapter_dtype,
         "da_dtype": adapter_dtype,
         "db_dtype": adapter_dtype,
     }
     if dropout_p:
         given |= {"rng": torch.tensor([1, 2, 0, 0], device=device), "dropout_p": dropout_p}
-    kept: list[Any] = [seg]
-    if op == "segmented_lora_pointers_":
-        pointers = AdapterPointers(slots, k, widths, r, dtype=adapter_dtype, device=device)
-        for slot in range(slots):
-            pointers.set_(slot, [t[slot] for t in a], [t[slot] for t in b])
-        kept += [pointers, a, b]
-        given["pointers"] = pointers.table
     names = set(inspect.signature(PROBLEM_OF[op]).parameters)
     if op == "segmented_lora_dx":
         # Its builder hands everything behind dY to the forward's.
         names |= set(inspect.signature(PROBLEM_OF["segmented_lora"]).parameters) - {"x"}
-    return {name: value for name, value in given.items() if name in names}, kept
+    return {name: value for name, value in given.items() if name in names}
 
 
 def measure(op: str, arguments: dict[str, Any], *, seconds: float = 2.0) -> Measurement:
@@ -218,10 +209,7 @@ def tune(
                 }
                 if slots:
                     widths = [n] if isinstance(n, int) else n
-                    # Addresses among the arguments do not keep what they point to.
-                    arguments, _kept = mixed_arguments_for(
-                        op, m, k, widths, r, slots=slots, **common
-                    )
+                    arguments = mixed_arguments_for(op, m, k, widths, r, slots=slots, **common)
                 else:
                     assert isinstance(n, int), "slices are of a batch that mixes adapters"
                     arguments = arguments_for(op, m, k, n, r, **common)

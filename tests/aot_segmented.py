@@ -49,13 +49,6 @@ def variants(op: str) -> Iterator[Variant]:
     masked = op in ("segmented_shrink", "segmented_lora_dx", "segmented_lora_dab")
     base = Problem(op, 4096, sum(WIDTHS), 4096, r, "bfloat16", "float32", slots=SLOTS, slices=3)
     half = base._replace(adapter_dtype="bfloat16")
-    if op == "segmented_lora_pointers_":
-        # What is pointed to has its rows in memory; x may have them elsewhere.
-        yield Variant(base, "aligned")
-        yield Variant(half, "aligned")
-        yield Variant(half, "odd")
-        yield Variant(base._replace(dtype="float32"), "aligned")
-        return
     for problem in (base, half, half._replace(r=16)):
         for dropout in (False, True) if masked else (False,):
             yield Variant(problem._replace(dropout=dropout), "aligned")
@@ -67,10 +60,6 @@ def variants(op: str) -> Iterator[Variant]:
     single = base._replace(dtype="float32", dropout=masked)
     yield Variant(single, "aligned")
     yield Variant(single, "odd")
-
-
-# Operators of two launches, whose kernels take flags that no other has.
-_HALVES = ("segmented_lora_dx", "segmented_lora_pointers_")
 
 
 def calls(known: DeviceFacts) -> Iterator[tuple[Config, Problem, str, bool, int]]:
@@ -85,9 +74,10 @@ def calls(known: DeviceFacts) -> Iterator[tuple[Config, Problem, str, bool, int]
             for m in (32, 4096):
                 problem = variant.problem._replace(m=m, aligned=variant.layout == "aligned")
                 for config in tiled_configs(problem, known):
-                    halves = config.plan == "grouped" and op in _HALVES
-                    if config.plan == "grouped" and op in DECODE_OPS and not halves:
+                    if config.plan == "grouped" and op in DECODE_OPS:
                         continue
+                    # Two launches, whose kernels take flags that no other has.
+                    halves = op == "segmented_lora_dx"
                     # What the chunk says is a number of iterations.
                     tile = dataclasses.replace(config, chunk=0)
                     key = tile, problem._replace(m=0), variant.layout, variant.packed
@@ -175,15 +165,12 @@ def arguments(problem: Problem, layout: str, packed: bool) -> dict[str, Any]:
     s = torch.empty(m, len(widths), r, dtype=dtype)
     sizes = (k, sum(widths)) if problem.fan_in_fan_out else (sum(widths), k)
     base = {"weight": tensor(*sizes), "fan_in_fan_out": problem.fan_in_fan_out}
-    pointers = torch.empty(SLOTS, len(widths), 5, dtype=torch.int64)
     return {
         "segmented_shrink": a | dropout | {"x": x},
         "segmented_expand": {"s": s, "lora_b": lora_b, "table": table},
         "segmented_expand_": {"y": wide, "s": s, "lora_b": lora_b, "table": table},
         "segmented_lora": a | dropout | {"x": x, "lora_b": lora_b},
         "segmented_lora_": a | {"y": wide, "x": x, "lora_b": lora_b},
-        "segmented_lora_pointers_": {"y": wide, "x": x, "pointers": pointers, "table": table}
-        | {"widths": widths, "r_max": r, "dtype": adapters},
         "segmented_linear_fwd": a
         | dropout
         | base

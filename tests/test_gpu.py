@@ -265,47 +265,6 @@ def test_graph_replay_takes_another_mapping(op, plan):
         assert torch.equal(ours[0][bare], fresh.y[bare] if results is None else 0 * fresh.y[bare])
 
 
-@pytest.mark.parametrize("plan", ["grouped", "decode"])
-def test_graph_replay_takes_a_hot_swap(plan):
-    """Slots are pointed to other adapters between replays, of other ranks, and emptied."""
-    op = "segmented_lora_pointers_"
-    case = replace(MIXED, m=64, dtype=torch.bfloat16, ranks=(16, 4, 32, 8, 64, 16), r_max=64)
-    inputs = case.draw()
-    arguments, pointers = inputs.arguments(op), inputs.pointers
-
-    def run():
-        with lk.force_plan(plan):
-            ops.segmented_lora_pointers_(**arguments)
-
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    for seed, ranks in ((1, (8, 64, 0, 33, 16, 1)), (2, (64, 1, 2, 0, 3, 5))):
-        fresh = replace(case, seed=seed, ranks=ranks).draw()
-        arguments["x"].copy_(fresh.x)
-        arguments["y"].copy_(fresh.y)
-        for slot, rank in enumerate(ranks):
-            pointers.clear_(slot)
-            if rank and slot < len(ranks) - 1:
-                a = [fresh.slice_of_a(slot, j).clone() for j in range(len(case.widths))]
-                pointers.set_(slot, a, [b[slot, :, :rank].clone() for b in fresh.lora_b])
-        seg = fresh.seg
-        # What the slots' pointers hold cuts the table's ranks, which stay at the most there are.
-        most = torch.full_like(seg.rank_of_slot, 64)
-        inputs.seg.update_(seg.slot_of_row, most, seg.scale_of_slot, validate=False)
-        graph.replay()
-        exact = naive_segmented(fresh, op, torch.float64)
-        eager = naive_segmented(fresh, op, torch.bfloat16)
-        assert_within_budget(op, arguments["y"], eager[0], exact[0])
-        bare = fresh.bare()
-        assert torch.equal(arguments["y"][bare], fresh.y[bare])
-
-
 def test_a_schedule_built_inside_a_graph():
     slots = torch.tensor([0, -1, 1, 1], device="cuda")
     ranks = torch.tensor([4, 8], device="cuda")

@@ -229,7 +229,7 @@ def test_the_functional_layer_trains_through_the_kernels(monkeypatch):
 SHRINK, EXPAND, LORA, DX, DAB = (
     f"segmented_{name}" for name in ("shrink", "expand", "lora", "lora_dx", "lora_dab")
 )
-IN_PLACE, POINTERS = "segmented_lora_", "segmented_lora_pointers_"
+IN_PLACE = "segmented_lora_"
 MISTAKES = {
     "the first slot's scale": (LORA, "grouped", {}, "table[1] + slot", "table[1] + 0 * slot"),
     "no scale": (LORA, "grouped", {}, "(acc * scale.to(tl.float32))", "acc"),
@@ -287,8 +287,8 @@ MISTAKES = {
         EXPAND,
         "grouped",
         {},
-        "nothing = (slot < 0) & (block < blocks)",
-        "nothing = slot < 0",
+        "if (slot < 0) & (block < blocks):",
+        "if slot < 0:",
     ),
     "stored, not added": (IN_PLACE, "grouped", {}, "    if ADD:", "    if False:"),
     "no mask": (SHRINK, "grouped", {"dropout_p": 0.3}, "x = tl.where(keep, x, 0.0)", "x += 0.0"),
@@ -340,8 +340,6 @@ MISTAKES = {
         "stop = within * CHUNK + 1",
     ),
     "no scale in the decode": (LORA, "decode", {}, "acc * scale, 0.0", "acc, 0.0"),
-    "B at the address of A": (POINTERS, "decode", {}, "* 5 + FIELD", "* 5"),
-    "rows of A a rank apart": (POINTERS, "grouped", {}, "tl.load(entry + 1", "tl.load(entry + 4"),
 }
 
 

@@ -1,5 +1,5 @@
-"""The base linear under adapters that differ from row to row, and adapters by address: Triton's
-kernels against float64, as ``test_kernels_segmented.py`` has the other segmented operators."""
+"""The base linear under adapters that differ from row to row: Triton's kernels against float64, as
+``test_kernels_segmented.py`` has the other segmented operators."""
 
 import functools
 from dataclasses import replace
@@ -12,7 +12,6 @@ pytest.importorskip("triton")
 # Below the skip: nothing of Triton's is imported where it is missing.
 import segmented_kernels
 from segmented_kernels import (
-    CONFIGS,
     DEVICE,
     DTYPES,
     GROUPED,
@@ -36,7 +35,6 @@ from lora_kernels.testing_segmented import SegmentedCase, check_segmented
 pytestmark = segmented_kernels.SKIPS
 
 FWD, DX = MIXED_LINEAR_OPS
-POINTERS = "segmented_lora_pointers_"
 TAIL, SPLIT = LINEAR_CONFIGS["tail"], LINEAR_CONFIGS["tail, split"]
 VENDORS = [name for name in LINEAR_CONFIGS if name.startswith("vendor")]
 
@@ -166,62 +164,6 @@ def test_an_infinite_adapter_is_its_own_rows_alone(op):
     hit = inputs.seg.slot_of_row == 2
     assert hit.any() and not ours[hit].isfinite().any(dim=1).all()
     assert torch.equal(ours[~hit], expected[~hit])
-
-
-POINTER_VARIANTS = {
-    name: VARIANTS[name]
-    for name in (
-        "plain",
-        "three slices",
-        "strided",
-        "transposed",
-        "float32 adapters",
-        "a table with room",
-        "rank 256",
-        "distinct",
-        "one row",
-        "no rows",
-        "tiny",
-    )
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "variant", "dtype"), [*combinations(CONFIGS, POINTER_VARIANTS)], ids=str
-)
-def test_pointers(name, variant, dtype):
-    case = replace(SIZE, dtype=dtype, **POINTER_VARIANTS[variant])
-    check_segmented(POINTERS, launch(POINTERS, CONFIGS[name]), case)
-
-
-@pytest.mark.parametrize("name", ["grouped", "decode"])
-def test_a_hot_swap_an_empty_slot_and_ranks_cut_to_what_is_there(name):
-    pointers = lk.AdapterPointers(3, 24, [20, 7], 16, device=DEVICE)
-    seg = SegmentTable.from_rows([0, 1, 0, 2], [16, 8, 4], [1.0, 2.0, 0.5], device=DEVICE)
-    x = torch.randn(4, 24, device=DEVICE)
-    given = {"widths": [20, 7], "r_max": 16, "dtype": torch.float32, "table": seg.tensors()}
-
-    def run():
-        # A zero added would make it a positive one.
-        y = torch.full((4, 27), -0.0, device=DEVICE)
-        launch(POINTERS, CONFIGS[name])(y, x, pointers.table, **given)
-        return y
-
-    untouched = torch.full((4, 27), -0.0, device=DEVICE).view(torch.int32)
-    assert torch.equal(run().view(torch.int32), untouched)
-    for rank in (5, 12):
-        a = [torch.randn(rank, 24, device=DEVICE) for _ in range(2)]
-        b = [torch.randn(width, rank, device=DEVICE) for width in (20, 7)]
-        pointers.set_(0, a, b)
-        y = run()
-        expected = torch.cat([x @ p.t() @ q.t() for p, q in zip(a, b, strict=True)], dim=1)
-        for row in (0, 2):
-            torch.testing.assert_close(y[row], expected[row])
-        for row in (1, 3):
-            assert torch.equal(y[row].view(torch.int32), untouched[row])
-    # One slice alone may be shorter in a table that somebody else writes.
-    pointers.table[0, 1, 4] = 3
-    torch.testing.assert_close(run()[0, :20], (x @ a[0][:3].t() @ b[0][:, :3].t())[0])
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])

@@ -18,7 +18,6 @@ LAYERS = [
         "config",
         "device",
         "segments",
-        "pointers",
         "vendor",
         "_native",
         "kernels",

@@ -25,8 +25,7 @@ native = torch.ops.lora_kernels_cpu
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = torch.float32, torch.bfloat16, torch.float16
 LINEAR = ("segmented_linear_fwd", "segmented_linear_dx")
-POINTERS = "segmented_lora_pointers_"
-IN_PLACE = ("segmented_lora_", "segmented_expand_", POINTERS)
+IN_PLACE = ("segmented_lora_", "segmented_expand_")
 WITHOUT_DROPOUT = ("segmented_expand", *IN_PLACE)
 
 # Slices that end within a panel of 64 columns, on it and just beyond, and odd ones.
@@ -161,11 +160,11 @@ def of_rows(inputs, op, rows):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", [*LINEAR, POINTERS])
+@pytest.mark.parametrize("op", [*LINEAR, "segmented_lora_"])
 @pytest.mark.parametrize("m", [20, 230])
 def test_a_row_depends_on_no_other_row(op, m, dtype):
     case = replace(SIZE, m=m, k=700, dtype=dtype, bias=True, ranks=(33, 0, 1, 8, 80, 16, 16, 3))
-    inputs = replace(case, dropout_p=0.0 if op == POINTERS else 0.3).draw()
+    inputs = replace(case, dropout_p=0.0 if op in IN_PLACE else 0.3).draw()
     threads = torch.get_num_threads()
     whole = run(op, inputs.arguments(op))
     bare = inputs.bare().nonzero().flatten().tolist()
@@ -184,7 +183,7 @@ def test_a_row_depends_on_no_other_row(op, m, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", [*LINEAR, "segmented_lora", "segmented_lora_dx", POINTERS])
+@pytest.mark.parametrize("op", [*LINEAR, "segmented_lora", "segmented_lora_", "segmented_lora_dx"])
 def test_nothing_stays_of_an_earlier_call(op, dtype):
     """Threads keep their scratch memory: what a call leaves there must not reach the next."""
     inputs = replace(SIZE, m=37, k=91, widths=(40, 7, 30), dtype=dtype).draw()
@@ -245,69 +244,12 @@ def test_what_lies_beside_rows_that_are_read_in_place(op, dtype):
     assert_same_bits(run(op, arguments | {"dy": window}), run(op, arguments))
 
 
-# Adapters by address
-
-
-def addressed(adapters):
-    """The table of adapters (A [rank, K], B [N, rank]) of one slice where they lie, whatever their
-    alignment; None: an empty slot."""
-    return torch.tensor(
-        [
-            [[a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), a.shape[0]]]
-            if a is not None
-            else [[0, 0, 0, 0, 0]]
-            for a, b in adapters
-        ]
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("adapter_dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("strided_y", [False, True])
-def test_pointers_to_anywhere(dtype, adapter_dtype, strided_y):
-    """Any alignment, any steps, ranks above and below the table's, empty slots in use."""
-    generator = torch.Generator().manual_seed(0)
-
-    def anywhere(rows, cols):
-        room = torch.full((rows * (cols + 5) + 3,), float("nan"), dtype=adapter_dtype)
-        t = room[3:].view(rows, cols + 5)[:, :cols]
-        return t.copy_(torch.randn(rows, cols, generator=generator))
-
-    K, N = 131, 77
-    ranks_there, ranks_of_table = (5, 0, 16, 3, 33), (8, 4, 9, 3, 0)
-    adapters = [(anywhere(r, K), anywhere(N, r)) if r else (None, None) for r in ranks_there]
-    slots = [i % 6 - 1 for i in range(50)]
-    scales = [1.0, 2.0, 0.5, 3.0, 4.0]
-    seg = SegmentTable.from_rows(slots, ranks_of_table, scales, max_rank=40)
-    x = torch.randn(50, K, generator=generator).to(dtype) / K**0.5
-    y = torch.full((50, N), -0.0).to(dtype)
-    y = y.t().contiguous().t() if strided_y else y
-    native.segmented_lora_pointers_(
-        y, x, addressed(adapters), seg.tensors(), [N], 40, adapter_dtype
-    )
-    # The stacks of the same adapters, of the smaller ranks.
-    ranks = [min(pair) for pair in zip(ranks_there, ranks_of_table, strict=True)]
-    a, b = torch.zeros(5, 40, K), torch.zeros(5, N, 40)
-    a, b = a.to(adapter_dtype), b.to(adapter_dtype)
-    for slot, rank in enumerate(ranks):
-        if rank:
-            a[slot, :rank] = adapters[slot][0][:rank]
-            b[slot, :, :rank] = adapters[slot][1][:, :rank]
-    twin = torch.full((50, N), -0.0).to(dtype)
-    seg = SegmentTable.from_rows(slots, ranks, scales, max_rank=40)
-    native.segmented_lora_(twin, x, [a], [b], seg.tensors())
-    assert_same_bits([y], [twin])
-    bare = [i for i, slot in enumerate(slots) if slot < 0 or not ranks[slot]]
-    assert (y[bare].signbit() & (y[bare] == 0)).all(), "a row without an adapter was written"
-    assert (y != 0).any(dim=1).sum() == 50 - len(bare)
-
-
 # Wrong calls
 
 
 def wrong_calls():
     inputs = SegmentedCase(9, 30, (25, 8), (4, 3, 2), bias=True, spare=2).draw()
-    a, b, weight, pointers = inputs.lora_a, inputs.lora_b, inputs.weight, inputs.pointers.table
+    a, b, weight = inputs.lora_a, inputs.lora_b, inputs.weight
     x, dy, table = inputs.x, inputs.dy, inputs.seg.tensors()
 
     def changed(i, change):
@@ -319,9 +261,6 @@ def wrong_calls():
             return t
 
         return change
-
-    def pointing(*place_and_value):
-        return {"pointers": put(*place_and_value)(pointers.clone())}
 
     tables = [
         ({"table": table[:7]}, ValueError, "8 tensors, got 7"),
@@ -371,28 +310,11 @@ def wrong_calls():
         ({"y": torch.zeros(9, 32)}, ValueError, r"y must be \[9, 33\], got \[9, 32\]"),
         ({"y": torch.zeros(8, 33)}, ValueError, r"y must be \[9, 33\], got \[8, 33\]"),
         ({"y": torch.zeros(9, 33).half()}, TypeError, "y must be Float, got Half"),
-        ({"pointers": pointers.int()}, TypeError, "pointers must be int64, got Int"),
-        ({"pointers": pointers[:2]}, ValueError, r"pointers must be .*\[3, 2, 5\]"),
-        ({"pointers": pointers[:, :1]}, ValueError, "pointers must be"),
-        ({"pointers": pointers.mT}, ValueError, "pointers must be"),
-        ({"widths": [25]}, ValueError, "pointers must be"),
-        ({"widths": []}, ValueError, "pointers must be"),
-        ({"widths": [25, -8]}, ValueError, "widths must not be negative"),
-        ({"r_max": 3}, ValueError, "slot 0 are of rank 4 and r_max is 3"),
-        ({"dtype": torch.int32}, TypeError, "dtype must be a floating one"),
-        (pointing((1, 1, 4), 99), ValueError, "slot 1 are of rank 99"),
-        (pointing((1, 1, 4), -1), ValueError, "slot 1 are of rank -1"),
-        (pointing((1, 1, 0), 0), ValueError, "slot 1, rank 3, have a null address"),
-        (pointing((1, 0, 2), 0), ValueError, "slot 1, rank 3, have a null address"),
-        (pointing((1, 0, 1), 29), ValueError, "rows that overlap"),
-        (pointing((1, 0, 3), 2), ValueError, "rows that overlap"),
-        (pointing((1, 0, 0), 4 * 1001 + 2), ValueError, "are not to elements of Float"),
     ]
-    of_pointers = [c for c in tables if "has rank 5" not in c[2]]
     for op, changes in [
         ("segmented_linear_fwd", [*tables, *stacks, *base, *fwd]),
         ("segmented_linear_dx", [*tables, *stacks, *base, *dx]),
-        (POINTERS, [*of_pointers, *in_place]),
+        ("segmented_lora_", [*tables, *in_place]),
     ]:
         for change, error, says in changes:
             yield pytest.param(inputs, op, change, error, says, id=f"{op}-{says}")

@@ -404,7 +404,7 @@ def test_wrong_types():
 
 
 # The others are test_segmented_linear.py's.
-ALONE = [op for op in ops.SEGMENTED_OPERATORS if "linear" not in op and "pointers" not in op]
+ALONE = [op for op in ops.SEGMENTED_OPERATORS if "linear" not in op]
 
 
 @pytest.mark.parametrize("op", ALONE)

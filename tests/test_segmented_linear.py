@@ -1,5 +1,5 @@
-"""The base linear of a batch that mixes adapters, and adapters by address: the operators on this
-machine against float64, and their gradients."""
+"""The base linear of a batch that mixes adapters: its operators on this machine against float64,
+and their gradients."""
 
 import sys
 from dataclasses import replace
@@ -13,7 +13,7 @@ from lora_kernels.device import facts
 from lora_kernels.testing_segmented import SegmentedCase, check_segmented, naive
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-OPERATORS = ("segmented_linear_fwd", "segmented_linear_dx", "segmented_lora_pointers_")
+OPERATORS = ("segmented_linear_fwd", "segmented_linear_dx")
 
 # Two panels and a remainder of columns, two parts and a remainder of the inner axis, rows for two
 # blocks of one slot, and live ranks of every kind.
@@ -62,7 +62,7 @@ def test_operator(op, variant, dtype, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", ["plain", "packed", "Conv1D and bias", "no base", "one row"])
-@pytest.mark.parametrize("op", OPERATORS[:2])
+@pytest.mark.parametrize("op", OPERATORS)
 def test_dropout(op, variant, dtype, backend):
     case = replace(SIZE, dtype=dtype, dropout_p=0.3, **VARIANTS[variant])
     check_segmented(op, getattr(ops, op), case, backend=backend)
@@ -149,80 +149,9 @@ def test_compiled():
     assert torch.equal(step(*arguments, inputs.bias), expected)
 
 
-def test_pointers_take_tensors_where_they_are_and_copy_what_they_cannot_read():
-    pointers = lk.AdapterPointers(2, 16, [8], 8, dtype=torch.float32)
-    a, b = torch.randn(8, 16), torch.randn(8, 8)
-    pointers.set_(0, a, b)
-    assert pointers.table[0, 0].tolist() == [a.data_ptr(), 16, b.data_ptr(), 8, 8]
-    pointers.set_(0, a.t().contiguous().t(), torch.randn(8, 8)[:, ::1])
-    assert pointers.table[0, 0, 0] != a.data_ptr()
-    # Rows of three floats do not begin on 16 bytes.
-    pointers.set_(1, torch.randn(3, 16), torch.randn(8, 3))
-    assert pointers.table[1, 0, 3:].tolist() == [4, 3]
-
-
-def test_a_hot_swap_keeps_the_tables_address_and_empty_slots_are_no_adapter():
-    pointers = lk.AdapterPointers(2, 16, [8], 8)
-    seg = lk.SegmentTable.from_rows([0, 1, 0], [4, 8], [1.0, 2.0], max_rank=8)
-    x, y = torch.randn(3, 16), torch.full((3, 8), -0.0)
-    lk.segmented_lora(x, pointers, None, seg, out=y)
-    assert torch.equal(y.view(torch.int32), torch.full((3, 8), -0.0).view(torch.int32))
-    address = pointers.table.data_ptr()
-    for seed in range(2):
-        torch.manual_seed(seed)
-        a, b = torch.randn(4, 16), torch.randn(8, 4)
-        pointers.set_(0, a, b)
-        y = torch.zeros(3, 8)
-        lk.segmented_lora(x, pointers, None, seg, out=y)
-        expected = x @ a.t() @ b.t()
-        expected[1] = 0
-        torch.testing.assert_close(y, expected)
-    assert pointers.table.data_ptr() == address
-    # A table's rank beyond what the slot points to is cut to it.
-    seg.update_(rank_of_slot=[8, 8])
-    again = torch.zeros(3, 8)
-    lk.segmented_lora(x, pointers, None, seg, out=again)
-    assert torch.equal(again, y)
-
-
-def wrong_pointers(**change):
-    arguments = {"slots": 2, "in_features": 16, "widths": [8], "max_rank": 8} | change
-    return lk.AdapterPointers(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "says"),
-    [
-        (lambda: wrong_pointers(slots=0), ValueError, "at least 1"),
-        (lambda: wrong_pointers(widths=[]), ValueError, "at least 1"),
-        (lambda: wrong_pointers(dtype=torch.int32), TypeError, "floating dtype"),
-        (
-            lambda: wrong_pointers().set_(2, torch.ones(1, 16), torch.ones(8, 1)),
-            IndexError,
-            "slot 2 is out of range",
-        ),
-        (
-            lambda: wrong_pointers().set_(0, torch.ones(9, 16), torch.ones(8, 9)),
-            ValueError,
-            "must be in",
-        ),
-        (
-            lambda: wrong_pointers().set_(0, torch.ones(2, 15), torch.ones(8, 2)),
-            ValueError,
-            "lora_a must be",
-        ),
-    ],
-)
-def test_wrong_pointers(call, error, says):
-    with pytest.raises(error, match=says):
-        call()
-
-
 def test_wrong_calls():
     inputs = SegmentedCase(9, 30, (25,), (4, 3)).draw()
     x, w, a, b, seg = inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b, inputs.seg
-    y = torch.zeros(9, 25)
-    pointers = inputs.pointers
     with pytest.raises(ValueError, match="weight must be"):
         lk.segmented_linear(x, w.t(), a, b, seg)
     with pytest.raises(ValueError, match="bias must be"):
@@ -231,17 +160,6 @@ def test_wrong_calls():
         lk.segmented_linear(x, w.half(), a, b, seg)
     with pytest.raises(ValueError, match="room for 9"):
         lk.segmented_linear(torch.ones(10, 30), w, a, b, seg)
-    with pytest.raises(ValueError, match="lora_b=None, out="):
-        lk.segmented_lora(x, pointers, None, seg)
-    with pytest.raises(ValueError, match="lora_b=None, out="):
-        lk.segmented_lora(x, pointers, b, seg, out=y)
-    with pytest.raises(ValueError, match="the pointers are for"):
-        lk.segmented_lora(x[:, :29], pointers, None, seg, out=y)
-    with pytest.raises(ValueError, match="records no gradient"):
-        lk.segmented_lora(x.clone().requires_grad_(), pointers, None, seg, out=y)
-    with pytest.raises(TypeError, match="AdapterPointers only"):
-        lk.segmented_lora(x, a, None, seg, out=y)
-    assert not y.any()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="its memory is but reserved there")

@@ -3,8 +3,7 @@ ends where the slot's does.
 
 A kernel takes what differs from slice to slice (base pointer, step from slot to slot, width) as
 tuples, whose length is known when it is compiled, and picks its own by its place in the grid. Of a
-``SegmentTable`` it takes ``tensors()[1:]``. With POINTERS a slot's matrices lie where the rows of
-``AdapterPointers.table`` say, and the tuples hold but one pointer of their dtype.
+``SegmentTable`` it takes ``tensors()[1:]``.
 """
 
 from __future__ import annotations
@@ -55,35 +54,17 @@ def slice_of_block(block, widths, BLOCK: tl.constexpr, SLICES: tl.constexpr):
 
 
 @triton.jit
-def slot_of_block(block, blocks, table, pointers, SLICES: tl.constexpr, POINTERS: tl.constexpr):
+def slot_of_block(block, blocks, table):
     """The slot of a row block and its live rank: -1 and 0 for rows without an adapter."""
     slot = tl.load(table[5] + block, mask=block < blocks, other=-1)
     rank = tl.load(table[0] + slot, mask=slot >= 0, other=0)
-    if POINTERS:
-        for j in tl.static_range(SLICES):
-            there = pointers + (slot * SLICES + j) * 5 + 4
-            rank = tl.minimum(rank, tl.load(there, mask=slot >= 0, other=0).to(tl.int32))
     return slot, rank
 
 
 @triton.jit
-def matrix_of_slot(
-    ptrs, strides, stride, pointers, slot, j,
-    FIELD: tl.constexpr, SLICES: tl.constexpr, POINTERS: tl.constexpr,
-):  # fmt: skip
-    """A (FIELD 0) or B (FIELD 2) of a slot and slice: its first element, and the step from row to
-    row."""
-    if POINTERS:
-        entry = pointers + (slot * SLICES + j) * 5 + FIELD
-        address = tl.load(entry, mask=slot >= 0, other=0).to(ptrs[0].dtype)
-        step = tl.load(entry + 1, mask=slot >= 0, other=0)
-        # Rows begin on 16 bytes.
-        VECTOR: tl.constexpr = 128 // ptrs[0].dtype.element_ty.primitive_bitwidth
-        matrix, step = tl.multiple_of(address, 16), tl.multiple_of(step, VECTOR)
-    else:
-        matrix = pick(ptrs, j, SLICES) + slot.to(tl.int64) * pick(strides, j, SLICES)
-        step = stride
-    return matrix, step
+def matrix_of_slot(ptrs, strides, slot, j, SLICES: tl.constexpr):
+    """The first element of A or B of a slot and slice."""
+    return pick(ptrs, j, SLICES) + slot.to(tl.int64) * pick(strides, j, SLICES)
 
 
 @triton.jit
@@ -170,7 +151,7 @@ def tails_of_tile(
         own = ((offs_m >= place) & (offs_m < following))[:, None]
         if SUM_SLICES:
             for i in tl.range(0, SLICES, num_stages=1):
-                b_ptr = pick(b_ptrs, i, SLICES) + slot.to(tl.int64) * pick(strides_bt, i, SLICES)
+                b_ptr = matrix_of_slot(b_ptrs, strides_bt, slot, i, SLICES)
                 if PACKED:
                     b_ptr += (i * rank).to(tl.int64) * stride_br
                 # One stage: the walk is a step or two, and pipelined products have been
@@ -184,7 +165,7 @@ def tails_of_tile(
                     keep &= dropout_keep_rows(rng_ptr, i, logical, col, threshold, BLOCK_M, BLOCK_N)
                 acc += tl.where(keep, tail, 0.0)
         else:
-            b_ptr = pick(b_ptrs, j, SLICES) + slot.to(tl.int64) * pick(strides_bt, j, SLICES)
+            b_ptr = matrix_of_slot(b_ptrs, strides_bt, slot, j, SLICES)
             tail = expand_tile(
                 s_ptr + j * stride_sj, b_ptr, rows, inside, offs_n, width, rank, R,
                 stride_sm, 1, stride_bn, stride_br, BLOCK_M, BLOCK_N, BLOCK_R, True, 1,
@@ -208,15 +189,13 @@ def store_rows(
 
 
 class Stacks(NamedTuple):
-    """A or B of every slot as a kernel takes them: one tensor for each slice, or with ``pointers``
-    (the table of an ``AdapterPointers``) one of their dtype for all."""
+    """A or B of every slot as a kernel takes them: one tensor for each slice."""
 
     tensors: tuple[Tensor, ...]
     slots: tuple[int, ...]  # strides from slot to slot
     row: int
     last: int
     packed: bool = False
-    pointers: Tensor | None = None
 
     @property
     def slices(self) -> int:
@@ -232,12 +211,6 @@ def stacks_of(stacks: Sequence[Tensor], dtype: torch.dtype, packed: int = 0) -> 
         tensors = tuple(t.to(dtype).contiguous() for t in tensors)
     row, last = tensors[0].stride()[1:]
     return Stacks(tensors, tuple(t.stride(0) for t in tensors), row, last, packed > 0)
-
-
-def pointed(x: Tensor, pointers: Tensor, dtype: torch.dtype) -> Stacks:
-    """A and B by address."""
-    like = x if x.dtype == dtype else x.new_empty(0, dtype=dtype)
-    return Stacks((like,), (0,) * pointers.shape[1], 1, 1, False, pointers)
 
 
 def row_blocks(table: Sequence[Tensor], m: int, block_m: int, fill: bool) -> int:

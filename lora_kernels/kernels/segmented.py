@@ -30,7 +30,6 @@ from .mixed import (
     expand_tile,
     matrix_of_slot,
     pick,
-    pointed,
     rank_tile,
     row_blocks,
     rows_of_block,
@@ -71,7 +70,7 @@ def shrink_tile(
 
 @triton.jit
 def _segmented_shrink_kernel(
-    x_ptr, a_ptrs, rng_ptr, table, pointers,
+    x_ptr, a_ptrs, rng_ptr, table,
     s_ptr, partial_ptr, counter_ptr,
     M, T, slots, blocks, R, widths, columns,
     stride_xm, stride_xk,
@@ -80,11 +79,11 @@ def _segmented_shrink_kernel(
     inverse_keep, threshold,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     SPLIT_K: tl.constexpr, SLICES: tl.constexpr, PACKED: tl.constexpr,
-    RANK_LAST: tl.constexpr, HAS_MASK: tl.constexpr, POINTERS: tl.constexpr,
+    RANK_LAST: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     block, split = tl.program_id(0) // SPLIT_K, tl.program_id(0) % SPLIT_K
     j, part = tl.program_id(1), tl.program_id(2)
-    slot, rank = slot_of_block(block, blocks, table, pointers, SLICES, POINTERS)
+    slot, rank = slot_of_block(block, blocks, table)
     if (slot < 0) & (block < blocks):
         return
     first_r = part * BLOCK_R
@@ -94,9 +93,7 @@ def _segmented_shrink_kernel(
         return
     rows, inside = rows_of_block(block, blocks, slot, table, slots, M, T, BLOCK_M)
     offs_r = first_r + tl.arange(0, BLOCK_R)
-    a_ptr, step_a = matrix_of_slot(
-        a_ptrs, strides_at, stride_ar, pointers, slot, j, 0, SLICES, POINTERS
-    )
+    a_ptr = matrix_of_slot(a_ptrs, strides_at, slot, j, SLICES)
     if PACKED:
         a_ptr += (j * rank).to(tl.int64) * stride_ar
     logical = rows
@@ -105,7 +102,7 @@ def _segmented_shrink_kernel(
     acc = shrink_tile(
         x_ptr, a_ptr, rng_ptr, rows, inside, logical, pick(columns, j, SLICES), offs_r,
         split * BLOCK_K, tl.where(dead, 0, pick(widths, j, SLICES)), rank, R,
-        stride_xm, stride_xk, step_a, stride_ak, j, threshold,
+        stride_xm, stride_xk, stride_ar, stride_ak, j, threshold,
         BLOCK_M, BLOCK_K, BLOCK_R, SPLIT_K * BLOCK_K, RANK_LAST, HAS_MASK,
     )  # fmt: skip
     finish = True
@@ -133,7 +130,7 @@ def _segmented_shrink_kernel(
 
 @triton.jit
 def _segmented_expand_kernel(
-    s_ptr, b_ptrs, rng_ptr, table, pointers,
+    s_ptr, b_ptrs, rng_ptr, table,
     y_ptr,
     M, T, slots, blocks, R, widths,
     stride_sm, stride_sj, stride_sr,
@@ -142,15 +139,11 @@ def _segmented_expand_kernel(
     threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     SLICES: tl.constexpr, PACKED: tl.constexpr, RANK_LAST: tl.constexpr,
-    ADD: tl.constexpr, SUM_SLICES: tl.constexpr, HAS_MASK: tl.constexpr, POINTERS: tl.constexpr,
+    ADD: tl.constexpr, SUM_SLICES: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    slot, rank = slot_of_block(block, blocks, table, pointers, SLICES, POINTERS)
-    nothing = (slot < 0) & (block < blocks)
-    if ADD:
-        # A slot whose pointers are empty has rows, and even a zero added may change their bits.
-        nothing = rank == 0
-    if nothing:
+    slot, rank = slot_of_block(block, blocks, table)
+    if (slot < 0) & (block < blocks):
         return
     rows, inside = rows_of_block(block, blocks, slot, table, slots, M, T, BLOCK_M)
     if SUM_SLICES:
@@ -162,7 +155,7 @@ def _segmented_expand_kernel(
             logical = tl.load(table[2] + rows, mask=inside, other=0)
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for j in tl.static_range(SLICES):
-            b_ptr = b_ptrs[j] + slot.to(tl.int64) * strides_bt[j]
+            b_ptr = matrix_of_slot(b_ptrs, strides_bt, slot, j, SLICES)
             if PACKED:
                 b_ptr += (j * rank).to(tl.int64) * stride_br
             tail = expand_tile(
@@ -177,12 +170,10 @@ def _segmented_expand_kernel(
         j, within, first = slice_of_block(tl.program_id(1), widths, BLOCK_N, SLICES)
         width = pick(widths, j, SLICES)
         offs_n = within * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_ptr, step_b = matrix_of_slot(
-            b_ptrs, strides_bt, stride_bn, pointers, slot, j, 2, SLICES, POINTERS
-        )
+        b_ptr = matrix_of_slot(b_ptrs, strides_bt, slot, j, SLICES)
         acc = expand_tile(
             s_ptr + j * stride_sj, b_ptr, rows, inside, offs_n, width, rank, R,
-            stride_sm, stride_sr, step_b, stride_br, BLOCK_M, BLOCK_N, BLOCK_R, RANK_LAST,
+            stride_sm, stride_sr, stride_bn, stride_br, BLOCK_M, BLOCK_N, BLOCK_R, RANK_LAST,
         )  # fmt: skip
     store_rows(y_ptr, acc, rows, inside, first, offs_n, width, stride_ym, stride_yn, ADD)
 
@@ -211,7 +202,6 @@ def _shrink(
     tiles = blocks * n * parts
     _segmented_shrink_kernel[(blocks * split, n, parts)](
         x, a.tensors, x if rng is None else rng, tuple(table[1:]),
-        x if a.pointers is None else a.pointers,
         s, partials(tiles * split * config.block_m * rank, split, x.device),
         counters(x.device, tiles if split > 1 else 0),
         m, table[0].shape[0], table[1].shape[0], table[6].shape[0], r, tuple(widths), columns,
@@ -221,7 +211,7 @@ def _shrink(
         1.0 / (1.0 - dropout_p), dropout_threshold(dropout_p),
         BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=rank,
         SPLIT_K=split, SLICES=n, PACKED=a.packed,
-        RANK_LAST=transposed, HAS_MASK=rng is not None, POINTERS=a.pointers is not None,
+        RANK_LAST=transposed, HAS_MASK=rng is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return s
@@ -249,7 +239,6 @@ def _expand(
         return
     _segmented_expand_kernel[(blocks, columns)](
         s, b.tensors, s if rng is None else rng, tuple(table[1:]),
-        s if b.pointers is None else b.pointers,
         y,
         m, table[0].shape[0], table[1].shape[0], table[6].shape[0], r, tuple(widths),
         *s.stride(),
@@ -259,7 +248,6 @@ def _expand(
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=rank,
         SLICES=n, PACKED=b.packed, RANK_LAST=not transposed,
         ADD=add, SUM_SLICES=transposed, HAS_MASK=rng is not None,
-        POINTERS=b.pointers is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -339,24 +327,6 @@ def lora_onto(
     s = segmented_shrink(x, lora_a, table, packed_slices, rng, dropout_p, config=config)
     segmented_expand_(y, s, lora_b, table, config=config)
     return s
-
-
-def segmented_lora_pointers_(
-    y: Tensor,
-    x: Tensor,
-    pointers: Tensor,
-    table: Sequence[Tensor],
-    widths: Sequence[int],
-    r_max: int,
-    dtype: torch.dtype,
-    *,
-    config: Config,
-) -> None:
-    stacks = pointed(x, pointers, dtype)
-    # Rows of S begin on whole vectors, as those that are pointed to do.
-    r, shared = -(-r_max // 16) * 16, [x.shape[1]] * len(widths)
-    s = _shrink(x, stacks, table, r, shared, True, False, None, 0.0, config)
-    _expand(y, s, stacks, table, widths, True, False, None, 0.0, config)
 
 
 def segmented_lora_dx(

@@ -21,7 +21,6 @@ from .mixed import (
     Stacks,
     matrix_of_slot,
     pick,
-    pointed,
     rank_tile,
     row_blocks,
     rows_of_block,
@@ -51,7 +50,7 @@ def _sum_of_shares(
 
 @triton.jit
 def _segmented_decode_kernel(
-    x_ptr, a_ptrs, b_ptrs, table, pointers,
+    x_ptr, a_ptrs, b_ptrs, table,
     y_ptr, s_ptr, partial_ptr, counter_ptr,
     M, T, slots, blocks, K, R, widths,
     stride_xm, stride_xk,
@@ -61,26 +60,18 @@ def _segmented_decode_kernel(
     stride_sm, stride_sj,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     CHUNK: tl.constexpr, SPLIT_K: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr,
-    PACKED: tl.constexpr, ADD: tl.constexpr, HAS_S: tl.constexpr, POINTERS: tl.constexpr,
+    PACKED: tl.constexpr, ADD: tl.constexpr, HAS_S: tl.constexpr,
 ):  # fmt: skip
     dtype = x_ptr.dtype.element_ty
     block, split = tl.program_id(0) // SPLIT_K, tl.program_id(0) % SPLIT_K
-    slot, rank = slot_of_block(block, blocks, table, pointers, SLICES, POINTERS)
-    nothing = (slot < 0) & ((block < blocks) | (split > 0))
-    if POINTERS:
-        # An empty slot may have rows: even a zero added would change bits of theirs.
-        nothing = rank == 0
-    if nothing:
+    slot, rank = slot_of_block(block, blocks, table)
+    if (slot < 0) & ((block < blocks) | (split > 0)):
         return
     rows, inside = rows_of_block(block, blocks, slot, table, slots, M, T, BLOCK_M)
     j, within, first = slice_of_block(tl.program_id(1), widths, CHUNK, SLICES)
     width = pick(widths, j, SLICES)
-    a_ptr, step_a = matrix_of_slot(
-        a_ptrs, strides_at, stride_ar, pointers, slot, j, 0, SLICES, POINTERS
-    )
-    b_ptr, step_b = matrix_of_slot(
-        b_ptrs, strides_bt, stride_bn, pointers, slot, j, 2, SLICES, POINTERS
-    )
+    a_ptr = matrix_of_slot(a_ptrs, strides_at, slot, j, SLICES)
+    b_ptr = matrix_of_slot(b_ptrs, strides_bt, slot, j, SLICES)
     if PACKED:
         a_ptr += (j * rank).to(tl.int64) * stride_ar
 
@@ -96,7 +87,7 @@ def _segmented_decode_kernel(
         for first_r in tl.range(0, rank, BLOCK_R):
             acc = shrink_tile(
                 x_ptr, a_ptr, x_ptr, rows, inside, rows, 0, first_r + offs_r,
-                split * BLOCK_K, K, rank, R, stride_xm, stride_xk, step_a, stride_ak, 0, 0,
+                split * BLOCK_K, K, rank, R, stride_xm, stride_xk, stride_ar, stride_ak, 0, 0,
                 BLOCK_M, BLOCK_K, BLOCK_R, SPLIT_K * BLOCK_K, False, False,
             )  # fmt: skip
             tl.store(tile_ptr + split * SIZE + in_tile + first_r, acc)
@@ -113,7 +104,7 @@ def _segmented_decode_kernel(
         for col in tl.range(within * CHUNK, stop, BLOCK_N):
             offs_n = col + tl.arange(0, BLOCK_N)
             mask_n = offs_n < width
-            b = rank_tile(b_ptr, offs_n, mask_n, offs_r, rank, R, step_b, stride_br, dtype, True)
+            b = rank_tile(b_ptr, offs_n, mask_n, offs_r, rank, R, stride_bn, stride_br, dtype, True)
             acc = tl.dot(s, b, input_precision="ieee")
             if PARTS > 1:
                 for first_r in tl.range(BLOCK_R, rank, BLOCK_R):
@@ -123,7 +114,7 @@ def _segmented_decode_kernel(
                         SPLIT_K, SIZE, BLOCK_M, BLOCK_R,
                     )  # fmt: skip
                     b = rank_tile(
-                        b_ptr, offs_n, mask_n, more_r, rank, R, step_b, stride_br, dtype, True
+                        b_ptr, offs_n, mask_n, more_r, rank, R, stride_bn, stride_br, dtype, True
                     )
                     acc = tl.dot(more_s, b, acc, input_precision="ieee")
             store_rows(y_ptr, acc, rows, inside, first, offs_n, width, stride_ym, stride_yn, ADD)
@@ -165,7 +156,7 @@ def _decode(
         device=x.device,
     )
     _segmented_decode_kernel[(blocks * split, chunks)](
-        x, a.tensors, b.tensors, tuple(table[1:]), x if a.pointers is None else a.pointers,
+        x, a.tensors, b.tensors, tuple(table[1:]),
         y, y if s is None else s, room, counters(x.device, blocks * chunks),
         m, table[0].shape[0], table[1].shape[0], table[6].shape[0], k, r, tuple(widths),
         *x.stride(),
@@ -175,7 +166,7 @@ def _decode(
         *((0, 0) if s is None else s.stride()[:2]),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=rank,
         CHUNK=config.chunk, SPLIT_K=split, PARTS=parts, SLICES=b.slices,
-        PACKED=a.packed, ADD=add, HAS_S=s is not None, POINTERS=a.pointers is not None,
+        PACKED=a.packed, ADD=add, HAS_S=s is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -246,20 +237,3 @@ def lora_onto(
     s = _of_stacks(y, x, lora_a, lora_b, table, packed_slices, True, True, config)
     assert s is not None
     return s
-
-
-def segmented_lora_pointers_(
-    y: Tensor,
-    x: Tensor,
-    pointers: Tensor,
-    table: Sequence[Tensor],
-    widths: Sequence[int],
-    r_max: int,
-    dtype: torch.dtype,
-    *,
-    config: Config,
-) -> None:
-    stacks = pointed(x, pointers, dtype)
-    # To whole vectors, as the rows that are pointed to have room for.
-    r = -(-r_max // 16) * 16
-    _decode(y, None, x, stacks, stacks, table, widths, r, True, config)
