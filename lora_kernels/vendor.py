@@ -56,14 +56,14 @@ def lora_linear_fwd(
 ) -> tuple[Tensor, Tensor]:
     s = lora_shrink(x, lora_a, scale, rng, dropout_p, masked=masked)
     inner_bias = None
-    if bias is not None and out_scale is None:
+    if bias is not None and out_scale is None and s.dtype == x.dtype:
         inner_bias = bias.to(x.dtype)
     y = F.linear(x, weight.t() if fan_in_fan_out else weight, inner_bias).to(s.dtype)
     y.addmm_(s, lora_b.to(s.dtype).t())
     if out_scale is not None:
         y.mul_(out_scale)
-        if bias is not None:
-            y.add_(bias)
+    if bias is not None and inner_bias is None:
+        y.add_(bias)
     return y.to(x.dtype), s
 
 

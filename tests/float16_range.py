@@ -15,7 +15,8 @@ from lora_kernels.testing_segmented import SegmentedCase
 from lora_kernels.testing_segmented import naive as naive_segmented
 
 FLOAT16 = torch.float16
-LARGEST = torch.finfo(FLOAT16).max
+# Nearer to the end a result within the budget may be beyond it.
+LARGEST = 0.99 * torch.finfo(FLOAT16).max
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ and with the tensor-core instructions that its tiles should take. No GPU is need
 The table of what was compiled is kept beside this file, so that a change of it is seen in review.
 """
 
+import itertools
 import os
 import re
 
@@ -74,7 +75,7 @@ def test_every_shipped_tile_is_compiled(arch):
     # Tensor descriptors exist from sm_90 on.
     assert any(c.config.descriptors for c in chosen) == (arch in ("sm_90", "sm_100"))
     for op in ops.OPERATORS:
-        for dtype in ("float32", "bfloat16"):
+        for dtype in aot.DTYPES:
             problem = Problem(op, 4096, 4096, 4096, 16, dtype, dtype)
             for aligned in (True, False):
                 problem = problem._replace(aligned=aligned)
@@ -107,7 +108,7 @@ def test_every_tile_of_a_mixed_batch_is_compiled(arch):
     assert {c.problem.op for c in chosen} == set(ops.SEGMENTED_OPERATORS)
     assert {c.config.plan for c in chosen} == {"grouped", "decode", "tail"}
     for op in ops.SEGMENTED_OPERATORS:
-        for dtype, aligned in (("float32", True), ("bfloat16", True), ("bfloat16", False)):
+        for dtype, aligned in itertools.product(aot.DTYPES, (True, False)):
             problem = Problem(op, 50, 3072, 4096, 256, dtype, dtype, aligned=aligned, slots=8)
             for tile in config.tiled_configs(problem._replace(slices=3), aot.FACTS[arch]):
                 if config.invalid_reason(tile, problem, aot.FACTS[arch]) is None:
