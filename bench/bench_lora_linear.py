@@ -42,7 +42,9 @@ def test_lora_linear(setting: Setting, benchmark: Any, session: Any) -> None:
             missing[key] = reason
             continue
         with tolerated(variant, missing, steps, held), lk.record_plans() as answers:
-            eager = [_step(variant, replace(inputs, weight=weight), setting) for weight in weights]
+            eager = [
+                step_of(variant, replace(inputs, weight=weight), setting) for weight in weights
+            ]
             steps[key] = [CapturedStep(step) for step in eager] if device == "cuda" else [*eager]
             truth.check(eager[0].variant, steps[key][0], _without_base(setting, inputs, variant))
             held[key] = memory(eager[0])
@@ -65,7 +67,7 @@ def test_lora_linear(setting: Setting, benchmark: Any, session: Any) -> None:
     benchmark.extra_info.update(session.add_row(setting, measured, missing, plans, copies))
 
 
-def _step(variant: type[Variant], inputs: Inputs, setting: Setting) -> EagerStep:
+def step_of(variant: type[Variant], inputs: Inputs, setting: Setting) -> EagerStep:
     return EagerStep(variant(setting, inputs), setting.mode, inputs.x, inputs.dy)
 
 

@@ -68,7 +68,7 @@ def test_segmented_lora(mixed: MixedSetting, benchmark: Any, session: Any) -> No
                 operators = MIXED_VARIANTS[key].operators
                 plans_of((a for a in answers if a.op in operators), device, operators)
     measured = {key: quartiles(found) for key, found in rounds.samples.items()}
-    benchmark.extra_info.update(session.add_mixed(mixed, measured, missing, plans))
+    benchmark.extra_info.update(session.add_row(mixed, measured, missing, plans))
 
 
 class MixedStep:

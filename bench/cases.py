@@ -14,7 +14,7 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Shape = tuple[int, int, int]
 
-# The cells that the CPU's targets are set for (bar.py), as (M, K, N): from a token over a batch of
+# The cells that report.TARGETS are set for on a CPU, as (M, K, N): from a token over a batch of
 # decoding to the tokens of a training step; a weight that a large last cache holds and two that it
 # does not.
 CPU_SHAPES: tuple[Shape, ...] = tuple(

@@ -14,11 +14,11 @@ import torch
 
 from lora_kernels.device import facts
 
-from . import cases, peers, peers_probe, report, segmented_cases
+from . import cases, peers, report, segmented_cases
 from .baselines import VARIANTS, Variant, version
 from .cases import Setting
 from .measure import CpuClock, CudaClock, roofline
-from .peers_serving import mixed_peers
+from .peers_serving import MIXED_PEERS, mixed_peers
 from .peers_training import TRAINING_PEERS
 from .segmented_baselines import MIXED_VARIANTS, MixedVariant
 from .segmented_cases import MixedSetting
@@ -35,54 +35,30 @@ _DEVICES = ("cpu", "cuda")
 _VARIANTS = VARIANTS | TRAINING_PEERS
 
 
+_OPTIONS = {
+    "--shapes": ("MxKxN,...", "tokens x in_features x out_features, for each row"),
+    "--dtypes": ("NAME,...", "fp32, bf16, fp16; default on a CPU fp32,bf16, on a GPU bf16"),
+    "--ranks": ("R,...", "ranks of the adapter; default on a CPU 8,16,64, on a GPU 16"),
+    "--dropout": ("P,...", "dropout probabilities of the adapter's input"),
+    "--modes": ("NAME,...", "forward, training (forward + backward); default both"),
+    "--rounds": ("N", "samples of each variant; default on a GPU 200, on a CPU by time"),
+    "--warmup": ("N", "rounds before them that do not count; default on a GPU 200, on a CPU 3"),
+    "--time-limit": ("S", "skip the rows that would begin after S seconds"),
+    "--bench-device": ("NAME", "cpu or cuda; default cuda where there is one"),
+    "--report-dir": ("DIR", "where the report is written; default bench/out"),
+    "--peers": ("DIR", "copies of others' kernels, measured on a GPU; default bench/peer_copies"),
+}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("bench", "throughput of the fused LoRA layer")
-    add = group.addoption
-    add("--shapes", metavar="MxKxN,...", help="tokens x in_features x out_features, for each row")
-    add(
-        "--dtypes",
-        metavar="NAME,...",
-        help="fp32, bf16, fp16; default on a CPU fp32,bf16, on a GPU bf16",
-    )
-    add(
-        "--ranks",
-        "--rank",
-        metavar="R,...",
-        help="ranks of the adapter; default on a CPU 8,16,64, on a GPU 16",
-    )
-    add("--dropout", metavar="P,...", help="dropout probabilities of the adapter's input")
-    add("--modes", metavar="NAME,...", help="forward, training (forward + backward); default both")
+    add = parser.getgroup("bench", "throughput of the fused LoRA layer").addoption
+    for name, (metavar, text) in _OPTIONS.items():
+        add(name, metavar=metavar, help=text)
     defaults = "; ".join(f"on {device} {', '.join(_baselines(device))}" for device in _DEVICES)
-    add(
-        "--baselines",
-        metavar="NAME,...",
-        help=f"of {', '.join(_baselines())}; default {defaults}",
-    )
-    add(
-        "--rounds",
-        metavar="N",
-        help="samples of each variant; default on a GPU 200, on a CPU by time",
-    )
-    add(
-        "--warmup",
-        metavar="N",
-        help="rounds before them that do not count; default on a GPU 200, on a CPU 3",
-    )
+    text = f"of {', '.join(_baselines())}; default {defaults}"
+    add("--baselines", metavar="NAME,...", help=text)
     add("--quick", action="store_true", help="a few small rows, to see that all of it works")
-    add(
-        "--real",
-        action="store_true",
-        help="also the layers of Llama-3 8B and 70B, and ranks 8 to 128",
-    )
-    add("--time-limit", metavar="S", help="skip the rows that would begin after S seconds")
-    add("--bench-device", metavar="NAME", help="cpu or cuda; default cuda where there is one")
-    add(
-        "--peers",
-        metavar="DIR",
-        help="copies of others' kernels (python -m bench.fetch_peers), measured on a GPU; "
-        f"default {peers.DEFAULT_DIRECTORY.name} beside this file",
-    )
-    add("--report-dir", metavar="DIR", help="where the report is written; default bench/out")
+    add("--real", action="store_true", help="also Llama-3's layers, and ranks 8 to 128")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -99,7 +75,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("mixed", metafunc.config.stash[_SESSION].mixed_settings, ids=str)
 
 
-# After pytest-benchmark's own tables: the bar is what the run ends with.
+# After pytest-benchmark's own tables: the report is what the run ends with.
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     session = config.stash[_SESSION]
@@ -114,7 +90,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         ]
     content = session.content()
     terminalreporter.section("throughput")
-    terminalreporter.write_line(report.text(content))
+    terminalreporter.write_line(report.summary(content))
     for line in report.write(content, session.directory):
         terminalreporter.write_line(line)
 
@@ -184,9 +160,13 @@ class Session:
         dtypes = list(dict.fromkeys(setting.dtype for setting in self.settings))
         self.roofline = roofline(self.clock, self.device, dtypes)
         if self.device == "cuda":
-            self.broken_peers = peers_probe.broken_here(
-                self.variants, self.settings, list(mixed_peers("cuda")), self.mixed_settings
-            )
+            tried = [(key, self.settings) for key in self.variants if key in TRAINING_PEERS]
+            tried += [(key, self.mixed_settings) for key in mixed_peers("cuda")]
+            known = TRAINING_PEERS | MIXED_PEERS
+            copied = {
+                key: rows for key, rows in tried if rows and peers.version(known[key].package)
+            }
+            self.broken_peers = peers.broken_here(copied)
 
     def skip_if_late(self) -> None:
         if self.time_limit is not None and time.time() - self.started > self.time_limit:
@@ -211,30 +191,11 @@ class Session:
 
     def add_row(
         self,
-        setting: Setting,
+        setting: Setting | MixedSetting,
         variants: dict[str, dict[str, float]],
         missing: dict[str, str],
         plans: dict[str, dict[str, str]],
-        copies: dict[str, int],
-    ) -> dict[str, Any]:
-        row = {
-            "setting": asdict(setting),
-            "work": {"adapter": setting.work(True), "plain": setting.work(False)},
-            "variants": variants,
-            "missing": missing,
-            "backend": self.device,
-            "plans": plans,
-            "packed_copies": copies,
-        }
-        self.rows.append(row)
-        return row
-
-    def add_mixed(
-        self,
-        setting: MixedSetting,
-        variants: dict[str, dict[str, float]],
-        missing: dict[str, str],
-        plans: dict[str, dict[str, str]],
+        copies: dict[str, int] | None = None,
     ) -> dict[str, Any]:
         row = {
             "setting": asdict(setting),
@@ -243,7 +204,12 @@ class Session:
             "backend": self.device,
             "plans": plans,
         }
-        self.mixed_rows.append(row)
+        if isinstance(setting, MixedSetting):
+            self.mixed_rows.append(row)
+        else:
+            work = {"adapter": setting.work(True), "plain": setting.work(False)}
+            row |= {"work": work, "packed_copies": copies}
+            self.rows.append(row)
         return row
 
     def content(self) -> dict[str, Any]:

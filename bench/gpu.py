@@ -6,7 +6,7 @@
 2. ``python -m lora_kernels tune`` for the shapes of the report, its tables in DIR/plans, with and
    without dropout, and for its batches that mix 8 adapters;
 3. ``pytest bench`` with those tables: results.json, report.md, report.png. Others' kernels are in
-   it where their copies were carried along (``--peers``, made by ``bench.fetch_peers``);
+   it where their copies were carried along (``--peers``, made by ``bench.peers``);
 4. ``compute-sanitizer`` (memcheck, then racecheck) over the smallest kernel tests, where it is
    installed;
 5. all tests, for as long as time is left.

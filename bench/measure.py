@@ -9,10 +9,9 @@ graph, events around its replay time it, and before it the cache is filled with 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from lora_kernels.functional import packed_linear
 from lora_kernels.packed import PackedWeight
 
 from .baselines import Variant
+from .memory import SavedTensors, step_peak
 
 Outputs = tuple[Tensor, ...]
 Step = Callable[[], Outputs]
@@ -206,38 +206,15 @@ def quartiles(samples: list[float]) -> dict[str, float]:
 
 
 def memory(step: EagerStep) -> dict[str, int]:
-    """What a training step holds: bytes saved for backward, and on a GPU the step's peak.
-
-    Saved: unique storages that autograd keeps, x among them, parameters and the frozen weight not.
-    """
+    """What a training step holds: bytes saved for backward, x among them and the frozen weight not,
+    and on a GPU the step's peak."""
     if step.mode != "training":
         return {}
-    found: dict[str, int] = {}
-    if step.x.is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        found["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-    with _saved_storages() as saved:
+    found = {"peak_bytes": step_peak(step, "cuda")} if step.x.is_cuda else {}
+    with SavedTensors([step.variant.weight, *step.variant.trainable]) as saved:
         y = step.variant.forward(step.x)
-    owned = {t.untyped_storage().data_ptr() for t in (step.variant.weight, *step.variant.trainable)}
-    found["saved_bytes"] = sum(size for pointer, size in saved.items() if pointer not in owned)
     del y
-    return found
-
-
-@contextlib.contextmanager
-def _saved_storages() -> Iterator[dict[int, int]]:
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
+    return found | {"saved_bytes": saved.peak}
 
 
 def roofline(clock: Clock, device: str, dtypes: list[str]) -> dict[str, Any]:

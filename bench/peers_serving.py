@@ -3,9 +3,6 @@
 Each does what its engine does for one layer: the base linear, then the engine's own code over
 metadata that the engine's own code built. The metadata is built once per batch for all layers, so
 its time is a row of its own, as that of our table is.
-
-A copy that is not there is a reason (``missing``), whatever a peer raises becomes one
-(``peers.tolerated``).
 """
 
 from __future__ import annotations
@@ -13,10 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-import functools
-import importlib
 import logging
-import typing
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -39,15 +33,7 @@ class Peer(MixedVariant):
 
     @classmethod
     def missing(cls, setting: MixedSetting, device: str) -> str | None:
-        if device != "cuda":
-            return "its kernels are a GPU's"
-        if setting.dtype not in ("bfloat16", "float16"):
-            return f"it takes no {setting.dtype}"
-        try:
-            cls.load()
-        except peers.MissingPeerError as error:
-            return str(error)
-        return None
+        return peers.unavailable(cls, setting, device)
 
     @classmethod
     def load(cls) -> Any:
@@ -74,32 +60,29 @@ def _capability(major: int) -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= major
 
 
-@functools.cache
+@peers.load_once
 def _vllm() -> Any:
     import triton
     import triton.language as tl
 
     logger = logging.getLogger("vllm")
-    told_once = {"info_once": logger.info, "warning_once": logger.debug}
-    # As they are where nobody sets them.
-    variables = {
-        "VLLM_BATCH_INVARIANT": False,
-        "VLLM_TUNED_CONFIG_FOLDER": None,
-        "VLLM_LORA_DISABLE_PDL": False,
-        "VLLM_LORA_ENABLE_DUAL_STREAM": False,
-    }
+    told_once = SimpleNamespace(info_once=logger.info, warning_once=logger.debug)
     platform = SimpleNamespace(
         is_cuda=torch.cuda.is_available,
         is_device_capability=lambda wanted: torch.cuda.get_device_capability()[0] == wanted // 10,
         has_device_capability=lambda wanted: _capability(wanted // 10),
     )
     own = {
-        "vllm.envs": variables,
-        "vllm._custom_ops": {},
-        "vllm.logger": {"init_logger": lambda name: SimpleNamespace(**told_once)},
+        # As they are where nobody sets them.
+        "vllm.envs": {
+            "VLLM_BATCH_INVARIANT": False,
+            "VLLM_TUNED_CONFIG_FOLDER": None,
+            "VLLM_LORA_DISABLE_PDL": False,
+            "VLLM_LORA_ENABLE_DUAL_STREAM": False,
+        },
+        "vllm.logger": {"init_logger": lambda name: told_once},
         "vllm.platforms": {"current_platform": platform},
         "vllm.triton_utils": {"tl": tl, "triton": triton, "HAS_TRITON": True},
-        "vllm.utils": {},
         "vllm.utils.math_utils": {
             "next_power_of_2": triton.next_power_of_2,
             "round_up": lambda value, multiple: triton.cdiv(value, multiple) * multiple,
@@ -109,24 +92,19 @@ def _vllm() -> Any:
             "async_tensor_h2d": _to_device,
             "direct_register_custom_op": _register_nothing,
         },
-        "vllm.lora.layers": {"LoRAMapping": object},
         "vllm.lora.utils": {"get_captured_lora_counts": lambda most, special: [most + 1]},
     }
     operators = "vllm.lora.ops.triton_ops"
-    leaves = ("lora_kernel_metadata", "lora_shrink_op", "lora_expand_op", "utils")
-    peers.load("vllm", tuple(f"{operators}.{leaf}" for leaf in leaves), own, {})
-    package, (metadata, shrink, expand, pointers) = (
-        importlib.import_module(operators),
-        [importlib.import_module(f"{operators}.{leaf}") for leaf in leaves],
-    )
+    names = ("lora_kernel_metadata", "lora_shrink_op", "lora_expand_op", "utils")
+    loaded = peers.load("vllm", [operators, *(f"{operators}.{name}" for name in names)], own, {})
+    package, metadata, shrink, expand, pointers = loaded
     # What its __init__ would have collected.
     vars(package).update(
         LoRAKernelMeta=metadata.LoRAKernelMeta,
         lora_shrink=shrink.lora_shrink,
         lora_expand=expand.lora_expand,
-        fused_moe_lora=peers.unused("vLLM's fused_moe_lora"),
     )
-    wrapper = importlib.import_module("vllm.lora.punica_wrapper.punica_gpu")
+    (wrapper,) = peers.load("vllm", ["vllm.lora.punica_wrapper.punica_gpu"], own, {})
     return SimpleNamespace(wrapper=wrapper.PunicaWrapperGPU, pointers=pointers)
 
 
@@ -224,26 +202,17 @@ _BACKENDS = {
 _SGLANG = "sglang.srt.lora"
 
 
-@functools.cache
+@peers.load_once
 def _sglang(backend: str) -> Any:
     settings = SimpleNamespace(max_lora_chunk_size=16)
+    layout = SimpleNamespace(lora_batch_layout=_Layout.DP_LOCAL)
     own = {
         "sglang.srt.environ": {"envs": _VARIABLES},
-        "sglang.srt.layers": {},
-        "sglang.srt.layers.dp_attention": {
-            "DpPaddingMode": object,
-            "dp_gather_replicate": peers.unused("dp_gather_replicate"),
-            "dp_slot_in": peers.unused("dp_slot_in"),
-        },
-        "sglang.srt.model_executor": {},
-        "sglang.srt.model_executor.forward_batch_info": {"ForwardBatch": object},
         "sglang.srt.runtime_context": {
             "LoRABatchLayout": _Layout,
             "get_lora": lambda: settings,
-            "get_forward": lambda: SimpleNamespace(lora_batch_layout=_Layout.DP_LOCAL),
-            "get_parallel": peers.unused("get_parallel"),
+            "get_forward": lambda: layout,
         },
-        "sglang.srt.server_args": {"ServerArgs": object},
         "sglang.srt.utils": {
             # Theirs finds a compiled kernel by fewer things than tell two kernels apart when rows
             # of several ranks follow each other in one process.
@@ -251,23 +220,15 @@ def _sglang(backend: str) -> Any:
             "get_device_name": _device_name,
         },
         "sglang.srt.utils.common": {"empty_device_cache": torch.cuda.empty_cache},
-        "sglang.srt.utils.hf_transformers_utils": {"AutoConfig": object},
-        "sglang.kernels.jit": {},
         "sglang.kernels.jit.utils": {"is_arch_support_pdl": lambda: _capability(9)},
-        "sglang.kernels.ops.lora.moe": {},
-        "sglang.kernels.ops.lora.moe.virtual_experts": {
-            "_align_block_size_jit": peers.unused("the CUDA route builder")
-        },
     }
-    foreign = {"msgspec": {"Struct": _Struct}, "pydantic": _PYDANTIC}
-    modules = [f"{_SGLANG}.backend.{module}" for module, _ in _BACKENDS.values()]
-    peers.load("sglang", tuple(modules), own, foreign)
+    module, name = _BACKENDS[backend]
+    modules = [f"{_SGLANG}.backend.{module}", "sglang.kernels.ops.lora.common.routing"]
+    found, routing = peers.load("sglang", modules, own, {"msgspec": {"Struct": _Struct}})
     # Between 513 and 16383 rows it builds the route by a CUDA kernel that is compiled against its
     # own headers; the builder for more rows, in Triton, takes these too.
-    routing = importlib.import_module("sglang.kernels.ops.lora.common.routing")
     routing._LARGE_ROUTE_MIN_PAIRS = routing._SMALL_ROUTE_MAX_PAIRS + 1
-    module, name = _BACKENDS[backend]
-    return getattr(importlib.import_module(f"{_SGLANG}.backend.{module}"), name)
+    return getattr(found, name)
 
 
 def _device_name() -> str:
@@ -279,62 +240,6 @@ class _Struct:
 
     def __init_subclass__(cls, **options: bool) -> None:
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-
-
-class _Model:
-    """Stands in for pydantic's, for plans that the peer ships and so need no checks."""
-
-    @classmethod
-    def model_validate(cls, found: dict[str, Any]) -> Any:
-        made = cls()
-        for name, annotation in cls._fields().items():
-            default = getattr(cls, name, None)
-            value = default() if isinstance(default, _Default) else default
-            if name in found:
-                value = _as_annotated(found[name], annotation)
-            setattr(made, name, value)
-        return made
-
-    @classmethod
-    def _fields(cls) -> dict[str, Any]:
-        return typing.get_type_hints(cls)
-
-    def model_dump(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._fields()}
-
-
-class _Default:
-    """A field that begins as what ``default_factory`` makes."""
-
-    def __init__(self, default_factory: Any) -> None:
-        self.factory = default_factory
-
-    def __call__(self) -> Any:
-        if isinstance(self.factory, type) and issubclass(self.factory, _Model):
-            return self.factory.model_validate({})
-        return self.factory()
-
-
-def _as_annotated(value: Any, annotation: Any) -> Any:
-    """A value read from JSON as an enumeration, a model or a list of them where that is asked."""
-    arguments = [a for a in typing.get_args(annotation) if a is not type(None)]
-    if isinstance(value, list) and arguments:
-        (inner,) = arguments if not typing.get_args(arguments[0]) else typing.get_args(arguments[0])
-        return [_as_annotated(each, inner) for each in value]
-    kind = annotation if isinstance(annotation, type) else next(iter(arguments), None)
-    if value is None or not isinstance(kind, type):
-        return value
-    if issubclass(kind, _Model):
-        return kind.model_validate(value)
-    return kind(value) if issubclass(kind, enum.Enum) else value
-
-
-_PYDANTIC = {
-    "BaseModel": _Model,
-    "Field": _Default,
-    "ConfigDict": dict,
-    "model_validator": lambda mode: lambda method: method,
-}
 
 
 class _Mode:
@@ -482,7 +387,7 @@ class SglangTritonV2(Sglang):
     def build(self) -> None:
         super().build()
         # A layer's first use would build it.
-        kind = importlib.import_module(f"{_SGLANG}.dense.plan").DenseLoraKind.LINEAR
+        kind = peers.load("sglang", [f"{_SGLANG}.dense.plan"], {}, {})[0].DenseLoraKind.LINEAR
         runner, setting = self.backend.runner, self.setting
         plan = runner.plan_for(kind, setting.r, setting.k, setting.n, num_tokens=setting.m)
         if plan.needs_aligned_route:

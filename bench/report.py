@@ -1,458 +1,432 @@
-"""The report of a run: text, JSON, Markdown and a picture, all of it from the JSON alone.
+"""The report of ``pytest bench``, from its JSON alone: targets, one table, a picture.
 
-``python -m bench.report results.json`` writes the Markdown and the picture again, beside the file.
+``python -m bench.report results.json`` writes Markdown and picture again, beside the file. A ratio
+says how many times as fast as the other ours is: 1.40 is 1.4x faster, below 1 is slower.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from . import bar, peers_report, segmented_cases, segmented_report
-from .cases import MODES
-from .picture import picture
-from .rows import (
-    Content,
-    Row,
-    Table,
-    by_shape,
-    groups,
-    is_grid,
-    median,
-    milliseconds,
-    number,
-    plans,
-    quotient,
-    ranks_of,
-    rates,
-    ratio,
-    setting_of,
-)
+from . import segmented_cases
+from .cases import CPU_RANKS, CPU_SHAPES, MODES, Setting
+from .segmented_cases import DECODE, PREFILL
+from .segmented_cases import setting_of as mixed_setting
+
+Content = dict[str, Any]
+Row = dict[str, Any]
+# A heading, and lines of cells.
+Table = tuple[list[str], list[list[str]]]
 
 JSON_NAME, MARKDOWN_NAME, PICTURE_NAME = "results.json", "report.md", "report.png"
-
-# What the fused layer's time is divided by.
-_RIVALS = ("plain", "packed", "addmm", "peft", "peft_fp32", "lorafusion", "unsloth")
-# The quotients of a grid, cell by cell.
-_QUOTIENTS = (
-    ("fused", "plain"),
-    ("fused", "packed"),
-    ("unpacked", "plain"),
-    ("always", "plain"),
-    ("fused", "addmm"),
-    ("fused", "peft"),
-    ("fused", "peft_fp32"),
-)
-
-
-def write(content: Content, directory: Path) -> list[str]:
-    """Write everything into ``directory``; returns a line about each file."""
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / JSON_NAME
-    judged = {"bar": bar.as_json(content), "mixed_bar": segmented_report.as_json(content)}
-    path.write_text(json.dumps(content | judged, indent=1) + "\n")
-    return [f"wrote {path}", *render(content, directory)]
-
-
-def render(content: Content, directory: Path) -> list[str]:
-    (directory / MARKDOWN_NAME).write_text(markdown(content))
-    lines = [f"wrote {directory / MARKDOWN_NAME}"]
-    if not content["rows"]:
-        return lines
-    try:
-        picture(content, directory / PICTURE_NAME)
-        lines.append(f"wrote {directory / PICTURE_NAME}")
-    except ImportError as error:
-        lines.append(f"no {PICTURE_NAME}: {error}")
-    return lines
-
-
-def _percent(value: float) -> str:
-    return f"{value * 100:.0f}%"
-
-
-def _mib(found: dict[str, Any] | None, key: str) -> str:
-    return "-" if found is None or key not in found else number(found[key] / 2**20)
-
-
-# Cells above a target that the terminal shows.
-_FLOORS_SHOWN = 16
+CELLS = len(CPU_SHAPES) * len(CPU_RANKS)
 
 # Quartiles this far apart, as a part of the median, come from other work on the machine. A guess.
 _RESTLESS = 0.25
+# A terminal shows a table of at most so many rows.
+_MOST_SHOWN = 40
 
-# Columns of words; the others hold numbers.
-_LEFT = (
-    "M x K x N",
-    "variant",
-    "fused answered by",
-    "dtype",
-    "pass",
-    "ratio of times",
-    "over the cells",
-    "bar",
-    "worst cell",
-    "above",
-    "layer",
-    "population",
-    "ours answered by",
-    "what it is",
-    "version",
+
+class Target(NamedTuple):
+    """What the speed of ``ours`` over that of ``theirs`` has to be on a CPU: its geometric mean
+    over the cells of a dtype and pass, or its worst. None: it is shown, and nothing is demanded.
+    ``shape``: of the batch of mixed adapters of that shape instead."""
+
+    dtype: str
+    mode: str
+    ours: str
+    theirs: str
+    statistic: str
+    least: float | None = None
+    shape: tuple[int, int, int] | None = None
+
+
+def _of_one_linear(
+    dtype: str, mean: float, forward: float | None, training: float | None
+) -> list[Target]:
+    """``mean``: over the plain linear; ``forward`` and ``training``: over PEFT."""
+    return [
+        Target(dtype, "forward", "fused", "plain", "mean", mean),
+        Target(dtype, "forward", "fused", "plain", "worst", 1 / 1.15),
+        Target(dtype, "forward", "fused", "packed", "worst", 1 / 1.10),
+        Target(dtype, "forward", "fused", "packed", "mean"),
+        Target(dtype, "forward", "fused", "peft", "mean", forward),
+        Target(dtype, "forward", "unpacked", "plain", "mean"),
+        Target(dtype, "training", "fused", "plain", "mean", 1 / 1.12),
+        Target(dtype, "training", "fused", "plain", "worst"),
+        Target(dtype, "training", "fused", "peft", "mean", training),
+        Target(dtype, "training", "always", "plain", "mean"),
+        Target(dtype, "training", "always", "peft", "mean", training),
+    ]
+
+
+TARGETS = (
+    *_of_one_linear("bfloat16", 1.0, 1.30, 1.25),
+    *_of_one_linear("float32", 1 / 1.05, None, None),
+    *(
+        Target("bfloat16", "forward", ours, theirs, "mean", least, shape)
+        for shape, ours, theirs, least in (
+            (DECODE, "fused", "plain", 1 / 1.25),
+            (DECODE, "segmented", "plain", None),
+            (DECODE, "packed", "plain", None),
+            (DECODE, "segmented", "peft", 1.5),
+            (DECODE, "segmented", "loop", None),
+            (PREFILL, "segmented_part", "gather_fp32_part", 10.0),
+            (PREFILL, "segmented_part", "gather_part", 10.0),
+        )
+    ),
 )
 
 
-def times_table(content: Content, rows: Sequence[Row]) -> Table:
-    """Milliseconds of every variant, and the fused layer's time divided by its rivals'."""
-    keys = [key for key in content["variants"] if any(key in row["variants"] for row in rows)]
-    rivals = [key for key in _RIVALS if key in keys]
-    head = ["M x K x N", "r", *(content["variants"][key]["label"] for key in keys)]
-    head += [f"fused / {content['variants'][key]['label']}" for key in rivals]
-    head += ["fused answered by"]
+class Verdict(NamedTuple):
+    target: Target
+    value: float | None = None
+    cells: int = 0
+    worst_cell: str | None = None
+    worst: float | None = None
+
+    @property
+    def outcome(self) -> str:
+        if self.target.least is None:
+            return "-"
+        if self.value is None:
+            return "no number"
+        return "met" if self.value >= self.target.least else "not met"
+
+
+def setting_of(row: Row) -> Setting:
+    return Setting(**row["setting"])
+
+
+def mixed_rows(content: Content) -> list[Row]:
+    return content.get("mixed", {}).get("rows", [])
+
+
+def median(row: Row, key: str) -> float | None:
+    """Seconds, or None where the variant has no number."""
+    return row["variants"].get(key, {}).get("median_s")
+
+
+def speed(row: Row, ours: str, theirs: str) -> float | None:
+    """How many times as fast as ``theirs`` ours is, or None where one has no number."""
+    ours_s, theirs_s = median(row, ours), median(row, theirs)
+    return None if ours_s is None or theirs_s is None else theirs_s / ours_s
+
+
+def cells_of(target: Target, content: Content) -> dict[str, Row]:
+    """{cell: row} that a target speaks of: of one linear the grid of ``cases.CPU_SHAPES``, or all
+    rows without dropout where a run has none of the grid."""
+    if target.shape is not None:
+        asked = segmented_cases.mixed("rows", target.shape)
+        return {str(asked): row for row in mixed_rows(content) if mixed_setting(row) == asked}
+    found = {
+        f"{s.shape} r={s.r}": row
+        for row in content["rows"]
+        if (s := setting_of(row)).p == 0 and (s.dtype, s.mode) == (target.dtype, target.mode)
+    }
+    return {cell: row for cell, row in found.items() if in_grid(setting_of(row))} or found
+
+
+def in_grid(setting: Setting) -> bool:
+    shape = (setting.m, setting.k, setting.n)
+    return shape in CPU_SHAPES and setting.r in CPU_RANKS and setting.p == 0
+
+
+def judge(target: Target, content: Content) -> Verdict:
+    rows = cells_of(target, content)
+    found = {
+        cell: value
+        for cell, row in rows.items()
+        if (value := speed(row, target.ours, target.theirs)) is not None
+    }
+    if not found:
+        return Verdict(target)
+    worst_cell = min(found, key=found.__getitem__)
+    mean = math.exp(sum(map(math.log, found.values())) / len(found))
+    value = mean if target.statistic == "mean" else found[worst_cell]
+    return Verdict(target, value, len(found), worst_cell, found[worst_cell])
+
+
+def verdicts(content: Content) -> list[Verdict]:
+    """One for each target of what was measured; none for another device."""
+    if content["device"]["kind"] != "cpu":
+        return []
+    return [judge(target, content) for target in TARGETS if cells_of(target, content)]
+
+
+def targets_table(content: Content) -> Table:
+    head = ["dtype", "pass", "ours", "over", "of the cells", "times as fast", "target", "outcome"]
+    head += ["cells", "worst cell", "there"]
     body = []
-    for row in rows:
-        setting = setting_of(row)
-        line = [setting.shape, str(setting.r), *(milliseconds(median(row, key)) for key in keys)]
-        line += [quotient(ratio(row, "fused", key)) for key in rivals]
-        body.append([*line, plans(row)])
+    for verdict in verdicts(content):
+        t = verdict.target
+        variants = content["mixed"]["variants"] if t.shape else content["variants"]
+        names = [variants.get(key, {"label": key})["label"] for key in (t.ours, t.theirs)]
+        line = [t.dtype, "mixed batch" if t.shape else MODES[t.mode], *names, t.statistic]
+        line += [_ratio(verdict.value, 3), "-" if t.least is None else f">= {t.least:.3f}"]
+        line += [verdict.outcome, str(verdict.cells), verdict.worst_cell or "-"]
+        body.append([*line, _ratio(verdict.worst)])
     return head, body
 
 
-def ratios_table(content: Content, rows: Sequence[Row]) -> Table:
-    """A grid's quotients: a line per shape, a column per quotient and rank."""
-    ranks, shapes = ranks_of(rows), by_shape(rows)
-    pairs = [
-        (key, to) for key, to in _QUOTIENTS if any(ratio(row, key, to) is not None for row in rows)
-    ]
-    head = ["M x K x N", "plain ms"]
-    for key, to in pairs:
-        names = f"{content['variants'][key]['label']} / {content['variants'][to]['label']}"
-        head += [f"{names} r={rank}" for rank in ranks]
-    body = []
-    for shape, found in shapes.items():
-        plain = [seconds for row in found.values() if (seconds := median(row, "plain"))]
-        line = [shape, milliseconds(statistics.median(plain) if plain else None)]
-        for (key, to), rank in itertools.product(pairs, ranks):
-            line += [quotient(ratio(found[rank], key, to)) if rank in found else "-"]
-        body.append([*line, "; ".join(dict.fromkeys(map(plans, found.values())))])
-    return [*head, "fused answered by"], body
+def linear_table(content: Content) -> Table:
+    """A line for each row of one linear."""
+    head = ["M x K x N", "r", "dtype", "pass", "dropout"]
+    roof, lines = content["roofline"], []
+    for row in content["rows"]:
+        s, work, found = setting_of(row), row["work"]["adapter"], row["variants"]["fused"]
+        flop_s = work["flop"] / roof["gemm_flop_per_s"][s.dtype]
+        least = max(flop_s, work["bytes"] / roof["copy_bytes_per_s"])
+        saved = f"{found['saved_bytes'] / 2**20:.2f}" if "saved_bytes" in found else "-"
+        cells = [s.shape, str(s.r), s.short_dtype, s.mode, f"{s.p:g}"]
+        lines.append((row, cells, [f"{least / found['median_s']:.0%}", saved]))
+    return _table(content["variants"], head, lines, "fused", ["of roofline", "saved MiB"])
 
 
-def rates_table(content: Content, rows: Sequence[Row], keys: Iterable[str]) -> Table:
-    """Rates and memory of the variants ``keys``, one line each."""
-    peak = any("peak_bytes" in found for row in rows for found in row["variants"].values())
-    saved = any("saved_bytes" in found for row in rows for found in row["variants"].values())
-    head = [
-        "M x K x N",
-        "r",
-        "variant",
-        "ms",
-        "quartiles",
-        "tokens/s",
-        "TFLOP/s",
-        "GB/s",
-        "of roofline",
-    ]
-    head += ["saved MiB"] * saved + ["peak MiB"] * peak
-    body = []
+def mixed_table(content: Content) -> Table:
+    """A line for each batch of mixed adapters. What is called "alone" is compared with our part
+    alone; tables are built once per batch and in no other column, so theirs are times."""
+    variants, rows = content.get("mixed", {}).get("variants", {}), mixed_rows(content)
+    measured = _measured(variants, rows)
+    tables = [key for key in measured if key.endswith("table")]
+    lines = []
     for row in rows:
-        setting = setting_of(row)
-        for key in keys:
-            found, rate = row["variants"].get(key), rates(content, row, key)
-            if found is None or rate is None:
-                continue
-            line = [setting.shape, str(setting.r), content["variants"][key]["label"]]
-            line += [
-                milliseconds(found["median_s"]),
-                f"{milliseconds(found['q1_s'])} to {milliseconds(found['q3_s'])}",
-            ]
-            line += [number(rate[name]) for name in ("tokens", "tflops", "gbps")]
-            line += [_percent(rate["share"])]
-            line += [_mib(found, "saved_bytes")] * saved + [_mib(found, "peak_bytes")] * peak
-            body.append(line)
-    return head, body
+        s = mixed_setting(row)
+        cells = [s.shape, s.layer or "-", str(s.r), str(s.adapters), s.population, s.dtype]
+        lines.append((row, cells, [_ms(median(row, key)) for key in tables]))
+    head = ["M x K x N", "layer", "r", "adapters", "population", "dtype"]
+    ours = "fused" if "fused" in measured else "segmented"
+    return _table(variants, head, lines, ours, [f"{variants[key]['label']} ms" for key in tables])
+
+
+def _table(
+    variants: Content,
+    head: list[str],
+    lines: list[tuple[Row, list[str], list[str]]],
+    ours: str,
+    last: list[str],
+) -> Table:
+    """``lines``: a row, its first cells and its last ones; between them our time and how many times
+    as fast as every other variant that is."""
+    rivals = [
+        key
+        for key in _measured(variants, [row for row, *_ in lines])
+        if key not in (ours, "segmented_part") and not key.endswith("table")
+    ]
+    body = []
+    for row, first, rest in lines:
+        beside = {key: "segmented_part" if key.endswith("_part") else ours for key in rivals}
+        ratios = [_ratio(speed(row, beside[key], key)) for key in rivals]
+        body.append([*first, _ms(median(row, ours)), *ratios, *rest, plans(row, ours)])
+    labels = [f"/ {variants[key]['label']}" for key in rivals]
+    return [*head, "ours ms", *labels, *last, "answered by"], body
+
+
+def _measured(variants: Content, rows: Sequence[Row]) -> list[str]:
+    return [key for key in variants if any(key in row["variants"] for row in rows)]
+
+
+def plans(row: Row, key: str) -> str:
+    """ "native, packed" or "vendor", or operator by operator where they differ."""
+    answered = {op.removeprefix("lora_linear_"): p for op, p in row["plans"].get(key, {}).items()}
+    packed = ", packed" if row.get("packed_copies", {}).get(key) else ""
+    if len(set(answered.values())) <= 1:
+        return next(iter(answered.values()), "-") + packed
+    return ", ".join(f"{op} {plan}" for op, plan in answered.items()) + packed
+
+
+def notes(content: Content) -> list[str]:
+    """What has no number, and why; and which numbers are not to be trusted."""
+    lines = []
+    mixed = content.get("mixed", {"variants": {}, "rows": []})
+    for variants, rows in (
+        (content["variants"], content["rows"]),
+        (mixed["variants"], mixed["rows"]),
+    ):
+        reasons: Counter[str] = Counter()
+        for row in rows:
+            for key, reason in row["missing"].items():
+                version = f" ({variants[key]['version']})" if variants[key].get("peer") else ""
+                reasons[f"no number for {variants[key]['label']}{version}: {reason}"] += 1
+        lines += [f"{told} ({count} of {len(rows)} rows)" for told, count in reasons.items()]
+        restless = sum(map(_is_restless, rows))
+        lines += [f"the machine was busy: {restless} of {len(rows)} rows scatter"] * (restless > 0)
+    for outcome, names in content["unmeasured"].items():
+        lines += [f"{outcome}, so no row: {', '.join(names)}"] * bool(names)
+    return lines
+
+
+def _is_restless(row: Row) -> bool:
+    """Whether the quartiles of the floor or of our own variant lie far apart."""
+    found = [row["variants"].get(key) for key in ("plain", "fused", "segmented")]
+    return any(v and v["q3_s"] - v["q1_s"] > _RESTLESS * v["median_s"] for v in found)
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.{1 if value >= 10 else 2 if value >= 1 else 3}f}"
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else number(seconds * 1e3)
+
+
+def _ratio(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def piped(table: Table) -> str:
+    """A Markdown table, its columns aligned for those who read it as text."""
+    head, body = table
+    widths = [max(3, *map(len, column)) for column in zip(head, *body, strict=True)]
+    # Columns of words to the left, of numbers to the right.
+    words = [any(c[:1].isalpha() for c in column) for column in zip(*body, strict=True)]
+    words[:1] = [True]
+    lines = [
+        [c.ljust(w) if left else c.rjust(w) for c, w, left in zip(line, widths, words, strict=True)]
+        for line in (head, *body)
+    ]
+    rule = ["-" * w if left else "-" * (w - 1) + ":" for w, left in zip(widths, words, strict=True)]
+    lines.insert(1, rule)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def headline(content: Content) -> list[str]:
     """Which machine, when, with what."""
     device, roof = content["device"], content["roofline"]
     on_cpu = device["kind"] == "cpu"
-    processors = f"{device['processors']} {'threads' if on_cpu else 'processors'}"
-    what = [device["name"], device["arch"], processors, content["date"]]
+    units = "threads" if on_cpu else "processors"
+    what = [device["name"], device["arch"], f"{device['processors']} {units}", content["date"]]
     if on_cpu:
-        # A report kept from before there were any has no such entry.
         what.insert(3, f"native kernels: {device.get('native') or 'none'}")
-    gemm = _teraflops(roof["gemm_flop_per_s"])
-    if roof.get("own_gemm_flop_per_s"):
-        gemm += f"; our own, packed: {_teraflops(roof['own_gemm_flop_per_s'])}"
-    cold = _COLD_CPU if on_cpu else _COLD_GPU
+    own = roof.get("own_gemm_flop_per_s", {})
+    gemm = [f"{name} {number(rate / 1e12)}" for name, rate in roof["gemm_flop_per_s"].items()]
+    gemm += [f"{name} over our packed weight {number(rate / 1e12)}" for name, rate in own.items()]
     return [
         ", ".join(what),
         ", ".join(f"{name} {value}" for name, value in content["versions"].items()),
-        f"roofline measured first: library GEMM of {roof['gemm_size']}^3 in TFLOP/s: {gemm}; "
-        f"copy, read + write: {number(roof['copy_bytes_per_s'] / 1e9)} GB/s",
-        cold.format(cache=content["cache_bytes"] // 2**20),
+        f"roofline, measured first: a GEMM of {roof['gemm_size']}^3 in TFLOP/s: {', '.join(gemm)}; "
+        f"a copy, read + write: {number(roof['copy_bytes_per_s'] / 1e9)} GB/s",
     ]
 
 
-def _teraflops(rates: dict[str, float]) -> str:
-    return ", ".join(f"{name} {number(rate / 1e12)}" for name, rate in rates.items())
+_HOW = """\
+Columns "/ X": how many times as fast as X ours is; 1.40 is 1.4x faster, below 1 is slower. Times
+are medians of interleaved rounds with cold weights; every variant was held against float64 before
+it was timed. "forward" records no gradient; "training" is forward and backward with a frozen
+weight. "of roofline": FLOP at the GEMM's rate or bytes at the copy's, whichever takes longer, over
+the time. "saved": what autograd keeps, x included. All numbers, quartiles too, are in the JSON."""
 
 
-def notes(content: Content) -> list[str]:
-    """What has no number, and why; and which numbers are not to be trusted."""
-    missing: dict[str, dict[str, None]] = {}
-    for row in content["rows"]:
-        setting = setting_of(row)
-        for key, reason in row["missing"].items():
-            if peers_report.is_peer(content["variants"], key):
-                continue
-            where = missing.setdefault(f"{content['variants'][key]['label']}: {reason}", {})
-            where[f"{setting.dtype} {MODES[setting.mode]}"] = None
-    lines = [f"no number for {what} ({', '.join(where)})" for what, where in missing.items()]
-    restless = [str(setting_of(row)) for row in content["rows"] if _is_restless(row, "fused")]
-    restless += [
-        str(segmented_cases.setting_of(row))
-        for row in segmented_report.rows_of(content)
-        if _is_restless(row, "segmented")
-    ]
-    if restless:
-        lines.append(f"the machine was busy, repeat these: {', '.join(restless)}")
-    for outcome, names in content["unmeasured"].items():
-        if names:
-            lines.append(f"{outcome}, so no row: {', '.join(names)}")
-    return [*lines, *segmented_report.notes(content), *peers_report.lines(content)]
-
-
-def _is_restless(row: Row, ours: str) -> bool:
-    """Whether the quartiles of the floor or of our own variant lie far apart."""
-    found = [row["variants"][key] for key in ("plain", ours) if key in row["variants"]]
-    return any(v["q3_s"] - v["q1_s"] > _RESTLESS * v["median_s"] for v in found)
+def markdown(content: Content, most: int | None = None) -> str:
+    """``most``: leave tables out that are longer."""
+    lines = ["# Throughput of LoRA linear layers", "", *(f"- {line}" for line in headline(content))]
+    lines += [f"- {note}" for note in notes(content)] + ["", _HOW, ""]
+    if judged := targets_table(content)[1]:
+        lines += ["## Targets", "", piped((targets_table(content)[0], judged)), ""]
+        lines += [f"Set for a grid of {CELLS} cells per dtype and pass, without dropout.", ""]
+    for title, table in (
+        ("One linear", linear_table(content)),
+        ("Batches that mix adapters", mixed_table(content)),
+    ):
+        if table[1] and (most is None or len(table[1]) <= most):
+            lines += [f"## {title}", "", piped(table), ""]
+        elif table[1]:
+            lines += [f"{title}: {len(table[1])} rows, in {MARKDOWN_NAME}", ""]
+    described = content["variants"] | content.get("mixed", {}).get("variants", {})
+    body = [[v["label"], v["version"], v["what"]] for v in described.values()]
+    if most is None:
+        lines += ["## Variants", "", piped((["variant", "version", "what it is"], body)), ""]
+    return "\n".join(lines)
 
 
 def summary(content: Content) -> str:
-    """One line per row: the fused layer's time, and its ratios."""
-    lines = headline(content)[:1]
-    for title, rows in groups(content).items():
-        head, body = times_table(content, rows)
-        kept = [
-            place
-            for place, name in enumerate(head)
-            if place < 2 or " / " in name or name in ("fused", "fused answered by")
-        ]
-        short = [[line[place] for place in kept] for line in [head, *body]]
-        lines += ["", f"{title}: median ms, and ratios of time", _aligned((short[0], short[1:]))]
-    return "\n".join([*lines, *notes(content)])
+    """For the terminal: targets, and tables that are not too long."""
+    return markdown(content, _MOST_SHOWN)
 
 
-def text(content: Content) -> str:
-    """For the terminal: a grid's ratios, other rows' times and ratios, the bar, notes."""
-    lines = headline(content)
-    for title, rows in groups(content).items():
-        lines += ["", f"{title}: {_what(rows)}", _aligned(_row_table(content, rows))]
-    if content["device"]["kind"] == "cpu":
-        lines += ["", *_bar_text(content)]
-    elif content["rows"]:
-        lines += ["", "the fused layer's rates"]
-        for title, rows in groups(content).items():
-            lines += [f"{title}:", _aligned(rates_table(content, rows, ["fused"]))]
-    return "\n".join([*lines, *_mixed_text(content), "", *notes(content)])
+def picture(content: Content, path: Path) -> None:
+    """A panel per dtype and pass: how many times as fast as the others ours is, row by row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-
-def _mixed_text(content: Content) -> list[str]:
-    """The batches that mix adapters: quotients, and their criteria."""
-    lines = []
-    for title, rows in segmented_report.groups(content).items():
-        table = segmented_report.ratios_table(content, rows)
-        lines += ["", f"{title}: ratios of time", _aligned(table)]
-    judged = segmented_report.criteria_table(content)
-    if judged[1]:
-        lines += ["", "the bar of mixed batches", _aligned(judged)]
-    return lines
-
-
-def _row_table(content: Content, rows: Sequence[Row]) -> Table:
-    return ratios_table(content, rows) if is_grid(rows) else times_table(content, rows)
-
-
-def _what(rows: Sequence[Row]) -> str:
-    return "ratios of time" if is_grid(rows) else "median ms, and ratios of time"
-
-
-def _bar_text(content: Content) -> list[str]:
-    judged = bar.table(content)
-    if not judged[1]:
-        return []
-    lines = []
-    head, floors = bar.floors_table(content)
-    if floors:
-        lines += ["cells above a target that is not met, and what bounds them, worst first:"]
-        lines += [_aligned((head, floors[:_FLOORS_SHOWN]))]
-        more = len(floors) - _FLOORS_SHOWN
-        lines += [f"and {more} more, in {MARKDOWN_NAME}"] * (more > 0) + [""]
-    return [*lines, "the bar", _aligned(judged), bar.coverage(content)]
-
-
-def _aligned(table: Table) -> str:
-    head, body = table
-    # A heading of several words takes several lines, so that the columns stay narrow.
-    stacked = [name.replace(" / ", " /").split(" ") for name in head]
-    stacked[0] = [head[0]]
-    depth = max(map(len, stacked))
-    lines = [
-        [column[i - depth + len(column)] if i >= depth - len(column) else "" for column in stacked]
-        for i in range(depth)
-    ]
-    lines += body
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    left = {place for place, name in enumerate(head) if name in _LEFT}
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if place in left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
+    panels: dict[str, list[Row]] = {}
+    for row in content["rows"]:
+        s = setting_of(row)
+        panels.setdefault(f"{s.dtype}, {MODES[s.mode]}", []).append(row)
+    figure = Figure(figsize=(13, 1 + 3.6 * len(panels)), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(panels), 1, squeeze=False)
+    for axes, (title, rows) in zip(grid[:, 0], panels.items(), strict=True):
+        for place, (key, variant) in enumerate(content["variants"].items()):
+            values = [speed(row, "fused", key) or math.nan for row in rows]
+            if key != "fused" and not all(map(math.isnan, values)):
+                colour, name = f"C{place % 10}", f"over {variant['label']}"
+                axes.plot(values, "o-", ms=4, lw=0.8, color=colour, label=name)
+        axes.axhline(1.0, color="#444444", linewidth=1.0, linestyle="--")
+        settings = map(setting_of, rows)
+        names = [f"{s.shape} r={s.r}" + f" p={s.p:g}" * (s.p > 0) for s in settings]
+        axes.set_xticks(range(len(names)), names, fontsize=7, rotation=90)
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_ylabel("times as fast")
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(axis="y", linewidth=0.4, alpha=0.6)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
+    device = content["device"]["name"]
+    figure.suptitle(
+        f"Speed of the fused LoRA linear over others, above 1 is faster\n{device}, "
+        f"{content['date']}, torch {content['versions']['torch']}"
     )
+    figure.savefig(path)
 
 
-def markdown(content: Content) -> str:
-    lines = ["# Throughput of one LoRA linear layer", ""]
-    lines += [*(f"- {line}" for line in headline(content)), ""]
-    how = _HOW_GPU if content["device"]["kind"] == "cuda" else _HOW_CPU
-    lines += [how.format(cold=2 * content["cache_bytes"] // 2**20)]
-    lines += [_HOW.format(warmup=content["warmup"])]
-    if unsaid := notes(content):
-        lines += ["", *(f"- {note}" for note in unsaid)]
-    lines += ["", "| variant | what it is | version |", "| --- | --- | --- |"]
-    lines += [
-        f"| {v['label']} | {v['what']} | {v['version']} |" for v in content["variants"].values()
+def write(content: Content, directory: Path) -> list[str]:
+    """Write everything into ``directory``; returns a line about each file."""
+    directory.mkdir(parents=True, exist_ok=True)
+    judged = [
+        v._asdict() | {"target": v.target._asdict(), "outcome": v.outcome}
+        for v in verdicts(content)
     ]
+    (directory / JSON_NAME).write_text(json.dumps(content | {"targets": judged}, indent=1) + "\n")
+    return [f"wrote {directory / JSON_NAME}", *render(content, directory / MARKDOWN_NAME)]
+
+
+def render(content: Content, path: Path) -> list[str]:
+    path.write_text(markdown(content))
+    lines, image = [f"wrote {path}"], path.with_suffix(".png")
     if content["rows"]:
-        lines += [
-            "",
-            f"![time of each variant divided by that of the plain linear]({PICTURE_NAME})",
-        ]
-    lines += [""]
-    if bar.verdicts(content):
-        lines += [
-            "## The bar",
-            "",
-            _piped(bar.table(content)),
-            "",
-            f"({bar.coverage(content)}.)",
-            "",
-        ]
-        lines += [_HOW_BAR, ""]
-    floors = bar.floors_table(content)
-    if floors[1]:
-        lines += [
-            "### Cells above a target that is not met, and what bounds them",
-            "",
-            "Worst first.",
-            "",
-        ]
-        lines += [_piped(floors), "", _HOW_FLOORS, ""]
-    for title, rows in groups(content).items():
-        if is_grid(rows):
-            lines += [f"## {title}: ratios of time", "", _piped(ratios_table(content, rows)), ""]
-    for title, rows in groups(content).items():
-        lines += [f"## {title}", "", "Median ms, then ratios of time.", ""]
-        lines += [_piped(times_table(content, rows)), ""]
-    lines += ["## Rates and memory", ""]
-    for title, rows in groups(content).items():
-        # All variants of all cells of a grid are in the JSON.
-        keys = ["plain", "packed", "fused"] if is_grid(rows) else content["variants"]
-        lines += [f"### {title}", "", _piped(rates_table(content, rows, keys)), ""]
-    return "\n".join([*lines, *_mixed_markdown(content)])
-
-
-def _mixed_markdown(content: Content) -> list[str]:
-    groups_of_mixed = segmented_report.groups(content)
-    if not groups_of_mixed:
-        return []
-    lines = ["## Batches that mix adapters", "", segmented_report.HOW, ""]
-    lines += [_piped(_variants_table(content["mixed"])), ""]
-    judged = segmented_report.criteria_table(content)
-    if judged[1]:
-        lines += ["### The bar of mixed batches", "", _piped(judged), ""]
-    for title, rows in groups_of_mixed.items():
-        lines += [f"### {title}", "", _piped(segmented_report.ratios_table(content, rows)), ""]
-        lines += ["Median ms.", "", _piped(segmented_report.times_table(content, rows)), ""]
+        try:
+            picture(content, image)
+            lines.append(f"wrote {image}")
+        except ImportError as error:
+            lines.append(f"no {image.name}: {error}")
     return lines
 
 
-def _variants_table(content: Content) -> Table:
-    variants = content["variants"].values()
-    return ["variant", "what it is", "version"], [
-        [v["label"], v["what"], v["version"]] for v in variants
-    ]
-
-
-_COLD_CPU = (
-    "weights are cold: steps take turns among copies of the weight, packed ones included, that "
-    "with their results exceed twice the last cache of {cache} MiB"
-)
-_COLD_GPU = "weights are cold: twice the L2 cache of {cache} MiB is read before every step"
-_HOW_BAR = """\
-"measured" is the geometric mean, or the worst, of the ratios of medians of the cells; "cells" is
-how many have both numbers; a ratio without a target is there for comparison. The packed linear is
-the fused layer's kernel without an adapter, so a ratio to it shows fusion without packing."""
-_HOW_FLOORS = """\
-"bytes at copy's rate": each operand and result, moved once per direction, at the bandwidth of a
-copy; a step that mostly reads can be faster. "FLOP at our rate": at the rate of our own packed
-GEMM, measured first. "plain at the same FLOP": the library's time for the plain linear, times the
-adapted step's FLOP / the plain one's."""
-_HOW_CPU = """\
-Each step is called, and timed by the host's clock. Consecutive steps take turns among copies of the
-weight that together with their results exceed {cold} MiB, twice the last cache (16 copies at most,
-so a small layer stays in it)."""
-_HOW_GPU = """\
-Each step, backward included, is captured in a CUDA graph; events around its replay time it. {cold}
-MiB, twice the L2 cache, are read before every replay, so that it finds none of its operands
-there."""
-_HOW = """\
-Variants take turns round by round, in rotating order, after at most {warmup} rounds that do not
-count; times are medians. x and dY are random and drawn anew for every round. Before a row is timed,
-the outputs and gradients of every variant are held against float64 (on a CPU 64 rows of y and dX,
-the first and the last among them, and all of dA and dB), with an adapter whose part is as large as
-the base's. A ratio below 1 means that the fused layer is faster.
-
-tokens/s, TFLOP/s, GB/s and the share of the roofline count what the mathematics needs: its FLOP,
-and each operand and result moved once per direction; the plain and the merged linear are counted
-without an adapter. The roofline is the larger of FLOP / GEMM rate and bytes / copy bandwidth; a
-step that mostly reads can be above what a copy allows. "forward" records no gradient; "forward +
-backward" computes the gradients of x, A and B with W frozen (of x alone without an adapter). "saved
-MiB" is what autograd keeps between forward and backward, x included, parameters not; "peak MiB" is
-the most that the step allocates."""
-
-
-def _piped(table: Table) -> str:
-    head, body = table
-    rule = ["---" if name in _LEFT else "---:" for name in head]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
-
-
-def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = print) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("results", type=Path, help=f"a {JSON_NAME}")
-    parser.add_argument("--out", type=Path, help="where to; default the folder of the JSON")
+    parser.add_argument("--out", type=Path, help=f"the Markdown; default {MARKDOWN_NAME} beside it")
     chosen = parser.parse_args(arguments)
     try:
         content = json.loads(chosen.results.read_text())
-        rows = content["rows"] or segmented_report.rows_of(content)
+        rows = content["rows"] or mixed_rows(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(f"{chosen.results} is no report of bench: {error!r}")
     if not rows:
         parser.error(f"{chosen.results} has no rows")
-    directory = chosen.out or chosen.results.parent
-    directory.mkdir(parents=True, exist_ok=True)
-    say(text(content))
-    for line in render(content, directory):
-        say(line)
+    print(summary(content))
+    out = chosen.out or chosen.results.with_name(MARKDOWN_NAME)
+    print("\n".join(render(content, out)))
 
 
 if __name__ == "__main__":

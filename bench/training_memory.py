@@ -19,21 +19,28 @@ trained something else than PEFT does, or was not computed by our kernels.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import lora_kernels as lk
+from lora_kernels.device import facts
+
+from .memory import Resident, SavedTensors, step_peak
+from .report import piped
+from .turns import Call, run_together
 
 OUT = Path(__file__).parent / "out" / "memory"
 JSON_NAME, TABLE_NAME = "memory.json", "memory.md"
@@ -77,6 +84,9 @@ class Size:
     seconds: float = 3.0
 
 
+# library, setting, size, device: what `measure` takes.
+Cell = tuple[str, Setting, Size, str]
+
 BASELINE = Setting("baseline: float32, one batch")
 
 
@@ -99,9 +109,6 @@ MICRO_BATCHES = 4
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
-    if args.cell is not None:
-        print(json.dumps(measure(**_from_json(args.cell))))
-        return 0
     content = run(args)
     lines = table(content)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -122,36 +129,33 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--quick", action="store_true", help="a tiny model, to see that all of it works")
     add("--rows", type=int, metavar="N", help="the first N rows alone")
-    add("--cell", help=argparse.SUPPRESS)
     return parser
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure every cell in a process of its own; what went wrong stands under "failures"."""
-    import torch
-
-    import lora_kernels as lk
-    from lora_kernels.device import facts
-
+    """Measure every cell in a process of its own; "failures" says what went wrong."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     size = SIZES["quick" if args.quick else device]
     libraries = [PEFT] * (importlib.util.find_spec("peft") is not None) + [OURS]
-    libraries += [SWAPPED] * (PEFT in libraries and hasattr(lk, "accelerate_peft"))
+    libraries += [SWAPPED] * (PEFT in libraries)
     machine = facts(device)
     units = "threads" if device == "cpu" else "processors"
     rows = []
     failures: list[str] = []
-    for setting in settings(MICRO_BATCHES)[: args.rows]:
+    chosen = settings(MICRO_BATCHES)[: args.rows]
+    bar = tqdm(total=len(chosen) * len(libraries))
+    for setting in chosen:
         cells: dict[str, Any] = {}
         for library in libraries:
-            print(f"{setting.title}, {library} ...", file=sys.stderr, flush=True)
-            cell = {"library": library, "setting": setting, "size": size, "device": device}
+            bar.set_description(f"{setting.title}, {library}")
             try:
-                cells[library] = _in_a_process(cell)
+                cells[library] = _in_a_process((library, setting, size, device))
             except RuntimeError as error:
                 failures.append(f"{setting.title}, {library}: {error}")
+            bar.update()
         failures += [f"{setting.title}, {problem}" for problem in problems(cells, device)]
         rows.append({"setting": asdict(setting), "cells": cells})
+    bar.close()
     packages = ["torch", "transformers", *(["peft"] if PEFT in libraries else [])]
     return {
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",
@@ -165,35 +169,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _in_a_process(cell: dict[str, Any]) -> dict[str, Any]:
-    """:func:`measure` where nothing has been allocated before.
-
-    Raises:
-        RuntimeError: it ended with an error or took too long; the message has its last lines.
-    """
-    text = json.dumps({k: v if isinstance(v, str) else asdict(v) for k, v in cell.items()})
-    root = Path(__file__).resolve().parents[1]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "bench.training_memory", "--cell", text]
-    try:
-        answer = subprocess.run(
-            command,
-            cwd=root,
-            env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            timeout=CELL_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"not done after {CELL_SECONDS} s") from None
-    if answer.returncode:
-        raise RuntimeError(f"exit status {answer.returncode}: {answer.stderr[-800:].strip()}")
-    return json.loads(answer.stdout.splitlines()[-1])
-
-
-def _from_json(text: str) -> dict[str, Any]:
-    cell = json.loads(text)
-    return cell | {"setting": Setting(**cell["setting"]), "size": Size(**cell["size"])}
+def _in_a_process(cell: Cell) -> dict[str, Any]:
+    """:func:`measure` where nothing has been allocated before; raises RuntimeError."""
+    call = Call("bench.training_memory:measure", cell)
+    (measured,) = run_together([call], {"HF_HUB_OFFLINE": "1"}, CELL_SECONDS)
+    return measured
 
 
 def problems(cells: dict[str, Any], device: str) -> list[str]:
@@ -216,12 +196,6 @@ def problems(cells: dict[str, Any], device: str) -> list[str]:
 
 def measure(library: str, setting: Setting, size: Size, device: str) -> dict[str, Any]:
     """Train the cell's model and return its numbers: bytes, seconds, who answered, a loss."""
-    import torch
-
-    import lora_kernels as lk
-
-    from .demo_training import Memory
-
     model = build(library, setting, size, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     # With weights in half precision the adapters stay float32, as PEFT and we make them.
@@ -241,7 +215,7 @@ def measure(library: str, setting: Setting, size: Size, device: str) -> dict[str
         optimizer.zero_grad()
         return torch.stack(losses).mean().item()
 
-    memory = Memory(torch.device(device))
+    resident = Resident()
     with lk.record_plans() as answers:
         first_loss = step()
     seconds: list[float] = []
@@ -250,18 +224,15 @@ def measure(library: str, setting: Setting, size: Size, device: str) -> dict[str
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
-    memory.stop()
+    grown = resident.grown() if device == "cpu" else None
     # Only now: what observes takes memory and time of its own.
     with SavedTensors([*model.parameters(), *model.buffers()]) as saved:
         step()
     peak = step_peak(step, device)
-    resident = None
-    if device == "cpu" and memory.peak is not None and memory.before is not None:
-        resident = memory.peak - memory.before
     return {
         "saved_bytes": saved.peak,
         "step_peak_bytes": peak,
-        "resident_bytes": resident,
+        "resident_bytes": grown,
         "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
         "step_s": statistics.median(seconds),
         "steps": len(seconds),
@@ -273,11 +244,8 @@ def measure(library: str, setting: Setting, size: Size, device: str) -> dict[str
 
 def build(library: str, setting: Setting, size: Size, device: str) -> Any:
     """The same weights for the same size, with an adapter on every linear layer but the head."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
-
-    import lora_kernels as lk
 
     logging.set_verbosity_error()
     torch.manual_seed(0)
@@ -303,94 +271,8 @@ def build(library: str, setting: Setting, size: Size, device: str) -> Any:
 
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, **adapter))
         if library == SWAPPED:
-            lk.accelerate_peft(model)  # type: ignore[attr-defined]
+            lk.accelerate_peft(model)
     return model.train()
-
-
-class SavedTensors:
-    """Counts what autograd keeps: ``peak``, the most bytes of distinct storages saved at a time.
-
-    Storages of ``apart`` (parameters, buffers) do not count: they are there anyway.
-    """
-
-    def __init__(self, apart: Iterable[Any]) -> None:
-        self.peak = self.now = 0
-        self._apart = {_storage(tensor) for tensor in apart}
-        self._references: Counter[int] = Counter()
-        self._hooks: Any = None
-
-    def __enter__(self) -> SavedTensors:
-        import torch
-
-        def pack(tensor: Any) -> Any:
-            return _Held(self, tensor)
-
-        def unpack(held: Any) -> Any:
-            return held.tensor
-
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._hooks.__exit__(*exception)
-
-    def take(self, storage: int, size: int) -> None:
-        if storage in self._apart:
-            return
-        self._references[storage] += 1
-        if self._references[storage] == 1:
-            self.now += size
-            self.peak = max(self.peak, self.now)
-
-    def release(self, storage: int, size: int) -> None:
-        if storage in self._apart:
-            return
-        self._references[storage] -= 1
-        if not self._references[storage]:
-            self.now -= size
-
-
-class _Held:
-    """A saved tensor for as long as autograd has it."""
-
-    def __init__(self, counter: SavedTensors, tensor: Any) -> None:
-        self.counter, self.tensor = counter, tensor
-        # Taken now: an in-place change of the tensor's storage must not move it to another key.
-        self.storage, self.size = _storage(tensor), tensor.untyped_storage().nbytes()
-        counter.take(self.storage, self.size)
-
-    def __del__(self) -> None:
-        self.counter.release(self.storage, self.size)
-
-
-def _storage(tensor: Any) -> int:
-    # While somebody holds the tensor, its storage's address is nobody else's.
-    return tensor.untyped_storage().data_ptr()
-
-
-def step_peak(step: Callable[[], Any], device: str) -> int:
-    """The most bytes that torch's allocator had out during ``step``, above those at its start."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    events = recorded.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    now = peak = 0
-    for _, change in sorted(changes, key=lambda event: event[0]):
-        now += change
-        peak = max(peak, now)
-    return peak
 
 
 # The report.
@@ -405,44 +287,45 @@ _COLUMNS = (
 
 
 def table(content: dict[str, Any]) -> list[str]:
-    """Markdown: a line per trick and library, each number with its ratio to PEFT's first line."""
+    """Markdown: a line per trick and library, each number beside PEFT's without any trick."""
     size = Size(**content["size"])
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     columns = [
         (key, head)
         for key, head in _COLUMNS
         if any(c.get(key) is not None for row in content["rows"] for c in row["cells"].values())
-    ]
-    lines = [
-        f"{content['date']}, {content['device_name']}, {versions}. A Llama of {size.layers} "
-        f"blocks, {size.hidden} wide; {size.batch} x {size.tokens} tokens per step; adapters of "
-        f"rank {size.rank} on all linear layers but the head, dropout {size.dropout:g}, AdamW. "
-        "In brackets: as a part of the first line.",
-        "",
-        "| | " + " | ".join(["", *(head for _, head in columns)]) + " |",
-        "| --- | --- |" + " ---: |" * len(columns),
+        # The time of one step, the quick size's, says nothing.
+        and (key != "step_s" or size.steps > 1)
     ]
     first: dict[str, Any] = {}
+    body = []
     for row in content["rows"]:
         title = row["setting"]["title"]
         if row["setting"]["micro_batches"] > 1 and not row["setting"]["autocast"]:
             title += f", {row['setting']['micro_batches']} parts"
         for library in content["libraries"]:
             cell = row["cells"].get(library)
-            if cell is None:
-                lines.append(f"| {title} | {library} |" + " failed |" * len(columns))
-                continue
-            first = first or cell
-            numbers = [_number(key, cell.get(key), first.get(key)) for key, _ in columns]
-            lines.append(f"| {title} | {library} | " + " | ".join(numbers) + " |")
-    return lines
+            first = first or cell or {}
+            numbers = [
+                "failed" if cell is None else _number(key, cell.get(key), first.get(key))
+                for key, _ in columns
+            ]
+            body.append([title, library, *numbers])
+    return [
+        f"{content['date']}, {content['device_name']}, {versions}. A Llama of {size.layers} "
+        f"blocks, {size.hidden} wide; {size.batch} x {size.tokens} tokens per step; adapters of "
+        f"rank {size.rank} on all linear layers but the head, dropout {size.dropout:g}, AdamW. "
+        "In brackets: how many times as much the first line takes.",
+        "",
+        *piped((["trick", "library", *(head for _, head in columns)], body)).splitlines(),
+    ]
 
 
 def _number(key: str, value: float | None, first: float | None) -> str:
     if value is None:
         return "-"
     text = f"{value * 1e3:,.0f}" if key == "step_s" else f"{value / 2**20:,.1f}"
-    return f"{text} ({value / first:.2f})" if first else text
+    return f"{text} ({first / value:.2f}x)" if first and value else text
 
 
 if __name__ == "__main__":

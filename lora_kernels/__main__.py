@@ -1,16 +1,17 @@
-"""``python -m lora_kernels``: what is installed and what answers where; ``python -m lora_kernels
-tune``: measure."""
+"""``python -m lora_kernels``: what is installed and what answers where; ``compare``: how much a
+model of yours saves; ``tune``: measure the plans."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import sys
 
 import torch
 
-from . import __version__, _native, plan, tune
+from . import __version__, _native, compare, plan, tune
 from .config import PLANS, Config, invalid_reason
 from .device import facts
 from .ops import OPERATORS, SEGMENTED_OPERATORS
@@ -148,7 +149,12 @@ def _tune(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lora_kernels", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"lora_kernels {__version__}")
     commands = parser.add_subparsers(dest="command")
+    comparing = commands.add_parser(
+        "compare", help="time and memory of a model with PEFT's LoRA layers and with ours"
+    )
+    compare.add_arguments(comparing, _dtype)
     tuning = commands.add_parser("tune", help="measure the plans for given shapes on this machine")
     tuning.add_argument("--shapes", type=_shapes, required=True, metavar="MxKxN,...")
     tuning.add_argument("--ops", type=_ops, metavar="OP,...", help="default: all of them")
@@ -171,6 +177,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.command is None:
         print(report())
         return 0
+    if arguments.command == "compare":
+        return compare.main(arguments)
     if arguments.r < 1 or not 0 <= arguments.dropout < 1:
         parser.error("--r must be at least 1 and --dropout in [0, 1)")
     mixed = arguments.slots > 0
@@ -188,5 +196,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _main_of_a_pipe() -> int:
+    """:func:`main` whose reader may go away, as ``head`` does."""
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer is flushed once more when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_main_of_a_pipe())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,23 @@ _outcome: tuple[str | None, str | None] | None = None
 def load() -> str | None:
     """The instruction set that answers, or None where no extension is loaded (see ``why_not``).
 
-    The first call loads it, the others return what that one found. Raises ``ValueError`` if
-    ``LORA_KERNELS_CPU_ISA`` names no instruction set, or one that this CPU does not have.
+    The first call loads it, the others return what that one found. It warns where there is none,
+    unless that was asked for. Raises ``ValueError`` if ``LORA_KERNELS_CPU_ISA`` names no
+    instruction set, or one that this CPU does not have.
     """
     global _outcome
     if _outcome is None:
         with _lock:
             if _outcome is None:
-                _outcome = _load(DIRECTORY, os.environ.get(VARIABLE) or None)
+                forced = os.environ.get(VARIABLE) or None
+                _outcome = isa, reason = _load(DIRECTORY, forced)
+                if isa is None and forced != "none":
+                    warnings.warn(
+                        "lora_kernels has no native CPU kernels and PyTorch computes in their "
+                        f"place, more slowly: {reason}",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
     return _outcome[0]
 
 
@@ -53,9 +63,20 @@ def why_not() -> str | None:
 def available() -> tuple[str, ...]:
     """The instruction sets built for this torch that this CPU has, narrowest first."""
     info = _build_info(DIRECTORY)
-    if info.get("torch") != torch.__version__:
+    if not _fits(info):
         return ()
     return tuple(isa for isa in _supported() if _extension(isa) in info["built"])
+
+
+def built_from() -> str:
+    """A hash of the sources and flags that the extensions for this torch were built from; "" where
+    there are none."""
+    info = _build_info(DIRECTORY)
+    return info.get("sources", "") if info.get("built") and _fits(info) else ""
+
+
+def _fits(info: dict[str, Any]) -> bool:
+    return info.get("torch") == torch.__version__
 
 
 def _supported() -> tuple[str, ...]:
@@ -83,7 +104,8 @@ def _in_use() -> str:
 
 
 def _build_info(directory: Path) -> dict[str, Any]:
-    """What setup.py wrote: ``built`` [isa], ``failed`` {isa: reason}, ``compiler``, ``torch``."""
+    """What setup.py wrote: ``built`` [isa], ``failed`` {isa: reason}, ``compiler``, ``torch``,
+    ``sources``."""
     try:
         return json.loads((directory / "_build_info.json").read_text())
     except OSError:
@@ -100,10 +122,11 @@ def _load(directory: Path, forced: str | None) -> tuple[str | None, str | None]:
     info = _build_info(directory)
     if not info:
         return None, "the CPU extensions were not built: lora_kernels was never installed with pip"
-    if info["built"] and info["torch"] != torch.__version__:
+    if info["built"] and not _fits(info):
         return None, (
             f"the CPU extensions were built for torch {info['torch']} and this is torch "
-            f"{torch.__version__}: install lora_kernels again"
+            f"{torch.__version__}: build them again, with pip install --no-build-isolation "
+            "--force-reinstall --no-deps and what lora_kernels was installed from"
         )
 
     wanted = [forced] if forced else [*reversed(_supported())]

@@ -7,7 +7,7 @@ import functools
 import math
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,20 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .integrations.lora_config import LoRAConfig
-from .integrations.peft import (
-    WEIGHTS_NAME,
-    endings,
-    fields_of_model,
-    match_others,
-    parse_config,
-    read_config,
-    read_tensors,
-    some,
-    without_prefix,
-    write_adapter,
-)
+from .integrations.on_disk import AdapterFiles, Layer, from_state_dict, names_of, read_adapter
+from .integrations.peft import write_adapter
 from .multi_lora import MultiLoRALinear, unsupported_embedding_reason
-from .nn import default_scaling, unsupported_reason
+from .nn import default_scaling
+from .replacing import unsupported_reason
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
@@ -59,8 +50,8 @@ class HostAdapter:
         return {path: (w.rank, w.scale) for path, w in self.layers.items()}
 
 
-def read(name: str, source: Source, config: Any) -> tuple[LoRAConfig, dict[str, Tensor], str]:
-    """The configuration and the tensors of a directory or a state dict, and what errors call it.
+def read(name: str, source: Source, config: Any, model: nn.Module) -> AdapterFiles:
+    """An adapter of ``model`` in a directory or a state dict.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`lora_kernels.load_adapter`.
@@ -73,11 +64,10 @@ def read(name: str, source: Source, config: Any) -> tuple[LoRAConfig, dict[str, 
         for key, tensor in source.items():
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{label}: {key} is a {type(tensor).__name__}, no tensor")
-        return parse_config(_fields(config), label), without_prefix(source), label
+        return from_state_dict(source, _fields(config), model, label)
     if config is not None:
         raise TypeError("a directory has its own adapter_config.json: config= is for state dicts")
-    folder = Path(source)
-    return read_config(folder), read_tensors(folder), str(folder / WEIGHTS_NAME)
+    return read_adapter(Path(source), model)
 
 
 def _fields(config: Any) -> dict[str, Any]:
@@ -170,86 +160,57 @@ class Room(NamedTuple):
 
 
 def match(
-    places: Places, config: LoRAConfig, tensors: Mapping[str, Tensor], room: Room, label: str
+    places: Places, files: AdapterFiles, room: Room, load_embedding_layers: bool
 ) -> HostAdapter:
-    """The adapter that ``tensors`` are.
+    """The adapter that ``files`` are.
 
     Raises:
         ValueError: tensors are missing, left over, not floating or of the wrong shape; a rank is
             above ``max_rank`` or not the configuration's.
     """
-    pairs, others = _pairs(tensors)
-    layers: dict[str, Weights] = {}
-    for path, (kind, pair) in pairs.items():
-        try:
+    config, label = files.config, files.label
+    names = names_of(places.model)
+    found: dict[str, str] = {}
+    wanted: dict[str, Layer] = {}
+    try:
+        for path in files.paths(names):
             first, module = places.resolve(path)
-            a, b = _checked(path, module, kind, pair, config.rank(path), room.max_rank)
-        except ValueError as error:
-            raise ValueError(f"{label}: {error}") from error
-        if first in layers:
-            raise ValueError(f"{label}: {path!r} is the same layer as {first!r}, which it has too")
-        scale = default_scaling(config.alpha(path), b.shape[1], config.use_rslora)
-        layers[first] = room.weights(first, module, a, b, scale)
-    missing = sorted(places.named_by(config) - layers.keys())
-    if missing:
-        raise ValueError(f"{label} has no lora_A and lora_B for {some(missing)}, its targets")
-    if not layers:
+            if first in found:
+                raise ValueError(
+                    f"{path!r} is the same layer as {found[first]!r}, which it has too"
+                )
+            found[first] = path
+            wanted[path] = _layer(path, module, config, room)
+        config.modules_to_save = files.modules_to_save(places.model) or None
+        for first in sorted(places.named_by(config) - found.keys()):
+            _, module = places.resolve(first)
+            wanted[first] = _layer(first, module, config, room)
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error
+    if not wanted:
         raise ValueError(f"{label} holds no lora_A and lora_B")
-    if others:
-        match_others(places.model, others, {}, set(), replace(config, bias="none"), label)
+    layers = {}
+    for path, (a, b) in files.take_pairs(places.model, wanted).items():
+        first, module = places.resolve(path)
+        scale = default_scaling(config.alpha(path), b.shape[1], config.use_rslora)
+        a = a.t() if wanted[path].is_embedding else a
+        layers[first] = room.weights(first, module, a, b, scale)
+    files.match_rest(
+        places.model,
+        {name: places.model.get_submodule(name) for name in config.modules_to_save or []},
+        wanted.keys(),
+        load_embedding_layers=load_embedding_layers,
+        shared_base=True,
+    )
+    config.warn_of_unmatched(wanted.keys(), names)
     return HostAdapter(config, layers)
 
 
-_LINEAR = (".lora_A.weight", ".lora_B.weight")
-_EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
-
-
-def _pairs(
-    tensors: Mapping[str, Tensor],
-) -> tuple[dict[str, tuple[tuple[str, str], dict[str, Tensor]]], dict[str, Tensor]]:
-    """path -> the kind of its names, and what there is of A and B; and the other tensors."""
-    pairs: dict[str, tuple[tuple[str, str], dict[str, Tensor]]] = {}
-    others = {}
-    for key, tensor in tensors.items():
-        for kind in (_LINEAR, _EMBEDDING):
-            ending = next((ending for ending in kind if key.endswith(ending)), None)
-            if ending is not None:
-                path = key.removesuffix(ending)
-                pairs.setdefault(path, (kind, {}))[1][ending] = tensor
-                break
-        else:
-            others[key] = tensor
-    return pairs, others
-
-
-def _checked(
-    path: str,
-    module: nn.Module,
-    kind: tuple[str, str],
-    pair: dict[str, Tensor],
-    rank: int,
-    max_rank: int,
-) -> tuple[Tensor, Tensor]:
-    """A and B as :class:`Weights` has them."""
-    embedding = isinstance(module, nn.Embedding)
-    if kind != (_EMBEDDING if embedding else _LINEAR):
-        raise ValueError(f"{path!r} is a {type(module).__name__}, and has no {path}{kind[0]}")
-    _check_rank(path, rank, max_rank)
-    in_features, out_features = _sizes(module)
-    found = []
-    for ending, shape in zip(kind, ((rank, in_features), (out_features, rank)), strict=True):
-        tensor = pair.get(ending)
-        if tensor is None:
-            raise ValueError(f"{path}{ending} is missing")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{path}{ending} is {tensor.dtype}")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{path}{ending} is {list(tensor.shape)}, the model's layer and the configuration "
-                f"want {list(shape)}"
-            )
-        found.append(tensor)
-    return (found[0].t() if embedding else found[0]), found[1]
+def _layer(path: str, module: nn.Module, config: LoRAConfig, room: Room) -> Layer:
+    """What the adapter's A and B must fit at ``path``."""
+    rank = config.rank(path)
+    _check_rank(path, rank, room.max_rank)
+    return Layer(rank, *_sizes(module), isinstance(module, nn.Embedding))
 
 
 def _check_rank(path: str, rank: int, max_rank: int) -> None:
@@ -306,6 +267,7 @@ def draw(
             nn.init.kaiming_uniform_(a if embedding else b, a=math.sqrt(5))
         scale = default_scaling(config.alpha(path), rank, config.use_rslora)
         layers[path] = room.weights(path, module, a.t() if embedding else a, b, scale)
+    config.warn_of_unmatched(layers, names_of(places.model))
     return HostAdapter(config, layers)
 
 
@@ -314,10 +276,10 @@ def peft_tensors(adapter: HostAdapter, layers: Mapping[str, nn.Module]) -> dict[
     tensors = {}
     for path, weights in adapter.layers.items():
         embedding = isinstance(layers[path], nn.Embedding)
-        ending_a, ending_b = _EMBEDDING if embedding else _LINEAR
+        key_a, key_b = Layer(weights.rank, *_sizes(layers[path]), embedding).shapes(path)
         a = weights.a.t() if embedding else weights.a
-        tensors[path + ending_a] = a.clone(memory_format=torch.contiguous_format)
-        tensors[path + ending_b] = weights.b.clone()
+        tensors[key_a] = a.clone(memory_format=torch.contiguous_format)
+        tensors[key_b] = weights.b.clone()
     return tensors
 
 
@@ -325,15 +287,21 @@ def write(
     model: nn.Module, adapter: HostAdapter, layers: Mapping[str, nn.Module], folder: Path
 ) -> None:
     """Write ``adapter`` as PEFT does."""
-    content = asdict(adapter.config)
-    del content["autocast_adapter_dtype"]
-    # Resolved: which layers "all" or a number of a layer means is not the same everywhere.
-    content["target_modules"] = endings(model, adapter.layers.keys())
-    content["exclude_modules"] = content["modules_to_save"] = None
-    content["layers_to_transform"] = content["layers_pattern"] = None
-    content["bias"] = "none"
-    linears = [layers[path] for path in adapter.layers]
-    transposed = all(getattr(layer, "fan_in_fan_out", False) for layer in linears)
     write_adapter(
-        folder, content | fields_of_model(model, transposed), peft_tensors(adapter, layers)
+        folder,
+        model,
+        # Resolved: which layers a number of a layer means is not the same everywhere.
+        replace(
+            adapter.config,
+            target_modules=None,
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            bias="none",
+        ),
+        adapter.ranks_and_scales,
+        peft_tensors(adapter, layers),
+        fan_in_fan_out=all(
+            getattr(layers[path], "fan_in_fan_out", False) for path in adapter.layers
+        ),
     )

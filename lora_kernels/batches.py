@@ -4,8 +4,11 @@ recomputation too."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,14 +24,43 @@ from .segments import SegmentTable
 _MOST_TABLES = 64
 
 
+def _nothing() -> None:
+    return None
+
+
 class Owner:
-    """What a store and the layers that it inserted have in common; nothing else is asked of it.
+    """What a store and the layers that it inserted have in common.
 
     A deep copy or a pickle of the layers gets an owner of its own, and with it no batches.
     """
 
-    # Whether a batch was ever active: before that, what is recomputed is the base model.
-    batched = False
+    def __init__(self) -> None:
+        # Whether a batch was ever active: before that, what is recomputed is the base model.
+        self.batched = False
+        # A weak reference to the store's ``hold``, for what serves requests step by step.
+        self.hold: Callable[[], Callable[[str], Any] | None] = _nothing
+        # The blocks that have a batch now; and whether this thread ever had one.
+        self._running: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._thread = threading.local()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Owner, ()
+
+    def enter(self, block: object) -> None:
+        self.batched = self._thread.entered = True
+        self._running.add(block)
+
+    def leave(self, block: object) -> None:
+        self._running.discard(block)
+
+    def check_thread(self) -> None:
+        """Raise RuntimeError if this thread may have been meant to have another one's batch."""
+        if self._running and not getattr(self._thread, "entered", False):
+            raise RuntimeError(
+                "this thread was given no batch, while batches run in other ones; a thread, or an "
+                "executor, does not take along the batch in which it is started. Give it "
+                "store.bind(function), or for the base model enter store.batch([None]) in it"
+            )
 
 
 class Adapter(NamedTuple):
@@ -165,26 +197,72 @@ class Batch:
             )
 
 
-class _Active(NamedTuple):
-    batches: Mapping[Owner, Batch]
-    # Set by ``bind``: it says all there is to say, so an owner without a batch has none.
-    bound: bool
+class _Entry:
+    """An active batch of ``owner``, until its block ends it (``batch`` is then None) or is gone;
+    without an owner the mark of a bound call, which does not see what is around it."""
+
+    def __init__(self, owner: Owner | None, batch: Batch | None, block: object) -> None:
+        self.owner, self.batch, self._block = owner, batch, weakref.ref(block)
+
+    def counts(self) -> bool:
+        """No: it is left over from an interruption."""
+        ended = self.owner is not None and self.batch is None
+        return ended or self._block() is not None
 
 
-_NONE = _Active({}, False)
-_ACTIVE: ContextVar[_Active] = ContextVar("lora_kernels_active", default=_NONE)
+# The innermost last. Tasks begin with a copy, threads with nothing.
+_ACTIVE: ContextVar[tuple[_Entry, ...]] = ContextVar("lora_kernels_active", default=())
 
 
-@contextlib.contextmanager
-def activate(owner: Owner, batch: Batch) -> Iterator[None]:
-    """Layers of ``owner`` use ``batch``, in this thread and inside the block."""
-    owner.batched = True
-    before = _ACTIVE.get()
-    token = _ACTIVE.set(_Active({**before.batches, owner: batch}, before.bound))
-    try:
-        yield
-    finally:
-        _ACTIVE.reset(token)
+def _push(entry: _Entry) -> None:
+    _ACTIVE.set((*filter(_Entry.counts, _ACTIVE.get()), entry))
+
+
+def _remove(entry: _Entry) -> None:
+    _ACTIVE.set(tuple(other for other in _ACTIVE.get() if other is not entry))
+
+
+class activate(AbstractContextManager[None]):
+    """A context in which the layers of ``owner`` use ``batch``.
+
+    It may be left in another context than the one in which it was entered. Should an interruption
+    come in between, it ends with this object.
+    """
+
+    def __init__(self, owner: Owner, batch: Batch) -> None:
+        self._owner = owner
+        self._entry = _Entry(owner, batch, self)
+
+    def __enter__(self) -> None:
+        self._owner.enter(self)
+        _push(self._entry)
+
+    def __exit__(self, *error: object) -> None:
+        _remove(self._entry)
+        # In copies of the context the entry stays, and says that it has ended.
+        self._entry.batch = None
+        self._owner.leave(self)
+
+
+def _seen() -> tuple[list[_Entry], bool]:
+    """The entries that count, the innermost first, and whether a bound call hides the others."""
+    found: list[_Entry] = []
+    for entry in reversed(_ACTIVE.get()):
+        if entry.counts():
+            if entry.owner is None:
+                return found, True
+            found.append(entry)
+    return found, False
+
+
+def _batch_of(owner: Owner, entries: list[_Entry]) -> Batch | None:
+    entry = next((entry for entry in entries if entry.owner is owner), None)
+    if entry is not None and entry.batch is None:
+        raise RuntimeError(
+            "the batch in which this task was started has ended: enter store.batch(...) in the "
+            "task itself, store.batch([None]) for the base model"
+        )
+    return None if entry is None else entry.batch
 
 
 class bind:
@@ -193,29 +271,46 @@ class bind:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._active = _ACTIVE.get()._replace(bound=True)
+        entries, _ = _seen()
+        found = {e.owner: _batch_of(e.owner, entries) for e in entries if e.owner is not None}
+        self._batches = {owner: batch for owner, batch in found.items() if batch is not None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        now = _ACTIVE.get()
-        with contextlib.ExitStack() as stack:
-            if now.batches is not self._active.batches:
-                for batch in self._active.batches.values():
-                    stack.enter_context(batch.resume())
-            token = _ACTIVE.set(self._active)
-            stack.callback(_ACTIVE.reset, token)
-            return self._function(*args, **kwargs)
+        before, (entries, _) = _ACTIVE.get(), _seen()
+        ended = [b for b in self._batches.values() if not any(e.batch is b for e in entries)]
+        contexts: list[AbstractContextManager[Any]] = [batch.resume() for batch in ended]
+        contexts += [activate(owner, batch) for owner, batch in self._batches.items()]
+        call = functools.partial(self._function, *args, **kwargs)
+        try:
+            _push(_Entry(None, None, call))
+            return _within(contexts, call)
+        finally:
+            # Also what an interruption left.
+            _ACTIVE.set(before)
+
+
+def _within(contexts: Sequence[AbstractContextManager[Any]], call: Callable[[], Any]) -> Any:
+    """``call()`` in all of them. An ExitStack would keep them alive with an interruption."""
+    if not contexts:
+        return call()
+    with contexts[0]:
+        return _within(contexts[1:], call)
 
 
 def active_batch(owner: Owner, path: str) -> Batch | None:
     """The batch that the layer at ``path`` computes with, or None for the base model.
 
     Raises:
-        RuntimeError: this is a recomputation in a backward pass, and the batch of its forward is
-            not known.
+        RuntimeError: which one is not known: this is a recomputation in a backward pass, the batch
+            of this task has ended, or this thread was given none while others have theirs.
     """
-    batches, bound = _ACTIVE.get()
-    batch = batches.get(owner)
-    if bound or torch._C._current_graph_task_id() == -1:
+    entries, bound = _seen()
+    batch = _batch_of(owner, entries)
+    if bound:
+        return batch
+    if torch._C._current_graph_task_id() == -1:
+        if batch is None:
+            owner.check_thread()
         return batch
     if (batch is None and owner.batched) or (batch is not None and not batch.has_run(path)):
         raise RuntimeError(
@@ -249,7 +344,7 @@ class ModelHook:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._prepare()
-        batch = _ACTIVE.get().batches.get(self._owner)
+        batch = _batch_of(self._owner, _seen()[0])
         if batch is not None:
             given = (*args[:1], *(kwargs.get(name) for name in _INPUTS))
             first = next((t for t in given if isinstance(t, Tensor)), None)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops
+from . import ops, reference
 
 # A packed weight for the forward, and one for dX.
 Packed = tuple[Tensor | None, Tensor | None]
@@ -41,7 +41,8 @@ def lora_linear(
         x: [..., K], any number of leading dimensions and any strides; float32, float16, bfloat16 or
             float64.
         weight: [N, K] in x's dtype, or [K, N] with ``fan_in_fan_out`` (Conv1D's layout); any
-            strides, never copied.
+            strides, never copied. A tensor subclass of another library (quantised weights) computes
+            the base by its ``F.linear``, and plain torch operations add the adapter.
         lora_a: [r, K] with r >= 1, lora_b: [N, r]. Any floating dtype; they are rounded to the
             compute dtype, for float16 to float32.
         scale: a float, or a 0-d floating tensor: changing its value recompiles nothing and reaches
@@ -66,7 +67,9 @@ def lora_linear(
     it is computed in float32: what fits float16 at the end need not fit on the way. Saved for
     backward are x as it was given and ``S = scale * x A^T`` [M, r], each only if a gradient needs
     it, and no mask. Every gradient has its input's dtype; ``weight`` and ``bias`` get one if they
-    require it. Second derivatives are not defined.
+    require it. Second derivatives are not defined, except under ``torch.func`` and forward-mode
+    differentiation (``grad``, ``jvp``, ``hessian``, ``vmap``, ...), where plain torch operations
+    compute instead of the kernels.
 
     Raises:
         ValueError: shapes that do not fit, rank 0, dropout_p outside [0, 1), tensors on different
@@ -87,6 +90,8 @@ def lora_linear(
         rng, dropout_p = None, 0.0
     elif rng is not None:
         rng = check_rng(rng, x.device)
+    if type(weight) not in ops.PLAIN and is_foreign(weight):
+        return _beside(x, weight, lora_a, lora_b, scale, bias, rng, dropout_p, fan_in_fan_out)
     call = Call(dropout_p, fan_in_fan_out, dtype, packed if weight.dtype == dtype else NOT_PACKED)
     return checked_lora_linear(x, weight, lora_a, lora_b, scale, bias, call, rng)
 
@@ -137,9 +142,57 @@ def checked_lora_linear(
         )
         if y is not None:
             return y
+        if ops.is_transformed():
+            return _composed(x, weight, lora_a, lora_b, scale, bias, rng, call)
         return _LoRALinear.apply(x, weight, lora_a, lora_b, scale, bias, rng, call)
+    if ops.is_transformed():
+        return _composed(x, weight, lora_a, lora_b, scale, bias, rng, call)
     y, _ = _forward(x, weight, lora_a, lora_b, scale, bias, rng, call)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _composed(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    rng: Tensor | None,
+    call: Call,
+) -> Tensor:
+    """y of plain torch operations, which every transformation knows: derivatives of any order,
+    batches of anything."""
+    rows, weight = rows_of(x, call.dtype), weight.to(call.dtype)
+    with ops.without_autocast(x.device.type):
+        y, _ = reference.lora_linear_fwd(
+            rows, weight, lora_a, lora_b, scale, bias, rng, call.dropout_p, call.fan_in_fan_out
+        )
+    return y.reshape(*x.shape[:-1], y.shape[1])
+
+
+def _beside(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    fan_in_fan_out: bool,
+) -> Tensor:
+    """y where only the class of ``weight`` knows its values: the base by ``F.linear``, the adapter
+    beside it in plain torch operations."""
+    y = F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
+    acc = torch.promote_types(y.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        rows = rows_of(x, acc)
+        if dropout_p > 0.0:
+            rows = reference.masked(rows, draw_rng(x.device) if rng is None else rng, dropout_p)
+        s = rows @ lora_a.to(acc).t() * (scale.to(acc) / (1.0 - dropout_p))
+        delta = s @ lora_b.to(acc).t()
+    return y + delta.to(y.dtype).view(y.shape)
 
 
 def _forward(
@@ -163,13 +216,8 @@ def _forward(
         rng,
         call.dropout_p,
         call.fan_in_fan_out,
-        **_in_place_of_weight(call.packed[0]),
+        packed=call.packed[0],
     )
-
-
-def _in_place_of_weight(packed: Tensor | None) -> dict[str, Tensor]:
-    """The argument of an operator; what has no packed weight need not know of it."""
-    return {} if packed is None else {"packed": packed}
 
 
 def packed_linear(
@@ -248,7 +296,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             rng,
             dropout_p,
             fan_in_fan_out,
-            **_in_place_of_weight(packed[1]),
+            packed=packed[1],
         )
         x_shape, x_dtype = ctx.like_x
         if x_dtype != dtype:
@@ -364,7 +412,11 @@ def _check_operands(x: Any, weight: Any, lora_a: Any, lora_b: Any, bias: Any) ->
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating tensor, not {tensor.dtype}")
         if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {device}")
+            empty = tensor.is_meta and name.startswith("lora")
+            raise ValueError(
+                f"{name} is on {tensor.device}, x on {device}"
+                + ": it has no values; load them, or draw them by reset_lora_parameters()" * empty
+            )
 
 
 def _check(
@@ -412,6 +464,18 @@ def _check(
 def is_dtensor(tensor: Tensor) -> bool:
     """By name: the class lies in a package that takes a second to import."""
     return type(tensor).__name__ == "DTensor"
+
+
+def is_foreign(tensor: Tensor) -> bool:
+    """Whether a library gave this tensor another meaning (quantised weights): its class knows
+    ``F.linear`` and none of our operators. Torch's own tracing and DTensor are no such library."""
+    kind = type(tensor)
+    return not (
+        kind in ops.PLAIN
+        or kind.__module__.startswith(
+            ("torch._subclasses", "torch._functorch", "torch.distributed")
+        )
+    )
 
 
 def check_local(name: str, tensor: Tensor) -> None:

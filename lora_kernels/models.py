@@ -3,53 +3,26 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .integrations import transformers as _transformers
 from .integrations.lora_config import LoRAConfig
-from .multi_lora import MultiLoRAEmbedding, MultiLoRALinear
-from .nn import FusedLoRALinear, unsupported_reason
+from .nn import FusedLoRALinear
 from .packed import check_pack_weight
+from .reports import LoRAReport, pattern
+from .selection import Selection, select
 
 logger = logging.getLogger("lora_kernels")
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-# Where the adapter of a model is written down on the model itself.
+# Where the adapter of a model is written down on the model itself; None: it was taken off.
 _APPLIED = "_lora_kernels_applied"
-
-
-@dataclass
-class LoRAReport:
-    """What :func:`apply_lora` did.
-
-    ``adapted``: name -> "kind [out, in], r"; ``skipped``: name -> reason.
-    """
-
-    adapted: dict[str, str]
-    skipped: dict[str, str]
-    modules_to_save: list[str]
-    notes: list[str]
-    trainable_parameters: int
-    all_parameters: int
-
-    def __str__(self) -> str:
-        share = 100 * self.trainable_parameters / max(self.all_parameters, 1)
-        lines = [
-            f"LoRA on {len(self.adapted)} layers, {len(self.skipped)} linear layers skipped; "
-            f"trainable {self.trainable_parameters:,} of {self.all_parameters:,} parameters "
-            f"({share:.4f}%)"
-        ]
-        lines += [f"  adapted  {name}: {what}" for name, what in self.adapted.items()]
-        lines += [f"  skipped  {name}: {why}" for name, why in self.skipped.items()]
-        lines += [f"  trained in full  {name}" for name in self.modules_to_save]
-        lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join(lines)
 
 
 @dataclass
@@ -58,16 +31,8 @@ class Applied:
 
     config: LoRAConfig
     report: LoRAReport
-
-
-@dataclass
-class Selection:
-    """What a configuration means for one model, before anything is changed."""
-
-    # module -> every path it stands at; the first one names it
-    targets: dict[nn.Module, list[str]]
-    skipped: dict[str, str]
-    modules_to_save: dict[str, nn.Module]
+    # Keys of embeddings that the adapter's file brought, and that are saved with it.
+    embeddings: list[str] = field(default_factory=list)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -83,10 +48,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def apply_lora(
     model: ModelT,
-    r: int = 8,
+    r: int | Any = 8,
     lora_alpha: float = 16,
     target_modules: Sequence[str] | str | None = None,
     *,
+    config: Any = None,
     exclude_modules: Sequence[str] | str | None = None,
     lora_dropout: float = 0.0,
     bias: str = "none",
@@ -105,9 +71,13 @@ def apply_lora(
 
     The arguments are the fields of PEFT's ``LoraConfig``, and ``pack_weight``; those not described
     here are :class:`FusedLoRALinear`'s. What was adapted, what was skipped and why, and the
-    trainable parameters are in ``lora_report(model)``.
+    trainable parameters are in ``lora_report(model)``. A warning says which kinds of module hold
+    weights that were wanted and cannot have an adapter (experts in 3-D Parameters, weights that are
+    multiplied without a linear layer).
 
     Args:
+        r: the rank; or the configuration, as ``config``.
+        config: a ``LoraConfig`` of PEFT or an ``lk.LoRAConfig``, in place of the fields.
         target_modules: a list of module names or their endings ("q_proj", "layers.0.mlp.up_proj");
             a regular expression that matches whole names; None or "all-linear": every ``nn.Linear``
             and Conv1D except the output head and classifier heads.
@@ -126,7 +96,8 @@ def apply_lora(
     Raises:
         ValueError: nothing matches; a matched layer cannot be adapted (not linear, or its forward
             is never called, as ``nn.MultiheadAttention.out_proj``); the model has LoRA layers
-            already; a rank below 1 or another wrong value. The model is then as it was.
+            already; a rank below 1 or another wrong value; a configuration that uses what the
+            layers do not compute (DoRA, ...). The model is then as it was.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> model = apply_lora(model, r=2, target_modules=["0"])
@@ -135,7 +106,9 @@ def apply_lora(
     >>> lora_report(model).skipped
     {'2': 'not in target_modules'}
     """
-    config = LoRAConfig(
+    if config is None and LoRAConfig.is_like(r):
+        config, r = r, LoRAConfig.r
+    fields = LoRAConfig(
         r=r,
         lora_alpha=lora_alpha,
         target_modules=_plain(target_modules),
@@ -151,28 +124,79 @@ def apply_lora(
         modules_to_save=_plain(modules_to_save),
         autocast_adapter_dtype=autocast_adapter_dtype,
     )
+    if config is not None:
+        given = [
+            name
+            for name, value in vars(fields).items()
+            if name != "autocast_adapter_dtype" and value != getattr(LoRAConfig(), name)
+        ]
+        if given:
+            raise ValueError(f"{', '.join(given)} belongs into the config that is given as well")
+        fields = LoRAConfig.of(config)
+        fields.autocast_adapter_dtype &= autocast_adapter_dtype
     check_pack_weight(pack_weight)
     root = unwrap(model)
-    insert(root, config, select(root, config))
+    selection = select(root, fields)
+    insert(root, fields, selection)
+    selection.warn_of_missed(stacklevel=3)
     for layer in lora_layers(root).values():
         layer.pack_weight = pack_weight
     return model
 
 
 def lora_report(model: nn.Module) -> LoRAReport:
-    """What :func:`apply_lora` (or ``load_adapter``) did to ``model``; print it.
+    """What :func:`apply_lora` (or ``load_adapter``) did to ``model``, and, once the model has been
+    called, which adapted layers no call has reached; print it. Adapted layers that something has
+    replaced since are listed as skipped.
 
     Raises:
         ValueError: the model has no LoRA layers of this package.
     """
-    return applied(model).report
+    report = applied(model).report
+    report.never_called = _never_called(lora_layers(model))
+    lost = lost_layers(model)
+    if not lost:
+        return report
+    return replace(
+        report,
+        adapted={name: what for name, what in report.adapted.items() if name not in lost},
+        skipped=report.skipped | {name: f"adapter lost: {what}" for name, what in lost.items()},
+    )
+
+
+def _never_called(layers: dict[str, FusedLoRALinear]) -> list[str]:
+    reached = {name: layer.reached() for name, layer in layers.items()}
+    if not any(map(any, reached.values())):
+        return []
+    traced = {pattern(name) for name, (_, by_compiler) in reached.items() if by_compiler}
+    return [n for n, (called, _) in reached.items() if not called and pattern(n) not in traced]
 
 
 def applied(model: nn.Module) -> Applied:
-    record = getattr(unwrap(model), _APPLIED, None)
+    check_not_taken_off(model)
+    record = record_of(model)
     if record is None:
         raise ValueError(f"{type(model).__name__} was not adapted by apply_lora or load_adapter")
     return record
+
+
+def record_of(model: nn.Module) -> Applied | None:
+    return vars(unwrap(model)).get(_APPLIED)
+
+
+def forget_record(model: nn.Module) -> None:
+    """The adapter was taken off: :func:`apply_lora` may come again."""
+    if record_of(model) is not None:
+        setattr(unwrap(model), _APPLIED, None)
+
+
+def check_not_taken_off(model: nn.Module) -> None:
+    root = unwrap(model)
+    if _APPLIED in vars(root) and record_of(root) is None:
+        raise RuntimeError(
+            f"merge_adapter(model, keep_base=False) or unload took the adapter off this "
+            f"{type(root).__name__}, for good: call apply_lora or load_adapter for another"
+        )
 
 
 def lora_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
@@ -180,69 +204,32 @@ def lora_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
     return {n: m for n, m in unwrap(model).named_modules() if isinstance(m, FusedLoRALinear)}
 
 
-def merge_adapter(model: nn.Module, keep_base: bool = True) -> None:
-    """:meth:`FusedLoRALinear.merge` on every adapted layer; ValueError if there is none."""
-    for layer in _some_lora_layers(model):
-        layer.merge(keep_base)
-
-
-def unmerge_adapter(model: nn.Module) -> None:
-    """:meth:`FusedLoRALinear.unmerge` on every adapted layer; ValueError if there is none."""
-    layers = _some_lora_layers(model)
-    if any(layer.merged and layer.lora_A is None for layer in layers):
-        raise RuntimeError(
-            "the adapter was merged with keep_base=False: the pristine weights are gone"
-        )
-    for layer in layers:
-        layer.unmerge()
-
-
-def _some_lora_layers(model: nn.Module) -> list[FusedLoRALinear]:
-    layers = list(lora_layers(model).values())
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no LoRA layers of lora_kernels: call apply_lora first"
-        )
-    return layers
-
-
-def select(model: nn.Module, config: LoRAConfig) -> Selection:
-    """Resolve ``config`` on ``model`` without changing it; a user's errors are raised here."""
-    config.check()
-    _check_not_applied(model)
-    paths: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(module, []).append(name)
-    by_name = {name: module for module, names in paths.items() for name in names}
-    saved = _modules_to_save(paths, config)
-    outputs = _transformers.output_heads(model)
-    targets: dict[nn.Module, list[str]] = {}
-    skipped: dict[str, str] = {}
-    for module, names in paths.items():
-        name = next(filter(config.is_target, names), names[0])
-        reason = _skip_reason(model, module, name, config, saved, outputs)
-        if reason is not None and not _is_linear(module):
+def lost_layers(model: nn.Module) -> dict[str, str]:
+    """Layers that were adapted and have no adapter now: name -> what happened."""
+    root = unwrap(model)
+    record = record_of(root)
+    lost = {}
+    for name in record.report.adapted if record else ():
+        try:
+            module = root.get_submodule(name)
+        except AttributeError:
+            lost[name] = "the module is gone"
             continue
-        bypass = (
-            unsupported_reason(module)
-            or _transformers.offload_reason(module)
-            or _transformers.bypass_reason(by_name, names)
+        # A wrapper that somebody put around the layer has it inside.
+        if not any(isinstance(m, FusedLoRALinear) for m in module.modules()):
+            lost[name] = f"a {type(module).__name__} took its place"
+    return lost
+
+
+def warn_of_lost_layers(model: nn.Module) -> None:
+    lost = [f"{name} ({what})" for name, what in lost_layers(model).items()]
+    if lost:
+        warnings.warn(
+            f"the adapter of {', '.join(lost)} is lost: something replaced the layer after "
+            "apply_lora (resize_token_embeddings, set_output_embeddings, ...). Resize before "
+            "apply_lora, or exclude the layer",
+            stacklevel=3,
         )
-        if reason is None and bypass is None:
-            targets[module] = names
-        elif reason is None and not config.all_linear and _is_wrong_target(module, config):
-            raise ValueError(
-                f"target module {name!r} {bypass}; remove it from target_modules or exclude it"
-            )
-        elif _is_linear(module):
-            skipped[name] = reason or bypass or ""
-    if not targets:
-        raise ValueError(_nothing_matches(config, skipped))
-    if "" in {name for names in targets.values() for name in names}:
-        raise ValueError(
-            "the model itself is the linear layer: use FusedLoRALinear.from_linear(model)"
-        )
-    return Selection(targets, skipped, saved)
 
 
 def insert(model: nn.Module, config: LoRAConfig, selection: Selection) -> None:
@@ -254,7 +241,6 @@ def insert(model: nn.Module, config: LoRAConfig, selection: Selection) -> None:
         layers: dict[nn.Module, FusedLoRALinear] = {}
         for module, names in selection.targets.items():
             layers[module] = FusedLoRALinear.from_linear(module, **config.layer_arguments(names[0]))
-            _transformers.carry_dispatch_hook(module, layers[module])
         for module, names in selection.targets.items():
             for name in names:
                 parent_name, _, child = name.rpartition(".")
@@ -263,6 +249,8 @@ def insert(model: nn.Module, config: LoRAConfig, selection: Selection) -> None:
                 setattr(parent, child, layers[module])
         _set_trainable(model, config, selection, layers.values())
         report = _report(model, selection, owners)
+        names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+        report.notes += config.warn_of_unmatched(report.adapted, names)
     except BaseException:
         for parent, child, module in replaced:
             setattr(parent, child, module)
@@ -321,6 +309,7 @@ def _report(model: nn.Module, selection: Selection, owners: dict[Tensor, list[st
         notes=notes,
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         all_parameters=sum(p.numel() for p in parameters),
+        unreached=selection.unreached,
     )
 
 
@@ -329,96 +318,6 @@ def _owners_of_parameters(model: nn.Module) -> dict[Tensor, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter, []).append(name)
     return owners
-
-
-def _check_not_applied(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, FusedLoRALinear):
-            raise ValueError(
-                f"{type(model).__name__} has LoRA layers already ({name!r}): load another adapter "
-                "with load_adapter, or fold this one in with merge_adapter(model, keep_base=False) "
-                "and start from that checkpoint"
-            )
-        if isinstance(module, (MultiLoRALinear, MultiLoRAEmbedding)):
-            raise ValueError(
-                f"{type(model).__name__} has an AdapterStore already ({name!r}): close that first"
-            )
-        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
-            where = f"{name!r} is" if name else "this is"
-            raise ValueError(
-                f"{where} a {type(module).__name__} of PEFT already: the plain model is needed"
-            )
-
-
-def _modules_to_save(paths: dict[nn.Module, list[str]], config: LoRAConfig) -> dict[str, nn.Module]:
-    saved: dict[str, nn.Module] = {}
-    for wanted in config.modules_to_save or []:
-        found = {
-            n: m
-            for m, names in paths.items()
-            for n in names
-            if n == wanted or n.endswith(f".{wanted}")
-        }
-        if not found:
-            raise ValueError(f"modules_to_save: no module is called {wanted!r}")
-        saved.update(found)
-    inside = {parameter for module in saved.values() for parameter in module.parameters()}
-    for module, names in paths.items():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter in inside and not any(
-                (n + ".").startswith(s + ".") for n in names for s in saved
-            ):
-                raise ValueError(
-                    f"modules_to_save: a parameter of {', '.join(saved)} is tied to "
-                    f"{names[0]}.{parameter_name}, which would train with it; untie them first, or "
-                    "name both"
-                )
-    return saved
-
-
-def _skip_reason(
-    model: nn.Module,
-    module: nn.Module,
-    name: str,
-    config: LoRAConfig,
-    saved: dict[str, nn.Module],
-    outputs: set[object],
-) -> str | None:
-    """Why the configuration does not want ``module``, or None if it does."""
-    if config.is_excluded(name):
-        return "in exclude_modules"
-    if any((name + ".").startswith(s + ".") for s in saved):
-        return "in modules_to_save"
-    if config.all_linear:
-        if not _is_linear(module):
-            return "not linear"
-        reason = _transformers.head_reason(model, name, module, outputs)
-        if reason is not None:
-            return reason
-    elif not config.is_target(name):
-        return "not in target_modules"
-    if not config.is_in_layers(name):
-        return "not in layers_to_transform"
-    return None
-
-
-def _is_wrong_target(module: nn.Module, config: LoRAConfig) -> bool:
-    # A regular expression may sweep containers along; a name that a list gives was meant.
-    return isinstance(config.target_modules, list) or _is_linear(module)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _transformers.is_conv1d(module)
-
-
-def _nothing_matches(config: LoRAConfig, skipped: dict[str, str]) -> str:
-    target = "all-linear" if config.all_linear else config.target_modules
-    if not skipped:
-        return f"target_modules={target!r}: the model has no linear layers"
-    lines = [f"{name} ({reason})" for name, reason in list(skipped.items())[:8]]
-    more = f" and {len(skipped) - 8} more" if len(skipped) > 8 else ""
-    listed = ", ".join(lines) + more
-    return f"target_modules={target!r} leaves no layer to adapt; the linear layers are {listed}"
 
 
 def _plain(value: Any) -> Any:

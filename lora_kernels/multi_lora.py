@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from . import ops
 from .batches import Owner, active_batch
-from .nn import share_hooks, share_linear, unsupported_reason
+from .functional import is_foreign
 from .packed import PackedLinear
 from .reference import tail_dtype
+from .replacing import carry, own_behaviour, share_hooks, share_linear, unsupported_reason
 from .segmented import segmented_expand, segmented_linear, segmented_lora
 from .segments import SegmentTable
 
 
-class _Slots(nn.Module):
+class SlottedLayer(nn.Module):
     """What both kinds of layer have: two stacks, and the batch that says which slot a row uses."""
 
     lora_A: nn.Parameter
@@ -64,7 +65,7 @@ class _Slots(nn.Module):
         if torch.compiler.is_compiling():
             # Compiled code asks at every call: a table that was traced would stay. (No decorator:
             # that would import the compiler with this package.)
-            return torch.compiler.disable(_Slots._find_table)(self, shape, device)
+            return torch.compiler.disable(SlottedLayer._find_table)(self, shape, device)
         return self._find_table(shape, device)
 
     def _find_table(
@@ -116,7 +117,7 @@ class _Slots(nn.Module):
         missing_keys += [key for key in found if key not in own]
 
 
-class MultiLoRALinear(_Slots, PackedLinear):
+class MultiLoRALinear(SlottedLayer, PackedLinear):
     """A linear layer that adds to every row the adapter of the row's own slot; a drop-in for
     ``nn.Linear``, inserted by :class:`lora_kernels.AdapterStore`.
 
@@ -175,6 +176,7 @@ class MultiLoRALinear(_Slots, PackedLinear):
             self.bias.requires_grad_(False)
         shapes = (slots, max_rank, self.in_features), (slots, self.out_features, max_rank)
         self._add_slots(path, owner or Owner(), *shapes, device, dtype)
+        carry(module, self)
         return self.train(module.training)
 
     def slot(self, slot: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -225,18 +227,23 @@ class MultiLoRALinear(_Slots, PackedLinear):
         return text + (", fan_in_fan_out=True" if self.fan_in_fan_out else "")
 
 
+_EMBEDDING_FORWARD = nn.Embedding.forward
+
+
 def unsupported_embedding_reason(module: nn.Module) -> str | None:
     """Why ``module`` cannot become a :class:`MultiLoRAEmbedding`, or None if it can."""
     if not isinstance(module, nn.Embedding):
         return f"is a {type(module).__name__}, no nn.Embedding"
-    if type(module).forward is not nn.Embedding.forward:
+    if type(module).forward is not _EMBEDDING_FORWARD:
         return f"is a {type(module).__name__}, an embedding with a forward of its own"
     if module.max_norm is not None:
         return "renormalises its weight (max_norm)"
-    return None
+    if is_foreign(module.weight):
+        return f"has a weight of {type(module.weight).__name__}, no plain Parameter"
+    return own_behaviour(module)
 
 
-class MultiLoRAEmbedding(_Slots, nn.Embedding):
+class MultiLoRAEmbedding(SlottedLayer, nn.Embedding):
     """An embedding that adds to every token the adapter of its row's slot:
     ``y_i = W[id_i] + scale_t A_t[id_i] B_t^T``.
 
@@ -278,6 +285,7 @@ class MultiLoRAEmbedding(_Slots, nn.Embedding):
             (slots, self.embedding_dim, max_rank),
         )
         self._add_slots(path, owner or Owner(), *shapes, device, dtype)
+        carry(module, self)
         self.train(module.training)
         return self
 

@@ -4,75 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .functional import lora_linear
-from .packed import PackedLinear
-
-# Classes that hold their weight as [in, out], recognised by predicates that the integrations add
-# (transformers' Conv1D).
-TRANSPOSED_LINEARS: list[Callable[[nn.Module], bool]] = []
-
-# Subclasses of nn.Linear whose own forward is nn.Linear's in other words, recognised likewise.
-PLAIN_LINEARS: list[Callable[[nn.Module], bool]] = []
-
-# What a replacement takes over from the module it replaces: the very dicts, so that handles still
-# remove their hooks.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
-
-_BASE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from .merging import MergeableLinear, Plain
+from .ops import without_autocast
+from .replacing import carry, share_hooks, share_linear, unsupported_reason
 
 
-def unsupported_reason(module: nn.Module) -> str | None:
-    """Why ``module`` cannot become a :class:`FusedLoRALinear`, or None if it can."""
-    kind = type(module).__name__
-    if isinstance(module, FusedLoRALinear):
-        return "is a FusedLoRALinear already"
-    transposed = any(matches(module) for matches in TRANSPOSED_LINEARS)
-    if not isinstance(module, nn.Linear) and not transposed:
-        return f"is a {kind}, neither nn.Linear nor transformers' Conv1D"
-    plain = type(module).forward is nn.Linear.forward or any(same(module) for same in PLAIN_LINEARS)
-    if not transposed and not plain:
-        return f"is a {kind}, a linear layer with a forward of its own"
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "its forward is never called: nn.MultiheadAttention reads its weight"
-    if isinstance(module.weight, nn.UninitializedParameter):
-        return "is lazy: its weight has no shape yet"
-    if not isinstance(module.weight, nn.Parameter) or module.weight.dim() != 2:
-        return "its weight is no 2-D Parameter (parametrised or sharded)"
-    if module.weight.dtype not in _BASE_DTYPES:
-        return f"its weight is {module.weight.dtype}"
-    return None
-
-
-def share_linear(layer: PackedLinear, module: nn.Module) -> None:
-    """Give ``layer`` the Parameters and the hooks of ``module``, an ``nn.Linear`` or Conv1D."""
-    layer.fan_in_fan_out = any(matches(module) for matches in TRANSPOSED_LINEARS)
-    weight = cast(nn.Parameter, module.weight)
-    shape = weight.shape[::-1] if layer.fan_in_fan_out else weight.shape
-    layer.out_features, layer.in_features = shape
-    layer.weight, layer.bias = weight, cast(nn.Parameter, module.bias)
-    share_hooks(layer, module)
-
-
-def share_hooks(layer: nn.Module, module: nn.Module) -> None:
-    for name in _HOOKS:
-        setattr(layer, name, getattr(module, name))
-
-
-class FusedLoRALinear(PackedLinear):
+class FusedLoRALinear(MergeableLinear):
     """A linear layer with a LoRA adapter, computed in one operator; a drop-in for ``nn.Linear``.
 
     ``y = x W^T + scaling * (dropout(x) A^T) B^T + bias`` with ``weight`` W [out, in] and ``bias``
@@ -88,11 +31,17 @@ class FusedLoRALinear(PackedLinear):
     - ``state_dict()`` holds the pristine weight and the adapter, merged or not;
     - ``load_state_dict``, ``.to``, ``.half`` and their like, and setting ``scaling``, act on the
       pristine weight and the adapter, and merge again;
+    - a Parameter that is assigned to ``weight`` (as ``tie_weights()`` does) is the new pristine
+      weight, and is merged; one that is not the former pristine weight is warned of;
     - ``deepcopy`` and ``pickle`` keep the state, the pristine weight included;
     - ``train()`` unmerges, since a merged layer would train nothing; ``eval()`` changes nothing.
 
     After ``merge(keep_base=False)`` the layer is a plain frozen linear for good: ``lora_A`` and
-    ``lora_B`` are None and ``state_dict`` is that of the plain layer.
+    ``lora_B`` are None and ``state_dict`` is that of the plain layer; :meth:`to_linear` gives a
+    layer of the plain class.
+
+    A layer that is materialised from the meta device draws its adapter anew, by ``to_empty`` as by
+    a ``load_state_dict(assign=True)`` that has none: on the meta device it had no values.
 
     Args:
         in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
@@ -126,9 +75,9 @@ class FusedLoRALinear(PackedLinear):
     """
 
     fan_in_fan_out: bool
-    lora_A: nn.Parameter | None
-    lora_B: nn.Parameter | None
     _scale: Tensor
+    # What stood here before.
+    _plain = Plain(nn.Linear, {})
 
     def __init__(
         self,
@@ -173,8 +122,9 @@ class FusedLoRALinear(PackedLinear):
         ``module`` changes.
 
         Raises:
-            TypeError: ``module`` is something else, or a subclass with a forward of its own; the
-                message says which.
+            TypeError: ``module`` is something else, computes in its own way (a subclass's forward,
+                one that was set on the object), holds more than weight and bias (parametrised,
+                pruned), or its weight is no plain Parameter (quantised); the message says which.
             ValueError: as for the constructor.
         """
         reason = unsupported_reason(module)
@@ -184,11 +134,14 @@ class FusedLoRALinear(PackedLinear):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         share_linear(self, module)
+        self._plain = Plain.of(module)
         self._add_lora(
             r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, autocast_adapter_dtype
         )
         self.pack_weight = pack_weight
-        return self.train(module.training)
+        carry(module, self)
+        self.train(module.training)
+        return self
 
     def _add_lora(
         self,
@@ -208,8 +161,7 @@ class FusedLoRALinear(PackedLinear):
         self.use_rslora = use_rslora
         self.init_lora_weights = init_lora_weights
         self.merged = False
-        # The pristine weight while merged, in a tuple so that nn.Module does not register it.
-        self._base: tuple[nn.Parameter, ...] = ()
+        self._base = ()
         self._init_packing()
         device, dtype = self.weight.device, self.weight.dtype
         if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16):
@@ -237,6 +189,14 @@ class FusedLoRALinear(PackedLinear):
         are."""
         if self.lora_A is None or self.lora_B is None:
             raise RuntimeError("merge(keep_base=False) removed the adapter of this layer")
+        self._check_writable("draw an adapter", "lora_A", "lora_B")
+        if self.lora_A.is_meta and not self.weight.is_meta:
+            for name in ("lora_A", "lora_B"):
+                held = self._parameters[name]
+                assert held is not None
+                values = torch.empty_like(held, device=self.weight.device)
+                setattr(self, name, nn.Parameter(values, held.requires_grad))
+            self._keep_scale(self._scale)
         if self.init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / self.r)
         else:
@@ -262,6 +222,7 @@ class FusedLoRALinear(PackedLinear):
                 f"lora_a {list(lora_a.shape)} and lora_b {list(lora_b.shape)} do not fit this "
                 f"layer's {list(self.lora_A.shape)} and {list(self.lora_B.shape)}"
             )
+        self._check_writable("set an adapter", "lora_A", "lora_B")
         self._with_pristine_weight(lambda: self._set_lora(lora_a, lora_b, lora_alpha, use_rslora))
 
     @torch.no_grad()
@@ -292,7 +253,16 @@ class FusedLoRALinear(PackedLinear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], see :func:`lora_kernels.lora_linear`."""
         if self.merged:
+            if self._base and (
+                self._disabled or self._parameters.get("weight") is not self._base[1]
+            ):
+                return self._forward_beside_merged(input)
             return self._base_forward(input)
+        if self._disabled:
+            return self._base_forward(input)
+        return self._adapted_forward(input)
+
+    def _adapted_forward(self, input: Tensor) -> Tensor:
         assert self.lora_A is not None and self.lora_B is not None
         return lora_linear(
             input,
@@ -320,69 +290,29 @@ class FusedLoRALinear(PackedLinear):
         if self.lora_A is None or self.lora_B is None:
             raise RuntimeError("merge(keep_base=False) removed the adapter of this layer")
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        device_type = self.weight.device.type
         # Merging under autocast must not round the factors.
-        with torch.autocast(device_type, enabled=False):
+        with without_autocast(self.weight.device.type):
             delta = (self.lora_B.to(dtype) @ self.lora_A.to(dtype)).mul_(self._scaling)
         return delta.t() if self.fan_in_fan_out else delta
 
-    @torch.no_grad()
-    def merge(self, keep_base: bool = True) -> None:
-        """Fold the adapter into a new weight Parameter; merging a merged layer changes nothing.
-
-        The pristine weight is never written, so tied and shared weights stay as they are, and
-        :meth:`unmerge` puts the same object back. With ``keep_base=False`` neither it nor the
-        adapter is kept, for a final export.
-        """
-        if not self.merged:
-            delta = self.delta_weight()
-            base = cast(nn.Parameter, self.weight)
-            self.weight = nn.Parameter(
-                (base.to(delta.dtype) + delta).to(base.dtype), requires_grad=False
-            )
-            self._base = (base,)
-            self.merged = True
-            self.drop_packed()
-        if not keep_base and self._base:
-            self._base = ()
-            self.lora_A = self.lora_B = None
-
-    def unmerge(self) -> None:
-        """Put the pristine weight back; on a layer that is not merged nothing changes.
+    def to_linear(self) -> nn.Module:
+        """A layer of the class that stood here before the adapter (``nn.Linear``, ``Conv1D``), with
+        this one's ``weight`` as it is, merged or not, its ``bias``, hooks and mode.
 
         Raises:
-            RuntimeError: the layer was merged with ``keep_base=False``.
+            RuntimeError: as for :meth:`merge`.
         """
-        if not self.merged:
-            return
-        if not self._base:
-            raise RuntimeError(
-                "this layer was merged with keep_base=False: its pristine weight is gone"
-            )
-        (self.weight,) = self._base
-        self._base = ()
-        self.merged = False
-        self.drop_packed()
-
-    def _with_pristine_weight(self, action: Callable[[], Any]) -> Any:
-        """Run ``action`` on the unmerged layer and merge again if it was merged."""
-        if not self._base:
-            return action()
-        self.unmerge()
-        try:
-            return action()
-        finally:
-            self.merge()
-
-    def train(self, mode: bool = True) -> FusedLoRALinear:
-        """As ``nn.Module.train``; entering training mode unmerges (a layer exported by
-        ``keep_base=False`` stays)."""
-        if mode and self._base:
-            self.unmerge()
-        if mode and self._pack_weight == "eval":
-            self.drop_packed()
-        super().train(mode)
-        return self
+        names = ["weight"] if self.lora_A is None else ["weight", "lora_A", "lora_B"]
+        self._check_writable("make a plain linear", *names)
+        kind, attributes = self._plain
+        plain = kind.__new__(kind)
+        nn.Module.__init__(plain)
+        vars(plain).update(attributes)
+        if isinstance(plain, nn.Linear):
+            plain.in_features, plain.out_features = self.in_features, self.out_features
+        plain.weight, plain.bias = self._own_weight(), self.bias
+        share_hooks(plain, self)
+        return plain.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLoRALinear:
         self._with_pristine_weight(lambda: self._apply_to_pristine(fn, recurse))
@@ -390,10 +320,13 @@ class FusedLoRALinear(PackedLinear):
 
     def _apply_to_pristine(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
         scale = self._scale
+        was_meta = self.lora_A is not None and self.lora_A.is_meta
         self.drop_packed()
         super()._apply(fn, recurse)
         # .half() must not round the scale, to_empty() must not lose it.
         self._keep_scale(scale)
+        if was_meta and self.lora_A is not None and not self.lora_A.is_meta:
+            self.reset_lora_parameters()
 
     def _keep_scale(self, scale: Tensor) -> None:
         """``scale`` where it fits the weight, which keeps its address; else a new one."""
@@ -402,14 +335,6 @@ class FusedLoRALinear(PackedLinear):
             self._scale = scale
         else:
             self._scale = self._new_scale()
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._base:
-            (base,) = self._base
-            destination[prefix + "weight"] = base if keep_vars else base.detach()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.drop_packed()
@@ -420,6 +345,8 @@ class FusedLoRALinear(PackedLinear):
         # With assign=True the weight may have come off the meta device, and the scale is in no
         # state_dict.
         self._keep_scale(self._scale)
+        if self.lora_A is not None and self.lora_A.is_meta and not self.weight.is_meta:
+            self.reset_lora_parameters()
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}"

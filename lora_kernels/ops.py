@@ -28,12 +28,14 @@ The segmented operators take, one tensor for each of n slices,
     weight                     [sum N_j, K], the slices one below the other
 
     packed                     the weight in the layout of the CPU's kernels, which read it in the
-                               weight's place; for everybody else weight is the operand
+                               weight's place; the other kernels ignore it and read weight
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -100,6 +102,12 @@ def autocast_enabled(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
+    if autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def records_gradients() -> bool:
     """Whether a graph is recorded: in inference mode gradients may be enabled, to no effect."""
     # Dynamo does not know the second question.
@@ -159,6 +167,15 @@ def is_observed() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
+    )
+
+
+def is_transformed() -> bool:
+    """Whether ``torch.func`` or a forward-mode derivative is at work, which know no operator of
+    ours."""
+    # Dynamo follows torch.func, and knows nothing of the other.
+    return torch._C._are_functorch_transforms_active() or (
+        not torch.compiler.is_compiling() and forward_ad._current_level >= 0
     )
 
 

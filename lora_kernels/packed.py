@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import cpu
 from .functional import Packed, packed_linear
-from .ops import PLAIN, autocast_enabled
+from .ops import PLAIN, autocast_enabled, is_transformed
 
 PACK_WEIGHT = ("eval", "always", "never")
 
@@ -39,6 +39,8 @@ class PackedWeight:
 
     def __init__(self) -> None:
         self._copies: dict[bool, _Copy] = {}
+        # Whether a call of the layer has asked for copies, and whether a compiler has traced one.
+        self.called = self.traced = False
 
     def get(self, weight: Tensor, fan_in_fan_out: bool, *, for_dx: bool = False) -> Tensor | None:
         """The packed weight, made now if there is none that holds; None where it cannot be packed:
@@ -80,6 +82,11 @@ class PackedWeight:
 
     def __len__(self) -> int:
         return len(self._copies)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of the copies."""
+        return sum(held.panels.nbytes for held in self._copies.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
         return PackedWeight()
@@ -144,11 +151,16 @@ class PackedLinear(nn.Linear):
         wanted = self._pack_weight == "always" or (
             self._pack_weight == "eval" and not self.training
         )
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            self._note_trace()
+        else:
+            self._packed.called = True
         if wanted and gathered_by_fsdp(self):
             self.drop_packed()
             return None, None
         # A traced call would make its copy a constant of the graph.
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        traced = compiling or torch.jit.is_tracing() or is_transformed()
         if not wanted or traced or type(input) not in PLAIN:
             return None, None
         device_type = input.device.type
@@ -161,6 +173,17 @@ class PackedLinear(nn.Linear):
         if self.training and torch.is_grad_enabled():
             packed_dx = self._packed.get(self.weight, self.fan_in_fan_out, for_dx=True)
         return packed, packed_dx
+
+    def _note_trace(self) -> None:
+        self._packed.traced = True
+
+    # Dynamo runs it while it traces and puts nothing of it into the graph.
+    _note_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def reached(self) -> tuple[bool, bool]:
+        """Whether a call computed with this layer, and whether a compiler traced one: its code may
+        also serve equal layers that it did not trace."""
+        return self._packed.called, self._packed.traced
 
     def _base_forward(self, input: Tensor) -> Tensor:
         """``x W^T + bias`` with the weight as it is."""

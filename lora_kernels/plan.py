@@ -15,8 +15,8 @@ The plans, one contract (how S reaches the accumulator of the base product):
   or grouped kernels): the floor under every shape;
 - ``reference`` plain torch in float32 or float64: where no backend exists.
 
-A measured table decides if there is one (the user's, written by ``python -m lora_kernels tune``,
-before the shipped one), else a heuristic that is always valid.
+The user's measured table decides if there is one (``python -m lora_kernels tune``), else a
+heuristic that is always valid.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _native
 from .config import (
     MANY_ROWS,
     MIXED_LINEAR_OPS,
@@ -52,8 +53,6 @@ from .config import (
 )
 from .device import DeviceFacts
 from .problem import ELEMENT_BYTES, Problem
-
-_SHIPPED = Path(__file__).parent / "plans"
 
 
 class Answer(NamedTuple):
@@ -354,16 +353,15 @@ def table_name(facts: DeviceFacts) -> str:
 
 @functools.cache
 def kernel_sources_hash() -> str:
-    """A hash of everything whose change makes a measurement stale: kernels, launchers, CPU
-    sources."""
+    """A hash of everything whose change makes a measurement stale: kernels and launchers as they
+    lie in the package, the CPU's kernels as they were built. So a checkout and a copy of it that is
+    installed have the same."""
     package = Path(__file__).parent
     files = [package / "cpu.py", package / "cuda.py", package / "vendor.py"]
     files += sorted((package / "kernels").glob("*.py"))
-    files += sorted((package.parent / "csrc").glob("*.[ch]*"))
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_native.built_from().encode())
     for file in files:
-        if file.exists():
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -378,11 +376,8 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def table(facts: DeviceFacts) -> dict[str, Config]:
-    """The measured configurations for a device, the user's own before the shipped ones."""
-    plans: dict[str, Config] = {}
-    for directory in (_SHIPPED, cache_directory()):
-        plans.update(read_table(directory / table_name(facts)))
-    return plans
+    """The measured configurations for a device."""
+    return read_table(cache_directory() / table_name(facts))
 
 
 def read_table(path: Path) -> dict[str, Config]:

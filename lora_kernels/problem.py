@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -256,8 +256,17 @@ def _segmented_lora_(
     return _segmented_lora(x, lora_a, lora_b, table)._replace(op="segmented_lora_")
 
 
-def _segmented_lora_dx(dy: Tensor, *args: Any, **kwargs: Any) -> Problem:
-    return _segmented_lora(dy, *args, **kwargs)._replace(op="segmented_lora_dx")
+def _segmented_lora_dx(
+    dy: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    table: Sequence[Tensor],
+    packed_slices: int = 0,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Problem:
+    forward = _segmented_lora(dy, lora_a, lora_b, table, packed_slices, rng, dropout_p)
+    return forward._replace(op="segmented_lora_dx")
 
 
 def _segmented_linear_fwd(

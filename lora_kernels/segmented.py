@@ -7,10 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .functional import Packed, check_local, check_rng, compute_dtype, draw_rng, rows_of
+from .functional import (
+    Packed,
+    check_local,
+    check_rng,
+    compute_dtype,
+    draw_rng,
+    is_foreign,
+    rows_of,
+)
 from .reference import tail_dtype
 from .segmented_autograd import Call, SegmentedLinear, SegmentedLoRA
 from .segments import SegmentTable
@@ -64,7 +73,7 @@ def segmented_lora(
     Raises:
         ValueError: shapes that do not fit, a table for another number of rows, ranks that the table
             allows and the stacks do not hold, tensors on different devices, ``out`` together with
-            dropout or with a gradient to record.
+            dropout or with a gradient to record, or sharing memory with itself or with x.
         TypeError: something is not a floating tensor.
 
     >>> import torch
@@ -130,6 +139,11 @@ def segmented_linear(
     tensor([[44., 44., 44.],
             [ 4.,  4.,  4.]])
     """
+    if type(weight) not in ops.PLAIN and is_foreign(weight):
+        y = F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
+        options: Any = {"output_slices": output_slices, "training": training, "rng": rng}
+        delta = segmented_lora(x, lora_a, lora_b, seg, dropout_p=dropout_p, **options)
+        return y + delta.to(y.dtype)
     a, b, packed_slices = _stacks(lora_a, lora_b, output_slices)
     _check(x, seg, a, b, packed_slices, dropout_p)
     _check_base(x, weight, bias, sum(t.shape[1] for t in b), fan_in_fan_out)
@@ -323,3 +337,42 @@ def _check_out(
         raise ValueError("out= records no gradient: use torch.no_grad(), or out=None")
     if rng is not None:
         raise ValueError("out= is for serving and has no dropout")
+    if torch.compiler.is_compiling():
+        # Addresses are no part of a trace.
+        return
+    if _overlaps_itself(out):
+        raise ValueError("out= has elements that share memory, as those of expand() do: clone it")
+    if _overlap(out, x):
+        raise ValueError("out= shares memory with the input, which is read meanwhile: clone one")
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    end = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < end:
+                return tensor.numel() > 0
+            end += stride * (size - 1)
+    return False
+
+
+def _overlap(out: Tensor, x: Tensor) -> bool:
+    """Whether they share memory of one storage; columns side by side do not."""
+    if out.untyped_storage()._cdata != x.untyped_storage()._cdata or not (
+        out.numel() and x.numel()
+    ):
+        return False
+    starts = out.storage_offset(), x.storage_offset()
+    ends = [
+        start + sum(stride * (size - 1) for stride, size in zip(t.stride(), t.shape, strict=True))
+        for start, t in zip(starts, (out, x), strict=True)
+    ]
+    if ends[0] < starts[1] or ends[1] < starts[0]:
+        return False
+    row = min(
+        (s for s, size in zip(out.stride(), out.shape[:-1], strict=False) if size > 1), default=0
+    )
+    if out.stride()[:-1] != x.stride()[:-1] or out.stride(-1) != 1 or x.stride(-1) != 1 or not row:
+        return True
+    column = (starts[1] - starts[0]) % row
+    return column < out.shape[-1] or column + x.shape[-1] > row

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import HostAdapter, Room, Source, Weights, draw, match, peft_tensors, read, write
-from .batches import Adapter, Batch, ModelHook, activate, bind
+from .batches import Adapter, Batch, ModelHook, bind
 from .integrations import transformers as _transformers
 from .integrations.lora_config import LoRAConfig
 from .models import unwrap
-from .slots import Resident, Slots
+from .running import BatchContext, Key, checked_names, checked_rows
+from .slots import HeldAdapter, Resident, Slots
 from .slotted_model import SlottedModel
 from .transfers import Transfers
 
@@ -115,14 +115,22 @@ class AdapterStore:
             self.model, max_adapters, max_rank, target_modules, device, dtype
         )
         self._layers, self._owner = self._slotted.layers, self._slotted.owner
-        self._adapters: dict[str, Resident] = {}
         self._transfers = Transfers(self._slotted)
         self._slots = Slots(max_adapters, self._transfers)
+        self._adapters = self._slots.named
+        self._owner.hold = weakref.WeakMethod(self.hold)
         self._checkpointing = _transformers.checkpointing_modules(self.model)
         carry = functools.partial(_transformers.carry_batches, self._checkpointing)
         self._hook = self.model.register_forward_pre_hook(
             ModelHook(self._owner, carry), with_kwargs=True
         )
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """The linear layers without slots, by path with the reason; heads get theirs when an
+        adapter has them."""
+        skipped, layers = self._slotted.skipped, self._layers
+        return {path: reason for path, reason in skipped.items() if path not in layers}
 
     @property
     def names(self) -> list[str]:
@@ -132,11 +140,11 @@ class AdapterStore:
     @property
     def resident(self) -> list[str]:
         """Those in a slot, the least recently used first."""
-        return [r.name for r in self._slots.residents() if not r.withdrawn]
+        return [r.name for r in self._slots.residents() if self._slots.is_named(r)]
 
     @property
     def pinned(self) -> list[str]:
-        return [r.name for r in self._slots.residents() if r.pinned]
+        return [r.name for r in self._slots.residents() if r.pinned and self._slots.is_named(r)]
 
     def __contains__(self, name: object) -> bool:
         return name in self._adapters
@@ -153,7 +161,14 @@ class AdapterStore:
 
     # Adapters.
 
-    def load(self, name: str, source: Source, config: Any = None) -> None:
+    def load(
+        self,
+        name: str,
+        source: Source,
+        config: Any = None,
+        *,
+        load_embedding_layers: bool = True,
+    ) -> None:
         """Load an adapter in PEFT's format, or replace the one of that name.
 
         It goes into a free slot if there is one, a replacement into the slot of its predecessor;
@@ -164,6 +179,9 @@ class AdapterStore:
             source: a directory with ``adapter_config.json`` and ``adapter_model.safetensors``, or a
                 state dict with PEFT's keys (with or without ``base_model.model.``).
             config: of a state dict: a mapping of PEFT's fields, an ``lk.LoRAConfig`` or PEFT's own.
+            load_embedding_layers: embeddings that were saved along (PEFT's
+                ``save_embedding_layers``) must be the model's own, which all adapters share; False
+                leaves them out.
 
         Raises:
             FileNotFoundError: the directory or one of its two files is missing.
@@ -176,8 +194,8 @@ class AdapterStore:
         """
         if not isinstance(name, str) or not name:
             raise TypeError(f"an adapter's name must be a string, not {name!r}")
-        found, tensors, label = read(name, source, config)
-        host = match(self._slotted.places(), found, tensors, self._room(), label)
+        files = read(name, source, config, self.model)
+        host = match(self._slotted.places(), files, self._room(), load_embedding_layers)
         self._enter(name, host)
 
     def create(
@@ -217,11 +235,31 @@ class AdapterStore:
 
         Raises:
             UnknownAdapterError: there is none of that name.
-            RuntimeError: it is pinned, or a running batch uses it.
+            RuntimeError: it is pinned or held, or a running batch uses it.
         """
-        with self._slots.condition:
+        with self._slots.lock:
             self._slots.leave(self._find(name))
-            del self._adapters[name]
+
+    def hold(self, name: str) -> HeldAdapter:
+        """The adapter as it is now, for whoever needs the same one in several batches: a request
+        that is generated step by step, a cache of keys and values that is used again.
+
+        What is returned stands for the name in :meth:`batch`. After a :meth:`load` under that name
+        it still means the version that it was made of, until its ``release()``, the end of its
+        ``with`` block or its own end; until then :meth:`unload` is refused. It takes no slot.
+
+        Raises:
+            UnknownAdapterError: there is none of that name.
+
+        >>> model = nn.Sequential(nn.Linear(4, 2))
+        >>> store = AdapterStore(model, max_adapters=2, max_rank=8)
+        >>> store.create("a", r=4)
+        >>> with store.hold("a") as a, store.batch([a, None]):
+        ...     tuple(model(torch.ones(2, 3, 4)).shape)
+        (2, 3, 2)
+        """
+        with self._slots.lock:
+            return HeldAdapter.of(self._find(name), self._slots)
 
     def pin(self, name: str) -> None:
         """Keep an adapter in a slot until :meth:`unpin`.
@@ -231,16 +269,16 @@ class AdapterStore:
             RuntimeError, TimeoutError: it has no slot and gets none, as :meth:`batch`.
         """
         with (
-            self._slots.condition,
+            self._slots.lock,
             self._slots.holding(lambda: [self._find(name)], self.timeout) as (resident,),
         ):
             resident.pinned = True
 
     def unpin(self, name: str) -> None:
         """Allow an adapter to be evicted again."""
-        with self._slots.condition:
+        with self._slots.lock:
             self._find(name).pinned = False
-            self._slots.condition.notify_all()
+            self._slots.wake()
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
         """Copies of the adapter's tensors, by PEFT's keys without ``base_model.model.``."""
@@ -264,7 +302,7 @@ class AdapterStore:
         rows: Names | Sequence[int] | Tensor | None = None,
         lengths: Sequence[int] | None = None,
         examples: Sequence[int] | None = None,
-    ) -> AbstractContextManager[Batch]:
+    ) -> BatchContext:
         """A context in which calls of the model, ``generate`` included, use these adapters.
 
         Args:
@@ -279,13 +317,28 @@ class AdapterStore:
             examples: for each sequence a number >= 0, by which its dropout mask is drawn: rows
                 ``number * tokens`` and on of the mask. Default: its place.
 
-        The batch holds for the thread that enters it; ``store.bind(function)`` carries it into
-        another one. Inside, another batch may be entered, which then counts.
+        Inside, another batch may be entered, which then counts. ``async with`` waits for slots
+        without stopping the event loop, and the tasks that are started inside have the batch. A
+        thread has not: a generation that streams from a thread or an executor needs
+        ``store.bind(model.generate)`` as its function. While batches run, a thread that never had
+        one gets no answer from the model but an error, until it enters ``store.batch([None])``.
+
+        >>> streamer = TextIteratorStreamer(tokenizer)  # doctest: +SKIP
+        >>> with store.batch(["a"]):  # doctest: +SKIP
+        ...     generate = store.bind(model.generate)
+        ...     thread = Thread(target=generate, kwargs={**inputs, "streamer": streamer})
+        ...     thread.start()
+        ...     print(*streamer)
+        ...     thread.join()
+
+        A batch has the adapters as they were when it was entered. Where one answer takes several
+        batches, :meth:`hold` keeps the version.
 
         Raises:
             UnknownAdapterError: there is no adapter of a name.
             TypeError, ValueError: lists that do not fit together. On entering:
-            RuntimeError: the adapters are more than the slots, or than can become free.
+            RuntimeError: the adapters are more than the slots, or than can become free while this
+                thread waits.
             TimeoutError: slots did not become free in time.
 
         >>> model = nn.Sequential(nn.Linear(4, 2))
@@ -304,67 +357,65 @@ class AdapterStore:
         if names is None:
             if rows is None or isinstance(rows, Tensor):
                 raise TypeError("batch needs names, one for each sequence, or rows by name")
-            distinct = list(dict.fromkeys(self._checked_names(rows, "rows")))
-            entries: Any = [distinct.index(name) for name in rows]  # type: ignore[arg-type]
-            names = distinct
+            by_row = [self._key(name) for name in checked_names(rows, "rows")]
+            keys = list(dict.fromkeys(by_row))
+            place = {key: i for i, key in enumerate(keys)}
+            entries: Any = [place[key] for key in by_row]
         else:
-            self._checked_names(names, "names")
-            entries = range(len(names))
-            if rows is not None:
-                entries = _checked_rows(rows, len(names))
+            keys = [self._key(name) for name in checked_names(names, "names")]
+            entries = range(len(keys)) if rows is None else checked_rows(rows, len(keys))
         if lengths is not None:
             if rows is not None:
                 raise TypeError("rows and lengths say the same: give one of them")
-            if len(lengths) != len(names) or any(length < 0 for length in lengths):
+            if len(lengths) != len(keys) or any(length < 0 for length in lengths):
                 raise ValueError(
-                    f"lengths must be one number >= 0 for each of {len(names)} names: {lengths}"
+                    f"lengths must be one number >= 0 for each of {len(keys)} names: {lengths}"
                 )
-            entries = torch.arange(len(names)).repeat_interleave(torch.tensor(lengths))
-        by_row = rows is not None or lengths is not None
+            entries = torch.arange(len(keys)).repeat_interleave(torch.tensor(lengths))
+        packed = rows is not None or lengths is not None
         if examples is not None:
-            if by_row:
+            if packed:
                 raise TypeError("examples number the sequences of a batch, not packed rows")
-            if len(examples) != len(names) or any(number < 0 for number in examples):
+            if len(examples) != len(keys) or any(number < 0 for number in examples):
                 raise ValueError(
-                    f"examples must be one number >= 0 for each of {len(names)} names: {examples}"
+                    f"examples must be one number >= 0 for each of {len(keys)} names: {examples}"
                 )
-        for name in names:
-            if name is not None:
-                self._find(name)
-        return self._running(list(names), entries, by_row, examples)
+        return BatchContext(
+            self._owner,
+            self._slots,
+            self._transfers,
+            self.timeout,
+            lambda: {key: self._resident(key) for key in keys if key is not None},
+            lambda chosen: self._new_batch(keys, chosen, entries, packed, examples),
+        )
 
-    @contextlib.contextmanager
-    def _running(
-        self, names: Names, entries: Any, by_row: bool, examples: Sequence[int] | None
-    ) -> Iterator[Batch]:
-        used = [name for name in names if name is not None]
-        with self._slots.holding(lambda: [self._find(n) for n in used], self.timeout) as residents:
-            # Those of residents, as they are now: another thread may load a successor.
-            slots = [resident.slot for resident in residents if resident.slot is not None]
-            slot_of = dict(zip((r.name for r in residents), slots, strict=True))
-            slot_of_name = torch.tensor([slot_of.get(n or "", -1) for n in names] + [-1])
-            where = torch.as_tensor(entries, dtype=torch.int64)
-            batch = Batch(
-                [
-                    Adapter(r.name, slot, r.host.ranks_and_scales, r.host.config.lora_dropout)
-                    for r, slot in zip(residents, slots, strict=True)
-                ],
-                self.max_adapters,
-                self.max_rank,
-                slot_of_name.to(where.device)[where],
-                by_row=by_row,
-                examples=examples,
-                resume=functools.partial(self._slots.holding_again, residents, slots),
-            )
-            with self._slots.condition:
-                self._transfers.begin(slots)
-            _transformers.carry_batches(self._checkpointing)
-            try:
-                with activate(self._owner, batch):
-                    yield batch
-            finally:
-                with self._slots.condition:
-                    self._transfers.end(slots)
+    def _new_batch(
+        self,
+        keys: Sequence[Key | None],
+        chosen: Mapping[Key, Resident],
+        entries: Any,
+        by_row: bool,
+        examples: Sequence[int] | None,
+    ) -> Batch:
+        _transformers.carry_batches(self._checkpointing)
+        slot_of = {key: resident.slot for key, resident in chosen.items()}
+        residents = list(dict.fromkeys(chosen.values()))
+        slots = [resident.slot for resident in residents if resident.slot is not None]
+        where = torch.as_tensor(entries, dtype=torch.int64)
+        # The last entry is for an index of -1.
+        slot_of_key = torch.tensor([-1 if key is None else slot_of[key] for key in keys] + [-1])
+        return Batch(
+            [
+                Adapter(r.name, slot, r.host.ranks_and_scales, r.host.config.lora_dropout)
+                for r, slot in zip(residents, slots, strict=True)
+            ],
+            self.max_adapters,
+            self.max_rank,
+            slot_of_key.to(where.device)[where],
+            by_row=by_row,
+            examples=examples,
+            resume=functools.partial(self._slots.holding_again, residents, slots),
+        )
 
     def bind(self, function: Callable[P, R]) -> Callable[P, R]:
         """``function`` with the batch that is active now (or none), whenever and in whichever
@@ -384,11 +435,14 @@ class AdapterStore:
 
     def requires_grad_(self, requires_grad: bool = True) -> AdapterStore:
         """Make the adapters trainable, or not any more. While they are, nobody is evicted."""
-        with self._slots.condition:
+        with self._slots.lock:
+            # Nobody is evicted as long as any of them trains.
+            if requires_grad:
+                self._slots.hold_all(True)
             self._slotted.trains = requires_grad
-            self._slots.hold_all(requires_grad)
             for parameter in self.parameters():
                 parameter.requires_grad_(requires_grad)
+            self._slots.hold_all(requires_grad)
         return self
 
     def close(self) -> None:
@@ -397,7 +451,7 @@ class AdapterStore:
         Raises:
             RuntimeError: batches are running.
         """
-        with self._slots.condition:
+        with self._slots.lock:
             running = [r.name for r in self._slots.residents() if r.users]
             if running:
                 raise RuntimeError(f"batches are running with {', '.join(map(repr, running))}")
@@ -409,18 +463,31 @@ class AdapterStore:
     def _find(self, name: str) -> Resident:
         resident = self._adapters.get(name)
         if resident is None:
-            known = ", ".join(map(repr, self.names[:8])) or "none"
-            raise UnknownAdapterError(f"there is no adapter {name!r}; there are {known}")
+            names = self.names
+            known = ", ".join(map(repr, names[:8])) or "none"
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            raise UnknownAdapterError(f"there is no adapter {name!r}; there are {known}{more}")
         return resident
 
-    def _checked_names(self, names: Any, what: str) -> list[str | None]:
-        if isinstance(names, str) or not all(n is None or isinstance(n, str) for n in names):
-            raise TypeError(f"{what} must be a list of names and None, not {names!r}")
-        return list(names)
+    def _key(self, name: str | None) -> Key | None:
+        """What ``name`` stands for, checked: a name, or of a held adapter its version."""
+        if name is None:
+            return None
+        if not isinstance(name, HeldAdapter):
+            self._find(name)
+            return name
+        if name.slots is not self._slots:
+            raise ValueError(f"the hold of {str(name)!r} is of another store")
+        if name.resident is None:
+            raise ValueError(f"the hold of {str(name)!r} was released")
+        return name.resident
+
+    def _resident(self, key: Key) -> Resident:
+        return key if isinstance(key, Resident) else self._find(key)
 
     def _current(self, name: str) -> HostAdapter:
         """The adapter as it is now, copied from its slot if it may have been trained."""
-        with self._slots.condition:
+        with self._slots.lock:
             resident = self._find(name)
             if not resident.trained or resident.slot is None:
                 return resident.host
@@ -437,28 +504,13 @@ class AdapterStore:
         return Room(self.max_rank, self._slotted.dtypes(), pinned)
 
     def _enter(self, name: str, host: HostAdapter) -> None:
-        with self._slots.condition:
-            new = self._slotted.add(host.layers)
-            resident, old = Resident(name, host), self._adapters.get(name)
+        with self._slots.lock:
+            before = set(self._layers)
+            resident = Resident(name, host)
             try:
-                if old is None:
-                    self._slots.enter(resident)
-                else:
-                    self._slots.replace(old, resident)
+                self._slotted.add(host.layers)
+                self._slots.enter(resident)
             except BaseException:
-                self._slotted.take_out(new)
+                if not self._slots.is_named(resident):
+                    self._slotted.take_out([path for path in self._layers if path not in before])
                 raise
-            self._adapters[name] = resident
-
-
-def _checked_rows(rows: Any, names: int) -> Tensor:
-    where = torch.as_tensor(rows)
-    if where.numel() == 0:
-        where = where.to(torch.int64)
-    if where.dim() != 1 or where.is_floating_point() or where.dtype == torch.bool:
-        raise TypeError("rows with names must be one list of indices into these, -1 for none")
-    if where.device.type == "cpu" and len(where):
-        low, high = (int(value) for value in torch.aminmax(where))
-        if low < -1 or high >= names:
-            raise ValueError(f"rows has {low if low < -1 else high}, and there are {names} names")
-    return where.to(torch.int64)

@@ -1,16 +1,25 @@
 """Which adapter is in which slot: who may be evicted, who waits, what a running batch holds. Plain
-bookkeeping; the copying is its caller's."""
+bookkeeping; the copying is its caller's.
+
+An interruption may come between any two lines. So each fact has one place, which one statement
+changes, and what a batch or a caller holds ends with the object that stands for it."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import itertools
 import threading
 import time
-from collections import Counter, deque
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from contextvars import ContextVar
+from typing import Any, Protocol
 
 from .adapters import HostAdapter
+
+# Who holds slots and was interrupted wakes nobody up: those that wait look by themselves.
+_POLL_S = 1.0
 
 
 class Resident:
@@ -18,15 +27,73 @@ class Resident:
 
     def __init__(self, name: str, host: HostAdapter) -> None:
         self.name, self.host = name, host
-        self.slot: int | None = None
-        # Batches that run with it.
-        self.users = 0
         self.pinned = False
         self.last_used = 0
         # Whether its slot may hold newer values than the host.
         self.trained = False
-        # Unloaded or replaced: its slot is free when its batches have ended.
-        self.withdrawn = False
+        # Running batches, and callers that want this version whatever its name means meanwhile.
+        self.holds: weakref.WeakSet[Hold] = weakref.WeakSet()
+        self.versions: weakref.WeakSet[_Grip] = weakref.WeakSet()
+        # The table of the slots that it was put into.
+        self._slot_of: dict[Resident, int] = {}
+
+    @property
+    def slot(self) -> int | None:
+        return self._slot_of.get(self)
+
+    @property
+    def users(self) -> int:
+        """How many running batches use it."""
+        return len(self.holds)
+
+
+class _Grip:
+    """What stands for a caller's hold of a version."""
+
+
+class HeldAdapter(str):
+    """The name of an adapter that means one version of it, until :meth:`release`, the end of a
+    ``with`` block, or the object's own end; :meth:`AdapterStore.hold` makes it."""
+
+    slots: Slots
+    _resident: Resident | None
+    _grip: _Grip | None
+
+    @classmethod
+    def of(cls, resident: Resident, slots: Slots) -> HeldAdapter:
+        self = cls(resident.name)
+        self._resident, self._grip, self.slots = resident, _Grip(), slots
+        resident.versions.add(self._grip)
+        return self
+
+    @property
+    def resident(self) -> Resident | None:
+        return self._resident
+
+    def release(self) -> None:
+        """Let go of the version; once is enough."""
+        self._resident = self._grip = None
+
+    def __enter__(self) -> HeldAdapter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(f"the hold of adapter {str(self)!r} is of this process: it has no copies")
+
+
+class Hold:
+    """What a running batch keeps in its slots, until it is released or its own end."""
+
+    def __init__(self, residents: Sequence[Resident]) -> None:
+        self.residents = residents
+        self.thread = threading.get_ident()
+
+
+# The holds of the batches around: of this thread, or of this task of an event loop.
+_AROUND: ContextVar[tuple[weakref.ref[Hold], ...]] = ContextVar("lora_kernels_around", default=())
 
 
 class Copies(Protocol):
@@ -39,6 +106,15 @@ class Copies(Protocol):
         """Copy the values of its slot to the host."""
 
 
+class _Ticket:
+    """A batch's place in the queue."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, wake: Callable[[], object] | None = None) -> None:
+        self.number, self.thread, self.wake = next(self._numbers), threading.get_ident(), wake
+
+
 class Slots:
     """Adapters in ``count`` slots, least recently used out first.
 
@@ -47,34 +123,34 @@ class Slots:
     """
 
     def __init__(self, count: int, copies: Copies) -> None:
-        self.condition = threading.Condition(threading.RLock())
+        # Entered by itself, not through the condition, whose methods can be interrupted.
+        self.lock = threading.RLock()
+        self._condition = threading.Condition(self.lock)
+        self.count = count
+        # The adapter that each name means.
+        self.named: dict[str, Resident] = {}
         # Whether nobody is evicted (while the adapters train).
         self.held = False
         self._copies = copies
-        self._of_slot: list[Resident | None] = [None] * count
+        self._slot_of: dict[Resident, int] = {}
         self._clock = 0
-        # Batches that wait, in the order of their arrival; and what each thread's batches hold.
-        self._queue: deque[object] = deque()
-        self._holds: dict[int, Counter[Resident]] = {}
-
-    @property
-    def count(self) -> int:
-        return len(self._of_slot)
+        # Batches that wait.
+        self._queue: weakref.WeakSet[_Ticket] = weakref.WeakSet()
 
     def residents(self) -> list[Resident]:
         """Those in a slot, the least recently used first."""
-        with self.condition:
-            found = [resident for resident in self._of_slot if resident is not None]
-            return sorted(found, key=lambda r: r.last_used)
+        with self.lock:
+            return sorted(self._slot_of, key=lambda r: (r.last_used, self._slot_of[r]))
+
+    def is_named(self, resident: Resident) -> bool:
+        """Whether it has not been unloaded or replaced."""
+        return self.named.get(resident.name) is resident
 
     def free(self) -> int:
-        return self._of_slot.count(None)
+        return self.count - len(self._slot_of)
 
-    @contextlib.contextmanager
-    def holding(
-        self, resolve: Callable[[], Sequence[Resident]], timeout: float | None
-    ) -> Iterator[list[Resident]]:
-        """The adapters that ``resolve`` names, each in a slot until the block is left.
+    def acquire(self, resolve: Callable[[], Sequence[Resident]], timeout: float | None) -> Hold:
+        """Hold the adapters that ``resolve`` names, each in a slot.
 
         All of them get their slots at once, or none: two batches cannot each hold what the other
         one needs. A batch that does not fit waits for running ones to end, first come, first
@@ -84,12 +160,55 @@ class Slots:
             RuntimeError: waiting would not help.
             TimeoutError: it did not help for ``timeout`` seconds.
         """
-        thread = threading.get_ident()
-        residents = self._acquire(resolve, timeout)
+        deadline = _deadline(timeout)
+        ticket = _Ticket()
+        with self.lock:
+            try:
+                while (hold := self._attempt(ticket, resolve, blocks=True)) is None:
+                    self._condition.wait(self._wait_s(resolve, deadline, timeout))
+                return hold
+            finally:
+                self._leave_queue(ticket)
+
+    async def acquire_in_task(
+        self, resolve: Callable[[], Sequence[Resident]], timeout: float | None
+    ) -> Hold:
+        """:meth:`acquire` for a task of an event loop, which goes on meanwhile."""
+        deadline = _deadline(timeout)
+        loop, woken = asyncio.get_running_loop(), asyncio.Event()
+        ticket = _Ticket(lambda: loop.call_soon_threadsafe(woken.set))
         try:
-            yield residents
+            while True:
+                with self.lock:
+                    woken.clear()
+                    hold = self._attempt(ticket, resolve, blocks=False)
+                    if hold is not None:
+                        return hold
+                    wait_s = self._wait_s(resolve, deadline, timeout)
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(woken.wait(), wait_s)
         finally:
-            self._release(residents, thread)
+            self._leave_queue(ticket)
+
+    def release(self, hold: Hold) -> None:
+        """End what :meth:`acquire` began; once is enough."""
+        with self.lock:
+            for resident in hold.residents:
+                resident.holds.discard(hold)
+            hold.residents = ()
+            self._sweep()
+            self.wake()
+
+    @contextlib.contextmanager
+    def holding(
+        self, resolve: Callable[[], Sequence[Resident]], timeout: float | None
+    ) -> Iterator[Sequence[Resident]]:
+        """:meth:`acquire`, until the block is left."""
+        hold = self.acquire(resolve, timeout)
+        try:
+            yield hold.residents
+        finally:
+            self.release(hold)
 
     @contextlib.contextmanager
     def holding_again(self, residents: Sequence[Resident], slots: Sequence[int]) -> Iterator[None]:
@@ -98,75 +217,97 @@ class Slots:
         Raises:
             RuntimeError: one has been evicted or replaced since.
         """
-        with self.condition:
+        with self.lock:
             for resident, slot in zip(residents, slots, strict=True):
                 if resident.slot != slot:
                     raise RuntimeError(
                         f"adapter {resident.name!r} has left its slot since its batch ended: pin "
                         "the adapters of a batch that is computed again in the backward pass"
                     )
-            self._hold(residents)
-        thread = threading.get_ident()
+            hold = self._hold(residents)
         try:
             yield
         finally:
-            self._release(residents, thread)
+            self.release(hold)
 
-    def _acquire(
-        self, resolve: Callable[[], Sequence[Resident]], timeout: float | None
-    ) -> list[Resident]:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        ticket = object()
-        with self.condition:
-            # Behind whoever waits for this thread's own slots it would wait for itself.
-            first = bool(self._holds.get(threading.get_ident()))
-            try:
-                while True:
-                    residents = list(dict.fromkeys(resolve()))
-                    my_turn = first or not self._queue or self._queue[0] is ticket
-                    if my_turn and self._place(residents):
-                        self._hold(residents)
-                        return residents
-                    self._check_that_waiting_helps(residents)
-                    if ticket not in self._queue:
-                        self._queue.append(ticket)
-                    left = None if deadline is None else deadline - time.monotonic()
-                    if left is not None and left <= 0 or not self.condition.wait(left):
-                        raise TimeoutError(
-                            f"no slots for {_names(residents)} within {timeout:g} seconds: all "
-                            f"{self.count} are pinned or in use by running batches"
-                        )
-            finally:
-                if ticket in self._queue:
-                    self._queue.remove(ticket)
-                    self.condition.notify_all()
+    def wake(self) -> None:
+        """Let those that wait look again."""
+        with self.lock:
+            self._condition.notify_all()
+            for ticket in self._queue:
+                if ticket.wake is not None:
+                    # A loop that was closed waits for nothing.
+                    with contextlib.suppress(RuntimeError):
+                        ticket.wake()
 
-    def _hold(self, residents: Sequence[Resident]) -> None:
+    def _attempt(
+        self, ticket: _Ticket, resolve: Callable[[], Sequence[Resident]], blocks: bool
+    ) -> Hold | None:
+        """The hold, or None: the ticket is in the queue. ``blocks``: the thread will wait, and
+        nothing else happens in it meanwhile."""
+        self._sweep()
+        residents = list(dict.fromkeys(resolve()))
+        around = {r for ref in _AROUND.get() if (hold := ref()) for r in hold.residents}
+        before = [other for other in self._queue if other.number < ticket.number]
+        # Behind whoever waits for the slots of a batch around it, it would wait for itself.
+        if (around or not before) and self._place(residents):
+            return self._hold(residents)
+        stuck: set[Resident] = set()
+        if blocks:
+            if any(other.thread == ticket.thread for other in before) and not around:
+                raise RuntimeError(f"the slots go first to another task of {_IN_LOOP}")
+            stuck = {
+                resident
+                for resident in self._slot_of
+                if any(hold.thread == ticket.thread for hold in resident.holds)
+            }
+        self._check_that_waiting_helps(residents, around, stuck - around)
+        self._queue.add(ticket)
+        return None
+
+    def _wait_s(
+        self,
+        resolve: Callable[[], Sequence[Resident]],
+        deadline: float | None,
+        timeout: float | None,
+    ) -> float:
+        left = _POLL_S if deadline is None else deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(
+                f"no slots for {_names(resolve())} within {timeout:g} seconds: all {self.count} "
+                "are pinned or in use by running batches"
+            )
+        return min(left, _POLL_S)
+
+    def _leave_queue(self, ticket: _Ticket) -> None:
+        with self.lock:
+            if ticket in self._queue:
+                self._queue.discard(ticket)
+                self.wake()
+
+    def _hold(self, residents: Sequence[Resident]) -> Hold:
         self._clock += 1
-        holds = self._holds.setdefault(threading.get_ident(), Counter())
+        hold = Hold(residents)
         for resident in residents:
-            resident.users += 1
             resident.last_used = self._clock
-            holds[resident] += 1
+            resident.holds.add(hold)
+        around = (ref for ref in _AROUND.get() if (other := ref()) and other.residents)
+        _AROUND.set((*around, weakref.ref(hold)))
+        return hold
 
-    def _release(self, residents: Sequence[Resident], thread: int) -> None:
-        with self.condition:
-            holds = self._holds[thread]
-            for resident in residents:
-                resident.users -= 1
-                holds[resident] -= 1
-                if not holds[resident]:
-                    del holds[resident]
-                if resident.withdrawn and not resident.users:
-                    self._vacate(resident)
-            if not holds:
-                del self._holds[thread]
-            self.condition.notify_all()
+    def _sweep(self) -> None:
+        """Free the slots of what has no name any more and is held by nobody."""
+        for resident in list(self._slot_of):
+            if not (self.is_named(resident) or resident.holds or resident.versions):
+                self._vacate(resident)
+
+    def _is_pinned(self, resident: Resident) -> bool:
+        return resident.pinned and self.is_named(resident)
 
     def _evictable(self, besides: Sequence[Resident]) -> list[Resident]:
         if self.held:
             return []
-        return [r for r in self.residents() if not (r.users or r.pinned or r in besides)]
+        return [r for r in self.residents() if not (r.holds or self._is_pinned(r) or r in besides)]
 
     def _place(self, residents: Sequence[Resident]) -> bool:
         """Give a slot to each that has none, if that is possible for all."""
@@ -177,21 +318,33 @@ class Slots:
         for resident in wanting:
             if not self.free():
                 self._evict(evictable.pop(0))
-            self._fill(resident, self._of_slot.index(None))
+            self._fill(resident, self._free_slot())
         return True
 
-    def _check_that_waiting_helps(self, residents: Sequence[Resident]) -> None:
+    def _free_slot(self) -> int:
+        return min(set(range(self.count)) - set(self._slot_of.values()))
+
+    def _check_that_waiting_helps(
+        self, residents: Sequence[Resident], around: set[Resident], stuck: set[Resident]
+    ) -> None:
+        """``stuck``: those whose batches cannot end while this thread waits."""
         if len(residents) > self.count:
             raise RuntimeError(
                 f"the batch uses {len(residents)} adapters, and the store has {self.count} slots"
             )
-        own = self._holds.get(threading.get_ident(), Counter())
-        others = [r for r in self._of_slot if r is not None and r not in residents]
-        pinned = [r for r in others if r.pinned]
-        nested = [r for r in others if r in own and not r.pinned]
-        trained = [r for r in others if self.held and not (r.pinned or r.withdrawn or r in own)]
+        others = [r for r in self._slot_of if r not in residents]
+        others.sort(key=self._slot_of.__getitem__)
+        pinned = [r for r in others if self._is_pinned(r)]
+        nested = [r for r in others if r in around and r not in pinned]
+        waiting = [r for r in others if r in stuck and r not in pinned]
+        trained = [
+            r
+            for r in others
+            if self.held and (self.is_named(r) or r.versions)
+            if not (r in pinned or r in nested or r in waiting)
+        ]
         wanting = sum(resident.slot is None for resident in residents)
-        room = self.free() + len(others) - len(pinned) - len(nested) - len(trained)
+        room = self.free() + len(others) - len(pinned + nested + waiting + trained)
         if wanting <= room:
             return
         reasons = [
@@ -199,6 +352,7 @@ class Slots:
             for found, why in (
                 (pinned, "pinned"),
                 (nested, "in use by a batch around this one"),
+                (waiting, f"in use by another task of {_IN_LOOP}"),
                 (trained, "training: nobody is evicted while the adapters require grad"),
             )
             if found
@@ -210,14 +364,12 @@ class Slots:
 
     def _fill(self, resident: Resident, slot: int) -> None:
         self._copies.fill(resident, slot)
-        self._of_slot[slot] = resident
-        resident.slot = slot
         resident.trained = self.held
+        resident._slot_of = self._slot_of
+        self._slot_of[resident] = slot
 
     def _vacate(self, resident: Resident) -> None:
-        assert resident.slot is not None
-        self._of_slot[resident.slot] = None
-        resident.slot = None
+        del self._slot_of[resident]
 
     def _evict(self, resident: Resident) -> None:
         if resident.trained:
@@ -226,36 +378,38 @@ class Slots:
 
     def hold_all(self, held: bool) -> None:
         """``held``: from now on nobody is evicted, and slots may get newer values than the host."""
-        with self.condition:
+        with self.lock:
             self.held = held
             for resident in self.residents():
                 resident.trained |= held
 
     def enter(self, resident: Resident) -> None:
-        """Take a free slot, if there is one.
+        """Give ``resident`` its name, and a slot if one is free.
+
+        If the name has a resident, its slot is the newcomer's, or while that is in use another one;
+        on an error all is as it was, but that the predecessor may have left its slot.
 
         Raises:
-            RuntimeError: there is none, and nobody is evicted.
+            RuntimeError: nobody is evicted, and none is free; or the predecessor is pinned and in
+                use, and its successor has nowhere to go.
         """
-        if self.free():
-            self._fill(resident, self._of_slot.index(None))
-        elif self.held:
+        old = self.named.get(resident.name)
+        self._sweep()
+        if old is not None and old.slot is not None:
+            self._place_successor(old, resident, old.slot)
+        elif old is None and self.free():
+            self._fill(resident, self._free_slot())
+        elif old is None and self.held:
             raise RuntimeError(
                 f"no slot is free for {resident.name!r}, and nobody is evicted while the adapters "
                 "require grad"
             )
+        self.named[resident.name] = resident
+        self._sweep()
+        self.wake()
 
-    def replace(self, old: Resident, new: Resident) -> None:
-        """``new`` takes the slot of ``old``, or while that is in use another one; on an error all
-        is as it was, but that ``old`` may have left its slot.
-
-        Raises:
-            RuntimeError: ``old`` is pinned and in use, and its successor has nowhere to go.
-        """
-        slot = old.slot
-        if slot is None:
-            return
-        if not old.users:
+    def _place_successor(self, old: Resident, new: Resident, slot: int) -> None:
+        if not (old.holds or self.held and old.versions):
             self._evict(old)
             self._fill(new, slot)
         elif old.pinned or self.held:
@@ -264,30 +418,37 @@ class Slots:
                     f"{old.name!r} is in use and its successor must have a slot, but none is free"
                 )
         elif self.free():
-            self._fill(new, self._of_slot.index(None))
+            self._fill(new, self._free_slot())
         new.pinned, new.last_used = old.pinned, old.last_used
-        self._withdraw(old)
-
-    def _withdraw(self, resident: Resident) -> None:
-        """It has no name any more: its slot is free as soon as its batches have ended."""
-        resident.pinned, resident.withdrawn = False, True
-        if resident.slot is not None and not resident.users:
-            self._vacate(resident)
-        self.condition.notify_all()
 
     def leave(self, resident: Resident) -> None:
-        """Unload an adapter.
+        """Take the name from ``resident``.
 
         Raises:
-            RuntimeError: it is pinned or in use.
+            RuntimeError: it is pinned, in use or held.
         """
+        name = repr(resident.name)
         if resident.pinned:
-            raise RuntimeError(f"adapter {resident.name!r} is pinned: unpin it first")
+            raise RuntimeError(f"adapter {name} is pinned: unpin it first")
         if resident.users:
+            raise RuntimeError(f"adapter {name} is in use by {resident.users} running batches")
+        if resident.versions:
             raise RuntimeError(
-                f"adapter {resident.name!r} is in use by {resident.users} running batches"
+                f"adapter {name} is held by {len(resident.versions)} callers or requests"
             )
-        self._withdraw(resident)
+        del self.named[resident.name]
+        self._sweep()
+        self.wake()
+
+
+_IN_LOOP = (
+    "this thread's event loop, which could not go on while this one waits: use "
+    "`async with store.batch(...)`"
+)
+
+
+def _deadline(timeout: float | None) -> float | None:
+    return None if timeout is None else time.monotonic() + timeout
 
 
 def _names(residents: Sequence[Resident]) -> str:

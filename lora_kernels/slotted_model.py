@@ -11,12 +11,14 @@ from torch import nn
 
 from .adapters import Places
 from .batches import Owner
-from .integrations import transformers as _transformers
 from .integrations.lora_config import LoRAConfig
-from .models import select
 from .multi_lora import MultiLoRAEmbedding, MultiLoRALinear, unsupported_embedding_reason
+from .selection import select
 
 Layer = MultiLoRALinear | MultiLoRAEmbedding
+
+# Reasons for which a layer has no slots at first, and may get them.
+_GROW = frozenset(["output head", "classifier head", "in exclude_modules", "not in target_modules"])
 
 
 class SlottedModel:
@@ -44,7 +46,10 @@ class SlottedModel:
         if not (target_modules is None or isinstance(target_modules, str)):
             target_modules = list(target_modules)
         self._open = target_modules is None
-        targets, self._refused = _select(model, LoRAConfig(target_modules=target_modules))
+        targets, self.skipped = _select(model, LoRAConfig(target_modules=target_modules))
+        self._refused = {
+            path: reason for path, reason in self.skipped.items() if reason not in _GROW
+        }
         self._insert(targets)
         self.linear = frozenset(
             path for path, layer in self.layers.items() if isinstance(layer, MultiLoRALinear)
@@ -106,7 +111,6 @@ class SlottedModel:
             layer = MultiLoRALinear.from_linear(module, self._slots, self._max_rank, **options)
         for stack in (layer.lora_A, layer.lora_B):
             stack.requires_grad_(self.trains)
-        _transformers.carry_dispatch_hook(module, layer)
         return layer
 
     def _put(self, module: nn.Module, paths: Iterable[str]) -> None:
@@ -117,20 +121,22 @@ class SlottedModel:
     def take_out(self, paths: Iterable[str]) -> None:
         """Put the layers that were at ``paths`` back, trainable as they were."""
         for path in paths:
-            module, places, trained = self._before.pop(path)
-            layer = self.layers.pop(path, None)
-            if layer is not None:
-                module.train(layer.training)
+            module, places, trained = self._before[path]
+            if path in self.layers:
+                module.train(self.layers[path].training)
             self._put(module, places)
             for parameter in trained:
                 parameter.requires_grad_(True)
+            # Last, so that it can be done again if it is interrupted.
+            self.layers.pop(path, None)
+            del self._before[path]
 
 
 def _select(
     model: nn.Module, config: LoRAConfig
 ) -> tuple[dict[nn.Module, list[str]], dict[str, str]]:
-    """The modules that get slots, with their paths, and the linear layers that never get them, with
-    the reasons."""
+    """The modules that get slots, with their paths, and the linear layers that do not, with the
+    reasons."""
     embeddings: dict[nn.Module, list[str]] = {}
     named: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -165,8 +171,6 @@ def _select(
         targets = embeddings
     else:
         selection = select(model, replace(config, exclude_modules=excluded or None))
+        selection.warn_of_missed(stacklevel=5)
         targets = selection.targets | embeddings
-    heads = ("output head", "classifier head")
-    wanted = (*heads, "in exclude_modules", "not in target_modules")
-    refused = {path: reason for path, reason in selection.skipped.items() if reason not in wanted}
-    return targets, refused | routed
+    return targets, selection.skipped | routed

@@ -133,9 +133,6 @@ def mixed_arguments_for(
     if dropout_p:
         given |= {"rng": torch.tensor([1, 2, 0, 0], device=device), "dropout_p": dropout_p}
     names = set(inspect.signature(PROBLEM_OF[op]).parameters)
-    if op == "segmented_lora_dx":
-        # Its builder hands everything behind dY to the forward's.
-        names |= set(inspect.signature(PROBLEM_OF["segmented_lora"]).parameters) - {"x"}
     return {name: value for name, value in given.items() if name in names}
 
 

@@ -3,18 +3,23 @@
 import pytest
 import torch
 
+from lora_kernels import _native
+
 HAS_GPU = torch.cuda.is_available()
 DEVICES = ["cpu"] + ["cuda"] * HAS_GPU
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU")
+    config.addinivalue_line("markers", "native: needs the CPU extension")
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+        if "native" in item.keywords and _native.load() is None:
+            item.add_marker(pytest.mark.skip(reason=f"no CPU extension: {_native.why_not()}"))
 
 
 @pytest.fixture(params=DEVICES)
@@ -25,3 +30,27 @@ def device(request):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def zoos(tmp_path_factory):
+    """Adapters on disk by architecture, see ``stores.Zoo``."""
+    import models
+    from stores import Zoo
+
+    found = {}
+
+    def zoo(architecture, **changes):
+        key = architecture, *changes.items()
+        if key not in found:
+            with models.isolated():
+                directory = tmp_path_factory.mktemp(architecture.replace(" ", "_"))
+                found[key] = Zoo(architecture, directory, **changes)
+        return found[key]
+
+    return zoo
+
+
+@pytest.fixture
+def zoo(zoos):
+    return zoos("llama")

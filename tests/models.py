@@ -14,6 +14,7 @@ from unittest import mock
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import peft
+import pytest
 import torch
 import torch.nn.functional as F
 import transformers
@@ -24,6 +25,18 @@ import lora_kernels as lk
 from lora_kernels import FusedLoRALinear
 
 transformers.logging.set_verbosity_error()
+
+
+def need_peft_for_transformers():
+    """Skip where transformers' own integration refuses the PEFT that is installed as too old."""
+    from transformers.integrations import peft as integration
+    from transformers.utils.peft_utils import check_peft_version
+
+    try:
+        check_peft_version(min_version=integration.MIN_PEFT_VERSION)
+    except ValueError as error:
+        pytest.skip(f"transformers {transformers.__version__}: {error}")
+
 
 VOCABULARY = 64
 TEXT = {

@@ -1,4 +1,4 @@
-"""Others' kernels in Triton's interpreter, from the copies that ``bench.fetch_peers`` collects.
+"""Others' kernels in Triton's interpreter, from the copies that ``bench.peers`` collects.
 
 Run by test_bench_peers.py as ``TRITON_INTERPRET=1 python -m tests.peers_interpreted DIR KEY...``:
 an interpreted function cannot be compiled, and what a copy stands in for must not be seen by other
@@ -97,7 +97,7 @@ def check_step(key: str, setting: Setting) -> None:
     variant = TRAINING_PEERS[key]
     inputs = checks.draw(setting, "cpu")
     inputs.x.requires_grad_(setting.mode == "training")
-    step = bench_lora_linear._step(variant, inputs, setting)
+    step = bench_lora_linear.step_of(variant, inputs, setting)
     without_base = bench_lora_linear._without_base(setting, inputs, variant)
     checks.Truth(setting, inputs).check(step.variant, step, without_base)
 

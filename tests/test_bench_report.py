@@ -1,47 +1,44 @@
-"""The arithmetic of bench's report: the CPU's targets, and what is said where numbers are missing.
-The measuring itself is tested by measuring: every row of bench checks its variants first."""
+"""The report of bench: its targets, its one direction of ratios, and what it says is missing."""
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from bench import bar, cases, checks, report
-from bench.bar import Criterion
+from bench import cases, checks, peft_layer, report, training_memory
+from bench.baselines import VARIANTS
 from bench.cases import CPU_RANKS, CPU_SHAPES, Setting
-from bench.rows import is_grid
+from bench.report import TARGETS, judge
+from bench.segmented_baselines import MIXED_VARIANTS
+from bench.segmented_cases import DECODE, MixedSetting, mixed
 
-LABELS = {"plain": "plain linear", "packed": "packed linear", "peft": "PEFT", "fused": "fused"}
+RESULTS = Path(__file__).parent.parent / "bench" / "results"
+CELL = Setting(1, 2048, 2048, 8, 16, 0.0, "bfloat16", "forward")
 
 
-def row(
-    times: dict[str, float],
-    shape: tuple[int, int, int] = (1, 2048, 2048),
-    r: int = 8,
-    p: float = 0.0,
-    dtype: str = "bfloat16",
-    mode: str = "forward",
-) -> dict[str, Any]:
-    setting = Setting(*shape, r, 16, p, dtype, mode)
-    return {
+def row(times: dict[str, float], setting: Setting | MixedSetting = CELL, **changes) -> Any:
+    setting = replace(setting, **changes)
+    found = {
         "setting": asdict(setting),
-        "work": {"adapter": setting.work(True), "plain": setting.work(False)},
-        "variants": {
-            key: {"median_s": value, "q1_s": value, "q3_s": value, "rounds": 5}
-            for key, value in times.items()
-        },
+        "variants": {key: {"median_s": s, "q1_s": s, "q3_s": s} for key, s in times.items()},
         "missing": {},
-        "backend": "cpu",
         "plans": {"fused": {"lora_linear_fwd": "native"}},
         "packed_copies": {"fused": 1},
     }
+    if isinstance(setting, Setting):
+        found["work"] = {"adapter": setting.work(True), "plain": setting.work(False)}
+    return found
 
 
-def content(*rows: dict[str, Any], kind: str = "cpu") -> dict[str, Any]:
+def content(*rows: Any, mixed_rows: tuple = (), kind: str = "cpu") -> Any:
+    def described(variants):
+        return {k: {"label": v.label, "what": v.what, "version": "1"} for k, v in variants.items()}
+
     return {
         "date": "today",
         "device": {"kind": kind, "name": "a machine", "arch": "avx512", "processors": 2},
@@ -52,146 +49,141 @@ def content(*rows: dict[str, Any], kind: str = "cpu") -> dict[str, Any]:
             "own_gemm_flop_per_s": {"bfloat16": 2e12},
             "copy_bytes_per_s": 1e10,
         },
-        "cache_bytes": 2**25,
-        "warmup": 3,
-        "variants": {
-            key: {"label": name, "what": "", "version": "", "work": "plain"}
-            for key, name in LABELS.items()
-        },
+        "variants": described(VARIANTS),
         "rows": [*rows],
+        "mixed": {"variants": described(MIXED_VARIANTS), "rows": [*mixed_rows]},
         "unmeasured": {},
     }
 
 
-MEAN = Criterion("bfloat16", "forward", "fused", "plain", "mean", 1.0)
-WORST = Criterion("bfloat16", "forward", "fused", "plain", "worst", 1.15)
-FASTER = Criterion("bfloat16", "forward", "peft", "fused", "mean", 1.3, at_least=True)
+def target(mode: str, theirs: str, statistic: str, dtype: str = "bfloat16") -> report.Target:
+    asked = (dtype, mode, "fused", theirs, statistic, None)
+    return next(t for t in TARGETS if asked == (*asked_of(t), t.shape))
 
 
-def test_the_mean_is_geometric():
+def asked_of(t: report.Target) -> tuple[str, ...]:
+    return t.dtype, t.mode, t.ours, t.theirs, t.statistic
+
+
+def test_twice_the_speed_is_two_and_the_mean_is_geometric():
     # Twice as slow and twice as fast is even; an arithmetic mean would say 1.25.
     rows = [row({"plain": 1.0, "fused": 2.0}), row({"plain": 1.0, "fused": 0.5}, r=16)]
-    verdict = bar.judge(MEAN, rows)
-    assert verdict.value == pytest.approx(1.0)
-    assert verdict.cells == 2
-    assert bar.geometric_mean([1.0, 10.0, 100.0]) == pytest.approx(10.0)
-
-
-def test_the_worst_cell_is_named():
-    rows = [
-        row({"plain": 1.0, "fused": 1.0}),
-        row({"plain": 2.0, "fused": 2.4}, shape=(16, 4096, 4096), r=64),
-        row({"plain": 9.0, "fused": 9.9}, r=16),
-    ]
-    verdict = bar.judge(WORST, rows)
-    assert verdict.value == pytest.approx(1.2)
-    assert verdict.worst_cell == "16x4096x4096 r=64"
-    assert verdict.outcome == "not met"
-
-
-def test_of_a_least_value_the_worst_is_the_smallest():
-    rows = [row({"peft": 1.5, "fused": 1.0}), row({"peft": 1.2, "fused": 1.0}, r=64)]
-    verdict = bar.judge(FASTER, rows)
-    assert verdict.worst == pytest.approx(1.2)
-    assert verdict.value == pytest.approx(math.sqrt(1.8))
-    assert verdict.outcome == "met"
+    assert report.speed(rows[1], "fused", "plain") == 2.0
+    verdict = judge(target("forward", "plain", "mean"), content(*rows))
+    assert verdict.value == pytest.approx(1.0) and verdict.outcome == "met"
+    worst = judge(target("forward", "plain", "worst"), content(*rows))
+    assert (worst.value, worst.worst_cell, worst.outcome) == (0.5, "1x2048x2048 r=8", "not met")
 
 
 @pytest.mark.parametrize(
-    "criterion, value, outcome",
+    ("mode", "theirs", "statistic", "theirs_s", "outcome"),
     [
-        (MEAN, 1.0, "met"),
-        (MEAN, 1.01, "not met"),
-        (FASTER, 1.3, "met"),
-        (FASTER, 1.29, "not met"),
-        (Criterion("bfloat16", "forward", "fused", "plain", "worst"), 9.0, "-"),
+        ("forward", "plain", "worst", 1 / 1.15, "met"),
+        ("forward", "plain", "worst", 1 / 1.16, "not met"),
+        ("forward", "peft", "mean", 1.3, "met"),
+        ("forward", "peft", "mean", 1.29, "not met"),
+        ("training", "plain", "mean", 1 / 1.13, "not met"),
+        ("training", "plain", "worst", 0.1, "-"),
     ],
 )
-def test_met_or_not(criterion, value, outcome):
-    verdict = bar.judge(criterion, [row({criterion.of: value, criterion.to: 1.0})])
-    assert verdict.outcome == outcome
+def test_met_or_not(mode, theirs, statistic, theirs_s, outcome):
+    run = content(row({theirs: theirs_s, "fused": 1.0}, mode=mode))
+    assert judge(target(mode, theirs, statistic), run).outcome == outcome
 
 
-def test_a_missing_variant_is_no_success():
-    rows = [row({"plain": 1.0, "fused": 0.9})]
-    verdict = bar.judge(FASTER, rows)
-    assert (verdict.value, verdict.cells, verdict.outcome) == (None, 0, "no number")
-    both = [*rows, row({"peft": 2.0, "fused": 1.0}, r=16)]
-    assert bar.judge(FASTER, both).cells == 1
-
-
-def test_only_its_own_dtype_and_mode_count():
-    rows = [
-        row({"plain": 1.0, "fused": 1.0}),
-        row({"plain": 1.0, "fused": 5.0}, dtype="float32"),
-        row({"plain": 1.0, "fused": 5.0}, mode="training"),
-    ]
-    assert bar.judge(WORST, rows).value == pytest.approx(1.0)
-
-
-def test_the_grid_is_what_a_cpu_measures_by_default():
-    settings = cases.settings("cpu")
-    grid = [setting for setting in settings if bar.in_grid(setting)]
-    kinds = {(setting.dtype, setting.mode) for setting in grid}
-    assert kinds == {(c.dtype, c.mode) for c in bar.CRITERIA}
-    assert len(grid) == len(kinds) * bar.CELLS == 4 * 45
-    assert all(setting.p > 0 for setting in settings if setting not in grid)
-
-
-def test_rows_outside_the_grid_do_not_count_beside_it():
-    inside = row({"plain": 1.0, "fused": 1.0})
-    outside = row({"plain": 1.0, "fused": 3.0}, shape=(64, 512, 512))
-    dropout = row({"plain": 1.0, "fused": 3.0}, p=0.1)
-    assert bar.judged_rows(content(inside, outside, dropout)) == [inside]
-    assert bar.judged_rows(content(outside, dropout)) == [outside]
-    assert "none of them" in bar.coverage(content(outside))
-    assert "only 1" in bar.coverage(content(inside))
-
-
-def test_a_whole_grid_is_said_to_be_one():
-    rows = [row({"plain": 1.0, "fused": 0.9}, shape, r) for shape in CPU_SHAPES for r in CPU_RANKS]
-    assert is_grid(rows) and is_grid(rows[1:])
-    assert not is_grid([found for found in rows if found["setting"]["r"] == 8])
-    run = content(*rows)
-    assert "all of them" in bar.coverage(run)
-    assert {verdict.cells for verdict in bar.verdicts(run)} == {0, bar.CELLS}
-
-
-def test_the_bar_is_a_cpus():
-    rows = [row({"plain": 1.0, "fused": 1.0})]
-    assert bar.verdicts(content(*rows)) and not bar.verdicts(content(*rows, kind="cuda"))
-
-
-def test_a_cell_above_a_target_comes_with_its_floors():
-    slow = row({"plain": 1.0, "fused": 1.3, "packed": 1.1}, r=64)
-    fine = row({"plain": 1.0, "fused": 0.5, "packed": 0.5})
-    run = content(slow, fine)
-    ((found, reasons),) = bar.above_target(run)
-    assert found is slow
-    assert reasons == ["/ plain linear 1.30 > 1.15", "/ packed linear 1.18 > 1.10"]
-    work = slow["work"]["adapter"]
-    floor = bar.floor(run, slow)
-    assert floor["bytes"] == pytest.approx(work["bytes"] / 1e10)
-    assert floor["plain"] == pytest.approx(work["flop"] / slow["work"]["plain"]["flop"])
-    assert floor["flop"] == pytest.approx(work["flop"] / 2e12)
-    del run["roofline"]["own_gemm_flop_per_s"]
-    assert bar.floor(run, slow)["flop"] is None
-
-
-def test_the_report_has_the_bar_and_every_ratio():
+def test_a_missing_variant_is_no_success_and_only_its_own_dtype_and_mode_count():
     run = content(
-        row({"plain": 1e-3, "fused": 0.9e-3, "packed": 0.8e-3}),
-        row({"plain": 1e-3, "fused": 1.2e-3}, r=16),
+        row({"plain": 1.0, "fused": 0.9}),
+        row({"plain": 1.0, "peft": 9.0, "fused": 1.0}, dtype="float32"),
+        row({"plain": 1.0, "peft": 9.0, "fused": 1.0}, mode="training"),
     )
+    verdict = judge(target("forward", "peft", "mean"), run)
+    assert (verdict.value, verdict.cells, verdict.outcome) == (None, 0, "no number")
+
+
+def test_the_grid_is_what_a_cpu_measures_and_other_rows_do_not_count_beside_it():
+    settings = cases.settings("cpu")
+    grid = [setting for setting in settings if report.in_grid(setting)]
+    assert len(grid) == 4 * report.CELLS == 4 * len(CPU_SHAPES) * len(CPU_RANKS)
+    assert all(setting.p > 0 for setting in settings if setting not in grid)
+    inside = row({"plain": 1.0, "fused": 1.0})
+    outside = row({"plain": 1.0, "fused": 3.0}, m=64, k=512, n=512)
+    dropout = row({"plain": 1.0, "fused": 3.0}, p=0.1)
+    t = target("forward", "plain", "mean")
+    assert [*report.cells_of(t, content(inside, outside, dropout)).values()] == [inside]
+    assert [*report.cells_of(t, content(outside, dropout)).values()] == [outside]
+
+
+def test_targets_are_a_cpus():
+    rows = [row({"plain": 1.0, "fused": 1.0})]
+    assert report.verdicts(content(*rows)) and not report.verdicts(content(*rows, kind="cuda"))
+
+
+def test_mixed_batches_are_judged_by_the_row_they_name():
+    decode = mixed("rows", DECODE)
+    times = {"plain": 1.0, "fused": 1.2, "segmented": 1.3, "peft": 2.6}
+    others = [replace(decode, **c) for c in ({"population": "zipf"}, {"r": 32}, {"adapters": 4})]
+    rows = [row(times, decode), *(row({"plain": 9.0, "fused": 1.0}, s) for s in others)]
+    run = content(mixed_rows=tuple(json.loads(json.dumps(rows))))
+    found = {(v.target.ours, v.target.theirs): v for v in report.verdicts(run)}
+    assert found["fused", "plain"].value == pytest.approx(1 / 1.2)
+    assert found["fused", "plain"].outcome == found["segmented", "peft"].outcome == "met"
+    assert found["packed", "plain"].outcome == "-"
+
+
+def test_the_report_has_every_ratio_and_says_what_is_missing(tmp_path):
+    slow = row({"plain": 1e-3, "fused": 1.25e-3, "peft": 3e-3}, r=16)
+    slow["missing"] = {"packed": "a reason"}
+    batch = row({"plain": 1e-3, "segmented": 1.2e-3, "vllm": 6e-3}, mixed("rows", DECODE))
+    batch["missing"] = {"sglang_csgmv": "no copy of sglang"}
+    run = content(row({"plain": 1e-3, "fused": 0.8e-3}), slow, mixed_rows=(batch,))
+    theirs = {"what": "", "peer": True}
+    run["mixed"]["variants"] |= {
+        "vllm": theirs | {"label": "vLLM", "version": "vllm 9.9"},
+        "sglang_csgmv": theirs | {"label": "csgmv", "version": "sglang not copied"},
+    }
     run["unmeasured"] = {"failed": ["a-row"]}
-    for told in (report.text(run), report.markdown(run)):
-        for part in ("the bar", "not met", "no number", "0.90", "1.20", "native, packed", "a-row"):
-            assert part.lower() in told.lower(), part
+    written = report.write(run, tmp_path)
+    assert len(written) == 3 and all(path.stat().st_size for path in tmp_path.iterdir())
+    text = (tmp_path / report.MARKDOWN_NAME).read_text()
+    for part in (
+        *("Targets", "not met", "no number", "1.25", "0.80", "2.40", "native, packed", "a-row"),
+        *("no number for packed linear: a reason (1 of 2 rows)", "vLLM", "5.00"),
+        "no number for csgmv (sglang not copied): no copy of sglang (1 of 1 rows)",
+    ):
+        assert part in text, part
+    assert "one direction" not in text and "1.40 is 1.4x faster" in text
+    saved = json.loads((tmp_path / report.JSON_NAME).read_text())
+    assert {t["outcome"] for t in saved["targets"]} >= {"met", "not met"}
+
+
+def test_a_long_table_is_left_to_the_file():
+    rows = [row({"plain": 1.0, "fused": 1.0}, r=r) for r in range(1, 50)]
+    assert "49 rows, in report.md" in report.summary(content(*rows))
+    assert report.markdown(content(*rows)).count("1x2048x2048") >= 49
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.json")), ids=lambda p: p.stem)
+def test_committed_results_are_what_their_reports_say(path):
+    """Every committed table is today's report of the JSON beside it."""
+    found = json.loads(path.read_text())
+    tables = {"memory": training_memory.table, "peft_layer": peft_layer.table}
+    markdown = path.with_name("report.md" if path.stem == "results" else f"{path.stem}.md")
+    if path.stem in tables:
+        assert markdown.read_text().splitlines() == tables[path.stem](found)
+    else:
+        assert markdown.read_text() == report.markdown(found)
 
 
 @pytest.mark.parametrize("m", [1, 2, 63, 64, 65, 2048])
 def test_checked_rows_hold_the_first_and_the_last(m):
-    rows = checks.rows_to_check(m, 64)
-    assert rows[0] == 0 and rows[-1] == m - 1
-    assert torch.equal(rows, rows.unique())
+    rows = checks.rows_to_check(m, 64).tolist()
+    assert rows[0] == 0 and rows[-1] == m - 1 and rows == sorted(set(rows))
     assert len(rows) == min(m, 64)
+
+
+def test_work_counts_each_operand_once():
+    setting = Setting(2, 8, 4, 1, 16, 0.0, "float32", "forward")
+    assert setting.work(False) == {"flop": 2 * 2 * 8 * 4, "bytes": 4 * (16 + 32 + 8)}
+    assert setting.work(True)["flop"] == 2 * 2 * 8 * 4 + 2 * 2 * (8 + 4)
+    assert math.isclose(setting.scale, 16.0)

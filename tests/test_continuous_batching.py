@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import threading
+import time
 
 import pytest
 import torch
@@ -128,3 +129,173 @@ def test_shared_prompts_are_refused(model):
     manager = model.init_continuous_batching(settings, config)
     with pytest.raises(ValueError, match="allow_block_sharing=False"):
         adapt_requests(manager, lambda request: None, contextlib.nullcontext)
+
+
+# On a model with a store.
+
+
+class Served:
+    """A store with adapters french, code and poems, and a manager over it."""
+
+    def __init__(self, model, **options):
+        self.base = copy.deepcopy(model)
+        self.store = lk.AdapterStore(model, max_adapters=4, max_rank=RANK)
+        self.sources = {}
+        for name in [*NAMES, "newer"]:
+            tensors = {}
+            for path, module in self.base.named_modules():
+                if path.endswith("v_proj"):
+                    n, k = module.weight.shape
+                    tensors[f"{path}.lora_A.weight"] = torch.randn(RANK, k)
+                    tensors[f"{path}.lora_B.weight"] = torch.randn(n, RANK)
+            self.sources[name] = tensors
+            if name in NAMES:
+                self.load(name, name)
+        config = transformers.ContinuousBatchingConfig(
+            allow_block_sharing=False, **{"num_blocks": 32, "max_batch_tokens": 16} | options
+        )
+        settings = transformers.GenerationConfig(
+            max_new_tokens=24, do_sample=False, eos_token_id=-1
+        )
+        self.manager = model.init_continuous_batching(settings, config)
+        self.steps, self.at_step = 0, {}
+        adapt_requests(self.manager, self.adapter_of, self.batch_of)
+
+    def load(self, name, source):
+        config = {"r": RANK, "lora_alpha": RANK, "target_modules": ["v_proj"]}
+        self.store.load(name, self.sources[source], config=config)
+
+    def adapter_of(self, request):
+        name = request.split("-")[0]
+        return {"plain": None}.get(name, name)
+
+    def batch_of(self, names):
+        self.steps += 1
+        self.at_step.pop(self.steps, lambda: None)()
+        return self.store.batch(rows=names)
+
+    def run(self, *requests):
+        """The results by request, which is named by its adapter and a number."""
+        results = {}
+        self.manager.start()
+        try:
+            for i, request in enumerate(requests):
+                self.manager.add_request([3 + i, 7, 11, 5], request_id=request, max_new_tokens=24)
+            while len(results) < len(requests):
+                result = self.manager.get_result(timeout=20)
+                assert result is not None, results
+                if result.is_finished():
+                    results[result.request_id] = result
+                    if result.request_id in self.at_step:
+                        self.at_step[result.request_id]()
+        finally:
+            self.manager.stop(block=True, timeout=10)
+        return results
+
+    def expected(self, source, i):
+        model = copy.deepcopy(self.base)
+        for path, module in model.named_modules():
+            if source and path.endswith("v_proj"):
+                a, b = (self.sources[source][f"{path}.lora_{c}.weight"] for c in "AB")
+                module.weight.data += b @ a
+        ids = torch.tensor([[3 + i, 7, 11, 5]])
+        found = model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)
+        return found[0, 4:].tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("few", [False, True])
+def test_a_request_keeps_the_version_that_it_began_with(model, few):
+    served = Served(model, **{"num_blocks": 8, "block_size": 8} if few else {})
+    requests = ["french-0", "plain-0", "code-0", "french-1"]
+    # With few blocks of the cache requests are taken out of it and computed again.
+    served.at_step[8] = lambda: served.load("french", "newer")
+    offloads = []
+    create = served.manager._create_batch_processor
+
+    def counting():
+        processor = create()
+        offload = processor.offloading_manager.offload_requests
+        processor.offloading_manager.offload_requests = lambda: offloads.append(1) or offload()
+        return processor
+
+    served.manager._create_batch_processor = counting
+    results = served.run(*requests)
+    assert bool(offloads) == few
+    sources = ["french", None, "code", "french"]
+    for i, (request, source) in enumerate(zip(requests, sources, strict=True)):
+        assert results[request].error is None
+        assert results[request].generated_tokens == served.expected(source, i), request
+    assert served.expected("newer", 0) != served.expected("french", 0)
+    again = served.run("french-2")["french-2"]
+    assert again.generated_tokens == served.expected("newer", 0)
+
+
+@torch.no_grad()
+def test_an_adapter_is_unloaded_when_its_requests_have_ended(model):
+    served = Served(model)
+    refused, ended = [], []
+
+    def unload():
+        for name in ("french", "poems"):
+            try:
+                served.store.unload(name)
+            except RuntimeError as error:
+                refused.append(str(error))
+
+    served.at_step[6] = unload
+    # As soon as its result is there.
+    served.at_step["french-0"] = lambda: ended.append(served.store.unload("french"))
+    results = served.run("french-0", "plain-0", "code-0")
+    assert refused == ["adapter 'french' is held by 1 callers or requests"] and ended == [None]
+    assert served.store.names == ["code"]
+    for i, source in enumerate(("french", None, "code")):
+        found = results[f"{source or 'plain'}-0"]
+        assert found.error is None and found.generated_tokens == served.expected(source, i)
+
+
+@torch.no_grad()
+def test_a_request_without_its_adapter_ends_alone(model):
+    served = Served(model)
+    results = served.run("french-0", "nobody-0", "plain-0")
+    assert "there is no adapter 'nobody'" in results["nobody-0"].error
+    for i, source in ((0, "french"), (2, None)):
+        found = results[f"{source or 'plain'}-0"]
+        assert found.error is None and found.generated_tokens == served.expected(source, i)
+
+
+@torch.no_grad()
+def test_a_cancelled_request_lets_go_of_its_adapter(model):
+    served = Served(model)
+    served.at_step[3] = lambda: served.manager.cancel_request("french-0")
+    served.manager.start()
+    try:
+        served.manager.add_request([3, 7], request_id="french-0", max_new_tokens=100)
+        end = time.monotonic() + 20
+        while "french" in served.store and time.monotonic() < end:
+            time.sleep(0.05)
+            if served.steps >= 3:
+                with contextlib.suppress(RuntimeError):
+                    served.store.unload("french")
+    finally:
+        served.manager.stop(block=True, timeout=10)
+    assert "french" not in served.store
+
+
+@torch.no_grad()
+def test_what_a_request_is_forked_into_has_its_version(model):
+    served = Served(model)
+    # The configuration allows it for sampling alone, whose tokens are not known beforehand.
+    served.manager.num_return_sequences = 3
+    served.at_step[5] = lambda: served.load("french", "newer")
+    found = []
+    served.manager.start()
+    try:
+        served.manager.add_request([3, 7, 11, 5], request_id="french-0", max_new_tokens=24)
+        while len(found) < 3:
+            result = served.manager.get_result(timeout=20)
+            assert result is not None and result.error is None, result
+            found += [result.generated_tokens] if result.is_finished() else []
+    finally:
+        served.manager.stop(block=True, timeout=10)
+    assert found == [served.expected("french", 0)] * 3

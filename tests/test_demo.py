@@ -9,17 +9,19 @@ import threading
 
 import pytest
 
-from bench import demo, demo_report, demo_text
-from bench.demo_processes import OURS, PEFT, Turns
-from bench.demo_text import DEFAULT_PACKAGE, UserError, finetuning_corpus, split
+from bench.turns import Call, Turns, UserError, run_together
+from examples.demo import __main__ as demo
+from examples.demo import report, text
+from examples.demo.settings import OURS, PEFT, Settings
+from examples.demo.text import DEFAULT_PACKAGE, finetuning_corpus, split
 
 HAS_PEFT = importlib.util.find_spec("peft") is not None
 
 
 def write_texts(directory, **texts):
     directory.mkdir(exist_ok=True)
-    for name, text in texts.items():
-        (directory / f"{name}.txt").write_text(text)
+    for name, content in texts.items():
+        (directory / f"{name}.txt").write_text(content)
     return directory
 
 
@@ -34,33 +36,49 @@ def test_default_text_is_one_package_and_pretraining_is_the_rest():
     corpus = finetuning_corpus(None)
     assert len(corpus.train) > 100_000 and len(corpus.held_out) > 10_000
     assert all(DEFAULT_PACKAGE in path.parts for path in corpus.files)
-    rest = set(demo_text.library_sources(without=corpus.files))
+    rest = set(text.library_sources(without=corpus.files))
     assert len(rest) > 100
     assert not corpus.files & {path.resolve() for path in rest}
     assert not any({"test", "tests", "site-packages"} & set(path.parts[-3:]) for path in rest)
 
 
-def test_pretraining_text_has_none_of_the_package():
+def test_pretraining_text_has_none_of_what_is_fine_tuned_on():
     corpus = finetuning_corpus(None)
-    pretraining = demo_text.pretraining_text(without=corpus.files)
+    pretraining = text.pretraining_text(without=corpus.files)
     assert len(pretraining) > 1_000_000
     for path in corpus.files:
-        text = path.read_text()
-        assert len(text) < 1000 or text not in pretraining
+        source = path.read_text()
+        assert len(source) < 1000 or source not in pretraining
+    path = text.standard_library() / "argparse.py"
+    source = path.read_text()
+    assert source in pretraining
+    assert source not in text.pretraining_text(without=finetuning_corpus(str(path)).files)
 
 
-def test_pretraining_text_has_none_of_the_users_files():
-    path = demo_text.standard_library() / "argparse.py"
-    text = path.read_text()
-    assert text in demo_text.pretraining_text(without=[])
-    assert text not in demo_text.pretraining_text(without=finetuning_corpus(str(path)).files)
+@pytest.mark.parametrize("whole", [numbered("line", 200), "x" * 1000, "ab", "a\n" * 7])
+def test_split_loses_and_repeats_nothing(whole):
+    train, held_out = split(whole)
+    assert train + held_out == whole
+    assert train and held_out and len(held_out) <= max(len(whole) / 2, 1)
 
 
-@pytest.mark.parametrize("text", [numbered("line", 200), "x" * 1000, "two\nlines", "ab", "a\n" * 7])
-def test_split_loses_and_repeats_nothing(text):
-    train, held_out = split(text)
-    assert train + held_out == text
-    assert train and held_out and len(held_out) <= max(len(text) / 2, 1)
+@pytest.mark.parametrize(("lines", "count"), [(40_000, 10), (500, 3), (20, 1)])
+def test_adapters_are_for_parts_of_the_users_text(tmp_path, lines, count):
+    data = write_texts(tmp_path, words=numbered("word", lines))
+    corpus = finetuning_corpus(str(data))
+    found = text.parts(corpus, context=32)
+    assert len(found) == count
+    pieces = [train + held_out for train, held_out in found.values()]
+    assert all(piece in corpus.train + corpus.held_out for piece in pieces)
+    assert all(train and held_out for train, held_out in found.values())
+    numbers = [set(piece.split("\n")[1:-1]) for piece in pieces]
+    assert sum(map(len, numbers)) == len(set().union(*numbers))
+
+
+def test_largest_packages_are_the_librarys():
+    packages = text.largest_packages()
+    assert len(packages) == 10 and DEFAULT_PACKAGE not in packages
+    assert all(len(held_out) > 5000 for _, held_out in packages.values())
 
 
 def test_held_out_text_is_not_trained_on(tmp_path):
@@ -85,7 +103,7 @@ def test_directory_skips_what_is_no_text(tmp_path):
 
 
 def test_text_beyond_the_limit_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_text, "MAX_BYTES", 1001)
+    monkeypatch.setattr(text, "MAX_BYTES", 1001)
     data = write_texts(tmp_path, a="é" * 900, b="b" * 900)
     corpus = finetuning_corpus(str(data))
     # 1001 bytes end inside the 501st character.
@@ -96,13 +114,13 @@ def test_text_beyond_the_limit_is_not_read(tmp_path, monkeypatch):
 def test_byte_ids_are_the_tokenizers():
     from transformers import ByT5Tokenizer
 
-    from bench.demo_stages import token_ids
+    from examples.demo.training import token_ids
 
     tokenizer = ByT5Tokenizer(extra_ids=0)
-    text = "def f():\n\treturn 'naïve €'\x00\x7f\r\n"
-    ids = token_ids(tokenizer, text).tolist()
-    assert ids == tokenizer(text, add_special_tokens=False).input_ids
-    assert tokenizer.decode(ids) == text
+    source = "def f():\n\treturn 'naïve €'\x00\x7f\r\n"
+    ids = token_ids(tokenizer, source).tolist()
+    assert ids == tokenizer(source, add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids) == source
 
 
 # Arguments: one line, and before anything slow.
@@ -129,8 +147,7 @@ def nothing_runs(monkeypatch):
         (["--model", "{tmp}/nothing"], "holds no model.*config.json"),
         (["--model", "{tmp}/empty.txt"], "is a file"),
         (["--out", "{tmp}/empty.txt/out"], "cannot write to"),
-        (["--context", "64"], "--generated-tokens must be below --context"),
-        (["--served-tokens", "256"], "--served-tokens must be below --context"),
+        (["--context", "48"], "--context must be above"),
     ],
 )
 def test_wrong_arguments(tmp_path, capsys, arguments, says):
@@ -147,7 +164,7 @@ def test_wrong_arguments(tmp_path, capsys, arguments, says):
 @pytest.mark.usefixtures("nothing_runs")
 @pytest.mark.parametrize(
     "arguments",
-    [["--dta", "x"], ["--steps", "0"], ["--steps", "x"], ["--dropout", "1"], ["--rank", "1.5"]],
+    [["--dta", "x"], ["--steps", "0"], ["--alpha", "nan"], ["--dropout", "1"], ["--rank", "1.5"]],
 )
 def test_typos(capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
@@ -199,185 +216,147 @@ def test_turns(parties, steps, limit_s):
     assert sorted(order[len(expected) :]) == [(party, "done") for party in range(parties)]
 
 
+def test_processes_answer_in_order_and_pass_on_what_goes_wrong(capfd):
+    calls = [Call("math:sqrt", (16.0,)), Call("os:getenv", ("TOLD",))]
+    assert run_together(calls, {"TOLD": "yes"}) == [4.0, "yes"]
+    with pytest.raises(RuntimeError, match="math:sqrt failed: ValueError"):
+        run_together([Call("math:sqrt", (-1.0,))], {})
+    with pytest.raises(UserError, match="no file or directory"):
+        run_together([Call("examples.demo.text:finetuning_corpus", ("/none",))], {})
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        run_together([Call("os:_exit", (3,))], {})
+    with pytest.raises(RuntimeError, match="not done after 1 s"):
+        run_together([Call("time:sleep", (60,))], {}, seconds=1)
+
+
 # All of it, small: the run is made once, the tests look at what it left.
 
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
     root = tmp_path_factory.mktemp("demo")
-    data = write_texts(root / "data", words=numbered("word", 500))
-    arguments = "--layers 1 --width 32 --context 32 --batch 4 --pretrain-seconds 0.5 --steps 6"
-    arguments += " --evaluation-blocks 8 --generated-tokens 8 --prompt word --alpha 12"
-    arguments += " --package-steps 80 --served-tokens 6 --stream-batches 4"
+    data = write_texts(root / "data", words=numbered("word", 1500))
     out = root / "out"
-    status = demo.main([*arguments.split(), "--data", str(data), "--out", str(out)])
-    return status, out, json.loads((out / demo_report.JSON_NAME).read_text())
+    settings = Settings(
+        out=out,
+        data=str(data),
+        layers=1,
+        width=32,
+        context=32,
+        batch=4,
+        pretrain_seconds=0.5,
+        steps=6,
+        evaluation_blocks=8,
+        adapter_steps=20,
+        served_tokens=6,
+        stream_batches=4,
+    )
+    content = demo.run(settings)
+    report.write(content, out)
+    return out, json.loads((out / report.JSON_NAME).read_text())
 
 
-def test_small_run_passes_its_checks(small_run):
-    status, _, content = small_run
-    assert status == 0
-    assert all(check.passed for check in demo_report.checks(content))
-    assert len(demo_report.checks(content)) == (16 if HAS_PEFT else 15)
-
-
-def test_small_run_writes_its_files(small_run):
-    _, out, content = small_run
+def test_small_run_passes_its_checks_and_writes_its_files(small_run):
+    out, content = small_run
+    assert [check.name for check in report.checks(content) if not check.passed] == []
+    assert len(report.checks(content)) == (15 if HAS_PEFT else 14)
     written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    assert written >= {
-        "demo.json",
-        "demo.txt",
-        "demo.png",
-        "base/config.json",
-        "adapter/adapter_config.json",
-        "adapter/adapter_model.safetensors",
-        ".gitignore",
-    }
-    packages = content["serving"]["ranks"]
-    assert written >= {f"adapters/{name}/adapter_model.safetensors" for name in packages}
+    names = ["demo.json", "demo.txt", "demo.png", ".gitignore", "base/config.json"]
+    names += [f"adapters/{name}/adapter_model.safetensors" for name in content["serving"]["ranks"]]
+    assert written >= {*names, "adapter/adapter_model.safetensors"}
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert (out / "demo.txt").read_text().splitlines() == demo_report.table(content)
 
 
-def test_small_run_measures(small_run):
-    _, _, content = small_run
-    base, runs = content["base"], content["runs"]
+def test_small_run_trains(small_run):
+    _, content = small_run
+    runs, ours = content["runs"], content["runs"][OURS]
     assert list(runs) == ([OURS, PEFT] if HAS_PEFT else [OURS])
-    assert base["pretraining"]["losses"] and base["adapted_layers"] == 4
+    assert content["base"]["adapted_layers"] == 4
     for run in runs.values():
-        assert len(run["losses"]) == len(run["step_seconds"]) == 6
-        assert run["tokens_per_step"] == 4 * 32
-        assert demo_report.tokens_per_second(run) > 0
-        assert run["memory"]["peak"] >= run["memory"]["before"] > 0
-        assert abs(run["after"] - runs[OURS]["after"]) < 1e-4
-    ours = runs[OURS]
-    assert ours["unmerged"] == ours["after"] != base["before"]
-    assert {op for op, *_ in ours["answers"]} >= {
-        "lora_linear_fwd",
-        "lora_linear_dx",
-        "lora_linear_dab",
-    }
+        assert len(run["losses"]) == 6 and run["tokens_per_second"] > 0
+        assert abs(run["after"] - ours["after"]) < 1e-4
+    answered = {op for op, *_ in ours["answers"]}
+    assert answered >= {"lora_linear_fwd", "lora_linear_dx", "lora_linear_dab"}
     if HAS_PEFT:
         pairs = zip(ours["losses"], runs[PEFT]["losses"], strict=True)
         assert max(abs(a - b) for a, b in pairs) < 1e-4
-        assert not runs[PEFT]["answers"]
+        assert not runs[PEFT]["answers"] and ours["saved_bytes"] < runs[PEFT]["saved_bytes"]
 
 
-def test_small_run_serves(small_run):
-    _, _, content = small_run
+def test_small_run_serves_adapters_for_parts_of_the_text(small_run):
+    _, content = small_run
     serving = content["serving"]
-    assert len(serving["ranks"]) == 10 and set(serving["ranks"].values()) == {8, 16}
+    assert set(serving["ranks"]) == {f"part-{i}" for i in range(1, 11)}
     together, stream = serving["together"], serving["stream"]
     assert together["same_tokens"] == together["rows"] == 12
-    assert together["error_over_budget"] < 1 and together["base_over_budget"] > 100
+    assert together["error_over_budget"] < 1
     assert stream["same_tokens"] == stream["rows"] == 4 * 8
-    assert stream["slots"] == 6 and stream["brought_in"] >= 8 and stream["back_again"] > 0
+    assert stream["slots"] == 6 and stream["evicted"] >= 8 and stream["back_again"] > 0
     parties = {"store with eviction", "store with a slot for each", "one merged model at a time"}
-    assert set(serving["seconds"]) == parties | {PEFT} if HAS_PEFT else parties
-    assert all(seconds > 0 for seconds in serving["seconds"].values())
-    assert serving["generated"] == 4 * 8 * 6
-    assert {op for op, *_ in serving["answers"]} >= {
-        "segmented_linear_fwd",
-        "segmented_linear_dx",
-        "segmented_lora_dab",
-    }
+    assert set(serving["tokens_per_second"]) == parties | ({PEFT} if HAS_PEFT else set())
+    answered = {op for op, *_ in serving["answers"]}
+    assert answered >= {"segmented_linear_fwd", "segmented_linear_dx", "segmented_lora_dab"}
 
 
-def test_largest_packages_are_the_librarys():
-    packages = demo_text.largest_packages(10)
-    assert len(packages) == 10 and DEFAULT_PACKAGE not in packages
-    for name, corpus in packages.items():
-        assert len(corpus.held_out) > 5000
-        assert all(name in path.parts for path in corpus.files)
-    sizes = [len(corpus.train) + len(corpus.held_out) for corpus in packages.values()]
-    # A second copy of a file counts where packages are compared, and is not read.
-    assert sizes[0] > sizes[-1]
-
-
-def test_table_names_its_figures(small_run):
-    _, _, content = small_run
-    text = "\n".join(demo_report.table(content))
-    for words in (
-        "held-out loss before",
-        "held-out loss after",
-        "merged",
-        "unmerged again",
-        "tokens/s",
-        "peak memory",
-        "lora_linear_fwd",
-        "by the adapted model",
-        "generated tokens/s",
-        "one merged model at a time",
-        "10 adapters",
-    ):
-        assert words in text
-
-
-def test_report_without_peft(small_run, tmp_path):
-    _, _, content = small_run
-    alone = content | {"runs": {OURS: content["runs"][OURS]}}
-    assert "comparison was left out" in "\n".join(demo_report.write(alone, tmp_path))
+def test_the_table_says_of_what_and_which_way(small_run, tmp_path):
+    _, content = small_run
+    lines = "\n".join(report.table(content))
+    words = ["held-out loss before", "training tokens/s", "saved activations", "dropout 0.1"]
+    words += ["generated tokens/s", "10 adapters", "lora_linear_fwd"]
+    words += ["x as fast", "x less", "beside PEFT"] if HAS_PEFT else []
+    for word in words:
+        assert word in lines
+    alone = content | {"runs": {OURS: content["runs"][OURS]}, "serving": None}
+    lines = "\n".join(report.write(alone, tmp_path))
+    assert "comparison was left out" in lines and "No adapters were served" in lines
     assert (tmp_path / "demo.png").exists()
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("merged_difference", 2e-6),
-        ("merged_difference", float("nan")),
-        ("loaded_difference", 1.0),
-        ("objects_restored", False),
-        ("weights_restored", False),
-        ("answers", []),
-    ],
-)
-def test_a_failed_check_shows(small_run, monkeypatch, capsys, tmp_path, key, value):
-    _, _, content = small_run
-    runs = content["runs"] | {OURS: content["runs"][OURS] | {key: value}}
-    monkeypatch.setattr(demo, "run", lambda args: content | {"runs": runs})
-    assert demo.main(["--out", str(tmp_path)]) == 1
-    assert "FAILED" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("part", "key", "value"),
     [
+        ("ours", "merged_difference", 2e-6),
+        ("ours", "merged_difference", float("nan")),
+        ("ours", "loaded_difference", 1.0),
+        ("ours", "objects_restored", False),
+        ("ours", "weights_restored", False),
+        ("ours", "answers", []),
         ("together", "same_tokens", 11),
         ("together", "error_over_budget", 1.5),
         ("together", "error_over_budget", float("nan")),
-        ("together", "base_over_budget", 2.0),
-        ("together", "answers", []),
+        ("together", "fused_calls", 0),
         ("stream", "same_tokens", 31),
         ("stream", "back_again", 0),
-        ("after", "asyncio", 99.0),
-        ("others", "asyncio", -99.0),
     ],
 )
-def test_a_failed_check_of_serving_shows(
-    small_run, monkeypatch, capsys, tmp_path, part, key, value
-):
-    _, _, content = small_run
-    serving = content["serving"]
-    serving = serving | {part: serving[part] | {key: value}}
-    monkeypatch.setattr(demo, "run", lambda args: content | {"serving": serving})
+def test_a_failed_check_shows(small_run, monkeypatch, capsys, tmp_path, part, key, value):
+    _, content = small_run
+    if part == "ours":
+        found = {"runs": content["runs"] | {OURS: content["runs"][OURS] | {key: value}}}
+    else:
+        serving = content["serving"]
+        found = {"serving": serving | {part: serving[part] | {key: value}}}
+    monkeypatch.setattr(demo, "run", lambda settings: content | found)
     assert demo.main(["--out", str(tmp_path)]) == 1
     assert "FAILED" in capsys.readouterr().out
 
 
-def test_without_the_librarys_sources_nothing_is_served(small_run, tmp_path):
-    _, _, content = small_run
-    lines = "\n".join(demo_report.write(content | {"serving": None}, tmp_path))
-    assert "No adapters were served" in lines
-    assert len(demo_report.checks(content | {"serving": None})) == (7 if HAS_PEFT else 6)
+@pytest.mark.parametrize(
+    ("part", "key", "value"), [("others", "part-1", -99.0), ("together", "base_over_budget", 2.0)]
+)
+def test_how_well_adapters_learn_is_demanded_of_the_own_text_only(small_run, part, key, value):
+    _, content = small_run
+    serving = content["serving"]
+    found = content | {"serving": serving | {part: serving[part] | {key: value}}}
+    assert not content["is_default"] and all(check.passed for check in report.checks(found))
+    assert not all(check.passed for check in report.checks(found | {"is_default": True}))
 
 
 def test_text_shorter_than_a_batch():
     from transformers import ByT5Tokenizer
 
-    from bench.demo_stages import finetuning_rows
+    from examples.demo.training import finetuning_rows
 
-    class Short:
-        train_text, held_out_text, context, batch = "a" * 100, "b" * 100, 32, 4
-
+    short = Settings(train_text="a" * 100, held_out_text="b" * 100, context=32, batch=4)
     with pytest.raises(UserError, match="too short: it fills 3 blocks of 32 tokens"):
-        finetuning_rows(Short, ByT5Tokenizer(extra_ids=0))
+        finetuning_rows(short, ByT5Tokenizer(extra_ids=0))

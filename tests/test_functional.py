@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from linear_calls import LEAVES, call, check_batches_of_gradients, require_grad
+from linear_calls import LEAVES, call, require_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -158,36 +158,6 @@ def test_trained_base_weight_gets_its_gradient():
     inputs.weight.requires_grad_()
     call(inputs).backward(inputs.dy)
     torch.testing.assert_close(inputs.weight.grad, inputs.x.t() @ inputs.dy)
-
-
-@pytest.mark.parametrize("retain", [True, False])
-def test_backward_twice(retain):
-    inputs = Case(9, 12, 10, 3, dropout_p=0.2).draw()
-    require_grad(inputs)
-    y = call(inputs)
-    y.backward(inputs.dy, retain_graph=True)
-    first = {name: getattr(inputs, name).grad.clone() for name in LEAVES}
-    y.backward(inputs.dy, retain_graph=retain)
-    for name, gradient in first.items():
-        assert torch.equal(getattr(inputs, name).grad, 2 * gradient)
-    if not retain:
-        with pytest.raises(RuntimeError, match="second time"):
-            y.backward(inputs.dy)
-
-
-def test_batches_of_gradients_where_the_base_trains():
-    inputs = Case(6, 5, 7, 2).draw()
-    leaves = [inputs.x.view(2, 3, 7), inputs.weight, inputs.lora_a, inputs.lora_b]
-    x, *others = [leaf.requires_grad_() for leaf in leaves]
-    check_batches_of_gradients(lk.lora_linear(x, *others, inputs.scale), leaves)
-
-
-def test_second_derivatives_are_refused():
-    inputs = Case(3, 4, 5, 2).draw()
-    require_grad(inputs)
-    (dx,) = torch.autograd.grad(call(inputs).square().sum(), inputs.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
 
 
 def test_changing_a_saved_tensor_in_place_is_an_error():

@@ -226,7 +226,7 @@ def test_report_is_readable(caplog):
     text = str(lk.lora_report(model))
     assert text in caplog.text
     for line in (
-        "adapted  bert.encoder.layer.0.attention.self.query: Linear [48, 48], r=3",
+        "adapted  bert.encoder.layer.0-1.attention.self.query: Linear [48, 48], r=3 (2 layers)",
         "skipped  classifier: in modules_to_save",
         "trained in full  classifier",
     ):
@@ -274,7 +274,7 @@ class ReadsGrandchild(nn.Module):
 
 
 class ReadsOnOnePath(nn.Module):
-    """Mamba's manner: called here, read where a fused kernel is installed."""
+    """Called on one path: the adapter is of use there."""
 
     def __init__(self):
         super().__init__()
@@ -284,6 +284,43 @@ class ReadsOnOnePath(nn.Module):
         if self.training:
             return self.fc(F.linear(x, self.proj.weight, self.proj.bias))
         return self.fc(self.proj(x))
+
+
+class Joins(nn.Module):
+    """diffusers' manner: a processor calls the projections; a method that is used on request alone
+    reads their weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.fc = nn.Linear(E, E), nn.Linear(E, E)
+        self.processor = lambda owner, x: owner.fc(owner.proj(x))
+
+    def fuse(self):
+        return torch.cat([self.proj.weight, self.fc.weight])
+
+    def forward(self, x):
+        return self.processor(self, x.to(self.proj.weight.dtype))
+
+
+class ReadsAndHandsOn(Joins):
+    def forward(self, x):
+        return self.processor(self, x + 0 * self.proj.weight.sum())
+
+
+class CallsElsewhere(Joins):
+    def attend(self, x):
+        return self.fc(self.proj(x))
+
+    def forward(self, x):
+        return self.attend(x * self.proj.weight.abs().sum().sign())
+
+
+class Iterates(Joins):
+    def forward(self, x):
+        x = x + 0 * F.linear(x, self.proj.weight)
+        for layer in self.children():
+            x = layer(x)
+        return x
 
 
 class ReadsTheDtype(nn.Module):
@@ -354,10 +391,6 @@ BYPASSED = {
         ReadsGrandchild,
         {"block.proj": "its forward is never called: ReadsGrandchild reads its weight"},
     ),
-    "a weight on one path": (
-        ReadsOnOnePath,
-        {"proj": "its forward is skipped on one path of ReadsOnOnePath, which reads its weight"},
-    ),
     "a forward of its own": (
         lambda: nn.Sequential(nn.Linear(E, E), OwnForward(E, E)),
         {"1": "is a OwnForward, a linear layer with a forward of its own"},
@@ -380,7 +413,10 @@ def test_bypassed_linears_are_refused_with_the_reason(case):
             before.assert_unchanged()
 
 
-@pytest.mark.parametrize("make", [ReadsTheDtype, Passes])
+@pytest.mark.parametrize(
+    "make",
+    [ReadsTheDtype, Passes, ReadsOnOnePath, Joins, ReadsAndHandsOn, CallsElsewhere, Iterates],
+)
 def test_linears_that_are_called_are_adapted(make):
     model = lk.apply_lora(make())
     assert lora_layers(model).keys() == {"proj", "fc"}
@@ -432,17 +468,16 @@ def test_bypassed_layers_of_transformers_are_skipped():
         name: lk.lora_report(lk.apply_lora(build(name))).skipped
         for name in ("wavlm", "mamba", "falcon mamba", "mamba2", "siglip")
     }
-    never, one_path = "its forward is never called: ", "its forward is skipped on one path of "
     for n in "qkv":
         reason = reasons["wavlm"][f"wavlm.encoder.layers.0.attention.{n}_proj"]
-        assert reason == f"{never}WavLMAttention reads its weight"
+        assert reason == "its forward is skipped by WavLMAttention, which reads its weight"
     mixer = "backbone.layers.0.mixer."
-    assert reasons["mamba"][f"{mixer}dt_proj"].startswith(never)
     for name, children in (
-        ("mamba", ["x_proj", "out_proj"]),
+        ("mamba", ["x_proj", "dt_proj", "out_proj"]),
         ("falcon mamba", ["x_proj", "dt_proj", "out_proj"]),
         ("mamba2", ["out_proj"]),
     ):
         for child in children:
-            assert reasons[name][f"{mixer}{child}"].startswith(one_path)
-    assert reasons["siglip"]["vision_model.head.attention.out_proj"].startswith(never)
+            assert reasons[name][f"{mixer}{child}"].startswith("its forward is skipped by ")
+    reason = reasons["siglip"]["vision_model.head.attention.out_proj"]
+    assert reason.startswith("its forward is never called: ")

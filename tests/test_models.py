@@ -203,7 +203,7 @@ def test_merging_keeps_the_outputs_and_unmerging_the_bits(name):
     assert all(layer.weight is weights[n] for n, layer in lora_layers(model).items())
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
     lk.merge_adapter(model, keep_base=False)
-    assert torch.equal(models.logits(model), merged)
+    assert models.relative_difference(models.logits(model), merged) < 1e-6
     assert model.state_dict().keys() == build(name).state_dict().keys()
     with pytest.raises(RuntimeError, match="keep_base=False"):
         lk.unmerge_adapter(model)

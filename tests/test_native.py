@@ -379,6 +379,13 @@ def test_second_import_does_not_change_the_product(tmp_path, of_a_cpu):
     assert operators.product == "dot"
 
 
+def test_an_install_with_a_compiler_built_them_all():
+    info = _native._build_info(_native.DIRECTORY)
+    if not info.get("compiler"):
+        pytest.skip("lora_kernels was installed without a C++ compiler")
+    assert info["failed"] == {} and info["torch"] == torch.__version__
+
+
 def test_reason_never_installed(tmp_path):
     isa, reason = _native._load(tmp_path, None)
     assert isa is None and "never installed" in reason
@@ -394,6 +401,24 @@ def test_reason_built_for_another_torch(tmp_path):
     install(tmp_path, ["baseline"], torch_version="2.0.0")
     isa, reason = _native._load(tmp_path, None)
     assert isa is None and "built for torch 2.0.0" in reason and torch.__version__ in reason
+    assert "pip install --no-build-isolation --force-reinstall --no-deps" in reason
+
+
+@pytest.mark.parametrize("forced", ["", "none"])
+def test_one_warning_where_no_extension_answers(tmp_path, forced):
+    install(tmp_path, ["baseline"], torch_version="2.0.0")
+    said = load_in_new_process(
+        "import pathlib, warnings\n"
+        f"_native.DIRECTORY = pathlib.Path({str(tmp_path)!r})\n"
+        "import lora_kernels as lk\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    for _ in range(2):\n"
+        "        lk.lora_linear(*[torch.ones(2, 2)] * 4)\n"
+        "said = [str(w.message) for w in caught]",
+        LORA_KERNELS_CPU_ISA=forced,
+    )
+    assert len(said) == (forced != "none") and all("built for torch 2.0.0" in s for s in said)
 
 
 def test_reason_instruction_set_not_built(tmp_path):

@@ -1,5 +1,4 @@
-"""``FusedLoRALinear``: construction, state, merging, and every way a user moves or copies a
-module."""
+"""``FusedLoRALinear``: construction, scaling, and every way a user moves or copies a module."""
 
 import copy
 import io
@@ -9,44 +8,11 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from adapted_layers import FORMATS, adapted, base_layer, explicit
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 import lora_kernels as lk
 from lora_kernels.testing import Case, assert_within_budget, naive
-
-FORMATS = ["linear", "no bias", "conv1d", "square conv1d"]
-
-
-def base_layer(kind, dtype=torch.float32):
-    if kind == "linear":
-        return nn.Linear(24, 40, dtype=dtype)
-    if kind == "no bias":
-        return nn.Linear(24, 40, bias=False, dtype=dtype)
-    in_features, out_features = (24, 40) if kind == "conv1d" else (32, 32)
-    layer = Conv1D(out_features, in_features)
-    nn.init.normal_(layer.weight, std=in_features**-0.5)
-    nn.init.normal_(layer.bias)
-    return layer.to(dtype)
-
-
-def adapted(kind="linear", dtype=torch.float32, **arguments):
-    """A layer whose adapter is as large as its base."""
-    layer = lk.FusedLoRALinear.from_linear(
-        base_layer(kind, dtype), **({"r": 4, "lora_alpha": 6} | arguments)
-    )
-    with torch.no_grad():
-        nn.init.normal_(layer.lora_A, std=layer.in_features**-0.5)
-        nn.init.normal_(layer.lora_B, std=1 / (layer.scaling * layer.r**0.5))
-    return layer
-
-
-def explicit(layer, x):
-    """The formula in float64, orientation by the names of the axes."""
-    x, weight = x.double(), layer.weight.double()
-    base = torch.einsum("...i,io->...o" if layer.fan_in_fan_out else "...i,oi->...o", x, weight)
-    tail = torch.einsum("...i,ri,or->...o", x, layer.lora_A.double(), layer.lora_B.double())
-    return base + layer.scaling * tail + (0 if layer.bias is None else layer.bias.double())
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -225,99 +191,6 @@ def test_half_precision_bases(dtype, autocast_adapter_dtype):
         object.__setattr__(inputs, name, value)
     object.__setattr__(inputs, "bias", layer.bias)
     assert_within_budget("y", y, naive(inputs, dtype)["y"], naive(inputs, torch.float64)["y"])
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_and_unmerge(kind, dtype):
-    layer = adapted(kind, dtype)
-    weight, version, values = layer.weight, layer.weight._version, layer.weight.clone()
-    x = torch.randn(64, layer.in_features, dtype=dtype)
-    y = layer(x)
-    layer.merge()
-    assert layer.merged
-    assert layer.weight is not weight
-    assert not layer.weight.requires_grad
-    merged = layer(x)
-    bound = 1e-6 if dtype == torch.float32 else 2e-2
-    assert (merged - y).abs().max() / y.abs().max() < bound
-    delta = layer.delta_weight()
-    assert delta.shape == weight.shape
-    torch.testing.assert_close(
-        layer.weight.double(), values.double() + delta.double(), rtol=1e-2, atol=1e-6
-    )
-    first = layer.weight
-    layer.merge()
-    assert layer.weight is first, "merging twice merges once"
-    layer.unmerge()
-    assert layer.weight is weight
-    assert weight._version == version
-    assert torch.equal(weight, values)
-    assert torch.equal(layer(x), y)
-    layer.unmerge()
-    assert layer.weight is weight
-
-
-def test_merging_writes_no_tied_weight():
-    embedding = nn.Embedding(40, 24)
-    module = nn.Linear(24, 40, bias=False)
-    module.weight = embedding.weight
-    values = embedding.weight.clone()
-    layer = lk.FusedLoRALinear.from_linear(module, init_lora_weights=False)
-    layer.merge()
-    assert torch.equal(embedding.weight, values)
-    layer.unmerge()
-    assert layer.weight is embedding.weight
-
-
-def test_merge_without_keeping_the_base_is_a_plain_linear():
-    layer = adapted()
-    x = torch.randn(3, 24)
-    y = layer(x)
-    layer.merge(keep_base=False)
-    assert layer.lora_A is None
-    assert layer.lora_B is None
-    plain = nn.Linear(24, 40)
-    plain.load_state_dict(layer.state_dict())
-    torch.testing.assert_close(plain(x), y)
-    torch.testing.assert_close(layer.train()(x), layer.eval()(x))
-    for call in (layer.unmerge, layer.delta_weight, layer.reset_lora_parameters):
-        with pytest.raises(RuntimeError, match="keep_base=False"):
-            call()
-    kept = adapted()
-    kept.merge()
-    kept.merge(keep_base=False)
-    assert kept.lora_A is None
-    assert kept.merged
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_state_dict_holds_base_and_adapter_merged_or_not(merged):
-    layer = adapted()
-    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    assert set(before) == {"weight", "bias", "lora_A", "lora_B"}
-    if merged:
-        layer.merge()
-    after = layer.state_dict()
-    assert set(after) == set(before)
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    kept = layer.state_dict(keep_vars=True)["weight"]
-    assert isinstance(kept, nn.Parameter)
-
-
-@pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("merged", [False, True])
-def test_load_state_dict(merged, assign):
-    source, layer = adapted("conv1d"), adapted("conv1d")
-    if merged:
-        layer.merge()
-    layer.load_state_dict(source.state_dict(), assign=assign)
-    assert layer.merged == merged
-    x = torch.randn(5, 24)
-    torch.testing.assert_close(layer(x), source(x), rtol=1e-5, atol=1e-5)
-    layer.unmerge()
-    assert torch.equal(layer.weight, source.weight)
-    assert torch.equal(layer(x), source(x))
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -283,6 +283,7 @@ class TestMixedBatches:
         x = torch.randn(len(self.ROWS), 11, IN, generator=generator).to(dtype)
         return x, torch.randn(len(self.ROWS), 11, out, generator=generator).to(dtype)
 
+    @pytest.mark.native
     @pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d"])
     @pytest.mark.parametrize(
         "dtype, cast",
@@ -671,6 +672,7 @@ def not_sampled(weight):
     raise AssertionError("every element is looked at")
 
 
+@pytest.mark.native
 class TestPackedWeights:
     def test_eval_packs_and_train_drops(self):
         model = model_with().eval()

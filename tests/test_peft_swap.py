@@ -253,6 +253,7 @@ def test_unload_gives_the_base_back(family):
     assert torch.equal(models.logits(bare), models.logits(models.build(family)))
 
 
+@pytest.mark.native
 def test_mixed_batches(family):
     n = LAYERS[family]
     stock = stock_model(family)
@@ -436,6 +437,7 @@ def test_a_second_call_is_idempotent_and_takes_what_came_since():
 
 
 def test_transformers_own_adapters(tmp_path):
+    models.need_peft_for_transformers()
     saved = stock_model("llama")
     saved.save_pretrained(tmp_path)
     expected = models.logits(saved)

@@ -1,4 +1,4 @@
-"""Plans, tables, tuning, device facts and the command line, on any machine."""
+"""Plans, tables, tuning and device facts, on any machine."""
 
 import dataclasses
 import itertools
@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels import __main__ as cli
 from lora_kernels import config, device, ops, plan, tune
 from lora_kernels.config import Config, candidates, invalid_reason, is_valid
 from lora_kernels.device import DeviceFacts
@@ -432,60 +431,6 @@ def test_tuning_a_mixed_batch(op, dropout_p):
     assert set(measurement.medians_us) == set(candidates(asked, facts))
     assert plan.plan(asked, facts) == measurement.best
     assert plan.read_table(tune.table_path("cpu"))[asked.bucketed().key()]
-
-
-def test_the_report_says_what_answers_and_why(capsys, monkeypatch):
-    assert cli.main([]) == 0
-    text = capsys.readouterr().out
-    for said in (f"lora_kernels {lk.__version__}", f"torch {torch.__version__}", "cpu:", "GPU:"):
-        assert said in text
-    assert "float64 is computed by the reference" in text
-    answers = "native" if device.facts("cpu").native not in ("", "baseline") else "vendor"
-    assert f"{answers}: lora_shrink, lora_linear_fwd" in text
-
-
-def test_tune_from_the_command_line(capsys):
-    options = ["--shapes", "4x16x8", "--r", "2", "--dtype", "fp32", "--seconds", "0.01"]
-    assert cli.main(["tune", *options]) == 0
-    text = capsys.readouterr().out
-    assert "lora_linear_fwd" in text
-    assert str(tune.table_path("cpu")) in text
-    assert len(plan.read_table(tune.table_path("cpu"))) == len(ops.OPERATORS)
-
-
-def test_tune_mixed_batches_from_the_command_line(capsys):
-    options = ["--shapes", "4x16x8+3,2x8x8", "--r", "2", "--dtype", "fp32", "--seconds", "0.01"]
-    chosen = ["--slots", "2", "--ops", "segmented_lora_,segmented_linear_fwd"]
-    assert cli.main(["tune", *options, *chosen]) == 0
-    assert "N 11 slots 2 slices 2" in capsys.readouterr().out
-    assert len(plan.read_table(tune.table_path("cpu"))) == 4
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("tune --shapes 4x16", "'4x16' is not MxKxN"),
-        ("tune --shapes 4x16x8+8", "of batches with --slots"),
-        ("tune --shapes 4x16x8 --ops segmented_lora", "an operator with --slots"),
-        ("tune --shapes 4x16x8 --slots 2 --ops lora_shrink", "not an operator with --slots"),
-        ("tune --shapes 4x16x0", "below 1"),
-        ("tune --shapes 4x16x8 --dtype int8", "'int8' is none of"),
-        ("tune --shapes 4x16x8 --ops lora_linear", "'lora_linear' is none of"),
-        ("tune --shapes 4x16x8 --r 0", "--r must be at least 1"),
-        ("tune", "--shapes"),
-        ("tnue", "tnue"),
-    ],
-)
-def test_a_typo_on_the_command_line(arguments, message, capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(arguments.split())
-    assert exit_info.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_tuning_a_device_without_a_backend(capsys):
-    assert cli.main(["tune", "--shapes", "4x16x8", "--device", "meta"]) == 1
-    assert "nothing to tune on meta" in capsys.readouterr().err
 
 
 def test_what_a_tensor_descriptor_can_read():

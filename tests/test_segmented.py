@@ -442,3 +442,30 @@ def test_compiled():
         segmented_lora(case.x, case.a, case.b, case.seg, out=expected)
     assert torch.equal(y, expected)
     assert torch.equal(out, segmented_lora(case.x, case.a, case.b, case.seg))
+
+
+def test_out_that_shares_memory():
+    """Sums over elements that are one, and an input that changes while it is read, are refused."""
+    case = Mixed(6, 8, (8,))
+    buffer = torch.randn(6, 32)
+    rows = torch.arange(6 * 8.0)
+    for out, x, says in (
+        (torch.zeros(8).expand(6, 8), case.x, "elements that share memory"),
+        (torch.zeros(6, 1).expand(6, 8), case.x, "elements that share memory"),
+        (rows.as_strided((6, 8), (4, 1)), case.x, "elements that share memory"),
+        (buffer[:, :8], buffer[:, :8], "shares memory with the input"),
+        (buffer[:, :8], buffer[:, 7:15], "shares memory with the input"),
+        (buffer.view(-1)[:48].view(6, 8), buffer.view(-1)[40:88].view(6, 8), "with the input"),
+    ):
+        before = out.clone()
+        with pytest.raises(ValueError, match=says):
+            segmented_lora(x, case.a, case.b, case.seg, out=out)
+        assert torch.equal(out, before)
+    # Neighbours in one buffer are not one.
+    for out, x in ((buffer[:, :8], buffer[:, 8:16]), (buffer[:, 24:], buffer[:, :8])):
+        expected = out + segmented_lora(x, case.a, case.b, case.seg)
+        found = segmented_lora(x, case.a, case.b, case.seg, out=out)
+        assert torch.allclose(found, expected, atol=1e-4)
+    s = segmented_shrink(case.x, case.a, case.seg)
+    with pytest.raises(ValueError, match="elements that share memory"):
+        segmented_expand(s, case.b, case.seg, out=torch.zeros(8).expand(6, 8))

@@ -202,8 +202,8 @@ def test_random_operations_from_four_threads(seed):
     current = {name: v[-1] for name, v in stress.versions.items() if v[-1] is not None}
     assert set(store.names) == set(current)
     # Nothing is left of the batches: no slot in use, nobody waiting, no old version in memory.
-    assert not slots._queue and not slots._holds
-    assert all(r.users == 0 and not r.withdrawn for r in slots.residents())
+    assert not slots._queue
+    assert all(r.users == 0 and slots.is_named(r) for r in slots.residents())
     assert set(store.resident) <= set(current)
     gc.collect()
     assert sum(host() is not None for host in stress.hosts) == len(current)
@@ -233,6 +233,7 @@ def new_slots(count, names):
     copies = Recorded()
     slots = Slots(count, copies)
     residents = {name: Resident(name, None) for name in names}
+    slots.named.update(residents)
     return slots, residents, copies.calls
 
 
@@ -311,12 +312,13 @@ def test_a_nested_batch_does_not_wait_behind_one_that_waits_for_it():
 
 
 def test_a_replaced_adapters_slot_is_free_when_its_batches_have_ended():
-    slots, r, calls = new_slots(2, "ab")
-    with use(slots, r["a"]), slots.condition:
-        slots.replace(r["a"], r["b"])
-        assert (r["a"].slot, r["b"].slot, slots.free()) == (0, 1, 0)
-    assert (r["a"].slot, r["b"].slot, slots.free()) == (None, 1, 1)
-    assert slots.residents() == [r["b"]] and not slots._holds
+    slots, r, calls = new_slots(2, "a")
+    successor = Resident("a", None)
+    with use(slots, r["a"]), slots.lock:
+        slots.enter(successor)
+        assert (r["a"].slot, successor.slot, slots.free()) == (0, 1, 0)
+    assert (r["a"].slot, successor.slot, slots.free()) == (None, 1, 1)
+    assert slots.residents() == [successor] and not successor.users
 
 
 def test_trained_values_are_written_back_once():

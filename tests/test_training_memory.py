@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import lora_kernels as lk
-from bench import training_memory
-from bench.training_memory import OURS, PEFT, SavedTensors
+from bench import memory, training_memory
+from bench.memory import SavedTensors
+from bench.training_memory import OURS, PEFT
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -80,7 +81,7 @@ def test_the_peak_of_a_step_is_what_was_out_at_a_time():
         second, third = (torch.empty(2 * mib, dtype=torch.uint8) for _ in range(2))
         del second, third
 
-    assert training_memory.step_peak(step, "cpu") == 4 * mib
+    assert memory.step_peak(step, "cpu") == 4 * mib
 
 
 def cell(**changes):
@@ -119,7 +120,9 @@ def test_a_small_run(tmp_path, monkeypatch, capfd):
     lines = (tmp_path / "memory.md").read_text().splitlines()
     assert len(lines) == 4 + len(cells)
     assert lines[0].startswith(content["date"]) and "rank 16" in lines[0]
-    assert all("(1.00)" in line for line in lines[-len(cells) :])
+    assert all("(1.00x)" in line for line in lines[-len(cells) :])
+    # One step was taken: its time would say nothing.
+    assert "ms / step" not in lines[2]
     assert "wrote" in capfd.readouterr().out
 
 
@@ -141,14 +144,14 @@ def test_every_trick_is_measured_where_it_matters():
 
 
 def test_a_failed_cell_is_told_and_the_others_stand(tmp_path, monkeypatch, capfd):
-    def answer(cell):
-        if cell["library"] == OURS:
-            raise RuntimeError("exit status 1: out of memory")
-        return {"saved_bytes": 2**20, "step_s": 1.0} | globals()["cell"](answers={})
+    def answer(found):
+        if found[0] == OURS:
+            raise RuntimeError("measure failed: out of memory")
+        return {"saved_bytes": 2**20, "step_s": 1.0} | cell(answers={})
 
     monkeypatch.setattr(training_memory, "_in_a_process", answer)
     arguments = ["--quick", "--rows", "2", "--device", "cpu", "--out", str(tmp_path)]
     assert training_memory.main(arguments) == 1
     text = (tmp_path / "memory.md").read_text()
-    assert text.count("failed") and "1.0 (1.00)" in text
+    assert text.count("failed") and "1.0 (1.00x)" in text
     assert "out of memory" in capfd.readouterr().err

@@ -17,8 +17,8 @@ Values transposed(const Values& a) {
 template <typename C>
 void test_shrink(Random& random) {
   Values x(random.of({1, 2, 5, 12, 31, 32, 33, 49, 97, 150}),
-           random.of({0, 1, 2, 3, 15, 17, 64, 127, 128, 129, 300, 513}), random);
-  Values a(random.of({1, 2, 3, 7, 15, 16, 17, 33, 64, 65, 130}), x.cols, random);
+           random.of({0, 1, 2, 3, 4, 8, 15, 16, 17, 64, 127, 128, 129, 300, 513}), random);
+  Values a(random.of({1, 2, 3, 4, 7, 8, 15, 16, 17, 32, 33, 64, 65, 130}), x.cols, random);
   const Laid laid(a, random.kind(), random);
   const auto mask = any_mask(random);
   const int64_t M = x.rows, r = a.rows, ld = padded<C>(r);
@@ -48,7 +48,7 @@ void test_tail_product(Random& random) {
                  random.of({0, 1, 2, 3, 17, 64, 127, 129, 300}), random);
   Values w(x.cols, random.of({1, 7, 16, 17, 33, 63, 64, 65, 129, 200}), random);
   const int64_t M = x.rows, N = w.cols;
-  const Values s(M, random.of({0, 1, 2, 3, 16, 17, 64, 130}), random);
+  const Values s(M, random.of({0, 1, 2, 3, 4, 8, 16, 17, 32, 64, 130}), random);
   Values b(s.cols, N, random);
   const Laid laid_w(w, random.kind(), random), laid_b(b, random.kind(), random);
   const auto mask = any_mask(random);
@@ -97,7 +97,7 @@ struct ReductionCase {
   explicit ReductionCase(Random& random) : mask(any_mask(random)) {
     Values values(random.of({0, 1, 2, 3, 31, 127, 128, 129, 300}),
                   random.of({1, 7, 16, 17, 63, 64, 65, 130}), random);
-    Values tails(values.rows, random.of({1, 2, 3, 16, 17, 64, 130}), random);
+    Values tails(values.rows, random.of({1, 2, 3, 4, 8, 16, 17, 32, 64, 130}), random);
     x.emplace(values, random.kind(), random);
     tail.emplace(tails, random.kind(), random);
     const int64_t K = values.cols, r = tails.cols;

@@ -73,6 +73,37 @@ void test_copy_rows(Random& random) {
   expect(Matrix{all.get(), kind_of<C>, m.rows, m.cols, all_ld, 1}, values, what);
 }
 
+// Every way to pack and to copy, at the sizes where one ends and the next begins: whole vectors,
+// the halves and quarters of one that usual ranks fill, and odd ends.
+template <typename C>
+void test_every_short_size() {
+  Random random(0);
+  for (int64_t K = 1; K <= 40; ++K) {
+    for (const int64_t N :
+         {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 68}) {
+      for (const Kind kind : {Kind::kFloat, Kind::kBFloat16, Kind::kHalf}) {
+        const Values values(K, N, random);
+        for (const bool columns : {false, true}) {
+          const Laid b =
+              Laid::with_strides(values, kind, columns ? 1 : N, columns ? K : int64_t{1});
+          const std::string what =
+              text(columns ? "columns " : "rows ", K, "x", N, " kind ", int(kind));
+          const auto panels = exactly<C>(packed_size<C>(K, N));
+          for (int64_t n = 0; n < N; n += kPanel) {
+            C* panel = panels.get() + n * padded<C>(K);
+            pack_panel(b.matrix, 0, K, n, panel);
+            expect_panel(panel, values, 0, K, n, "pack " + what);
+          }
+          const int64_t ld = padded<C>(N);
+          const auto out = exactly<C>(K * ld);
+          copy_rows(b.matrix, 0, K, 0, N, out.get(), ld);
+          expect(Matrix{out.get(), kind_of<C>, K, N, ld, 1}, values, "copy " + what);
+        }
+      }
+    }
+  }
+}
+
 template <typename C>
 void test_product(Random& random) {
   const int64_t M = random.of({1, 2, 3, 5, 6, 7, 8, 11, 12, 13, 23, 24, 25, 50});
@@ -135,6 +166,7 @@ void test_masks(Random& random) {
 
 template <typename C>
 void test_operands() {
+  test_every_short_size<C>();
   cases(300, test_pack<C>);
   cases(300, test_copy_rows<C>);
   cases(200, test_product<C>);

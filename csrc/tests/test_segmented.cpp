@@ -93,7 +93,7 @@ struct SegmentCase {
       // Slices side by side, or one on top of the other as in dX.
       const int64_t begin = random.coin() ? 0 : random.below(N);
       const int64_t end = random.coin() ? N : begin + 1 + random.below(N - begin);
-      const Values tail(rows, random.of({0, 1, 2, 5, 16, 33, 129}), random);
+      const Values tail(rows, random.of({0, 1, 2, 4, 5, 8, 16, 32, 33, 129}), random);
       Values values(tail.cols, end - begin, random);
       columns.push_back(begin);
       masks.push_back(any_mask(random));

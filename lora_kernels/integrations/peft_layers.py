@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import nn as our_nn
+from .. import replacing
 from ..functional import NOT_PACKED, Call, Packed, checked_lora_linear, scale_tensor
 from ..ops import PLAIN, autocast_enabled
 from ..packed import PackedWeight, gathered_by_fsdp
 from ..segmented import segmented_linear
 from ..segments import SegmentTable
 from .peft_swap import Calls
-from .transformers import offload_reason
+from .transformers import is_dispatched, offload_reason
 
 _DTYPES = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])
 _KNOWN_ARGUMENTS = frozenset(["adapter_names", "alora_offsets"])
@@ -202,7 +202,7 @@ class FusedLinear(lora.Linear):
                 return "a transformation of torch.func, or a forward-mode derivative"
             if torch._C._get_tracing_state() is not None:
                 return "traced by torch.jit"
-        elif torch.compiler.is_exporting():
+        elif _is_exporting():
             return "traced by torch.export"
         if _has_any_global_hook():
             return "a global hook on all modules"
@@ -359,7 +359,7 @@ def unsupported_reason(layer: Any) -> str | None:
     transposed = _orientation(base)
     if isinstance(transposed, str):
         return transposed
-    reason = our_nn.unsupported_reason(base)
+    reason = replacing.unsupported_reason(base)
     if reason is not None:
         return f"its base layer {reason}"
     if type(base.weight) not in PLAIN:
@@ -367,24 +367,24 @@ def unsupported_reason(layer: Any) -> str | None:
     reason = offload_reason(layer) or offload_reason(base)
     if reason is not None:
         return reason
-    forward = vars(layer).get("forward")
-    if not (forward is None or _is_own_forward(forward, layer) or _is_accelerate_hook(layer)):
+    if not replacing.is_forward_of_class(layer):
         return "its forward was replaced on the instance"
-    variants = {name: type(v).__name__ for name, v in layer.lora_variant.items()}
-    if variants and variants.keys() >= layer.lora_A.keys():
-        return f"its adapter is a {', '.join(sorted(set(variants.values())))}"
+    reasons = [_adapter_reason(layer, name) for name in layer.lora_A]
+    found = sorted({reason for reason in reasons if reason is not None})
+    return ", ".join(found) if found and None not in reasons else None
+
+
+def _adapter_reason(layer: Any, name: str) -> str | None:
+    """Why no call of one adapter could be fused, or None."""
+    variant = layer.lora_variant.get(name)
+    if variant is not None:
+        return f"its adapter is a {type(variant).__name__}"
+    for part in ("lora_A", "lora_B"):
+        module = getattr(layer, part)[name]
+        reason = replacing.unsupported_reason(module)
+        if reason is not None or type(module) is not nn.Linear:
+            return f"its {part} {reason or f'is a {type(module).__name__}'}"
     return None
-
-
-def description(layer: Any) -> str:
-    """ "kind [out, in], adapters" of a swapped layer."""
-    adapters = []
-    for name, module in layer.lora_A.items():
-        variant = layer.lora_variant.get(name)
-        what = f"r={module.weight.shape[0]}" if variant is None else f"{type(variant).__name__}"
-        adapters.append(f"{name} {what}" + " by PEFT" * (variant is not None))
-    kind = type(layer.base_layer).__name__
-    return f"{kind} [{layer.out_features}, {layer.in_features}], {', '.join(adapters)}"
 
 
 def swap(layer: Any, calls: Calls, pack_weight: str) -> None:
@@ -416,14 +416,17 @@ def _rebind(layer: Any) -> None:
             setattr(layer, name, type(layer).forward.__get__(layer))
 
 
-def _is_accelerate_hook(module: nn.Module) -> bool:
-    state = vars(module)
-    return "_hf_hook" in state and _is_own_forward(state.get("_old_forward"), module)
-
-
 def _is_own_forward(forward: Any, module: nn.Module) -> bool:
     """Whether ``forward`` is that of the module's class, bound."""
     return getattr(forward, "__func__", None) is type(module).forward
+
+
+def _is_exporting() -> bool:
+    """Whether torch.export traces the call, as told in traced code."""
+    if torch.__version__ < "2.13":
+        # There ``torch.compiler.is_exporting()`` is True of everything that Dynamo traces.
+        return torch.compiler._is_exporting_flag
+    return torch.compiler.is_exporting()
 
 
 def _is_called_plainly(module: Any) -> bool:
@@ -439,7 +442,7 @@ def _is_called_plainly(module: Any) -> bool:
     if forward is None or _is_own_forward(forward, module):
         return True
     # With x on the weight's device, sending it there is nothing.
-    if not _is_accelerate_hook(module):
+    if not is_dispatched(module):
         return False
     hook = module._hf_hook
     return (
@@ -464,10 +467,10 @@ def _orientation(module: nn.Module) -> bool | str:
     forward, transposed = _ORIENTATIONS.get(kind, (None, False))
     # A class may be given another forward at any time.
     if forward is not kind.forward:
-        transposed = any(matches(module) for matches in our_nn.TRANSPOSED_LINEARS)
+        transposed = any(matches(module) for matches in replacing.TRANSPOSED_LINEARS)
         if not transposed:
-            plain = kind.forward is _LINEAR_FORWARD
-            plain = plain or any(same(module) for same in our_nn.PLAIN_LINEARS)
+            plain = kind.forward is _LINEAR_FORWARD and kind.__call__ is nn.Module.__call__
+            plain = plain or any(same(module) for same in replacing.PLAIN_LINEARS)
             if not plain or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
                 return f"its base layer is a {kind.__name__}, which does not compute as nn.Linear"
         _ORIENTATIONS[kind] = kind.forward, transposed

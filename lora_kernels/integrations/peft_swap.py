@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..packed import check_pack_weight
+from ..reports import grouped
 
 logger = logging.getLogger("lora_kernels")
 
@@ -80,8 +81,8 @@ class PeftReport:
             f"{len(self.fused)} LoRA layers of PEFT on lora_kernels, {len(self.skipped)} left to "
             f"PEFT; {self.calls}"
         ]
-        lines += [f"  fused    {name}: {what}" for name, what in self.fused.items()]
-        lines += [f"  skipped  {name}: {why}" for name, why in self.skipped.items()]
+        lines += [f"  fused    {line}" for line in grouped(self.fused)]
+        lines += [f"  skipped  {line}" for line in grouped(self.skipped)]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -132,7 +133,7 @@ def accelerate_peft(model: nn.Module, *, pack_weight: str = "eval") -> PeftRepor
         reason = peft_layers.unsupported_reason(layer)
         if reason is None:
             peft_layers.swap(layer, report.calls, pack_weight)
-            report.fused[name] = peft_layers.description(layer)
+            report.fused[name] = _description(layer)
         else:
             report.skipped[name] = reason
     logger.info("%s", report)
@@ -153,3 +154,14 @@ def restore_peft(model: nn.Module) -> list[str]:
             peft_layers.restore(layer)
             restored.append(name)
     return restored
+
+
+def _description(layer: Any) -> str:
+    """ "kind [out, in], adapters" of a swapped layer."""
+    adapters = []
+    for name, module in layer.lora_A.items():
+        variant = layer.lora_variant.get(name)
+        what = f"r={module.weight.shape[0]}" if variant is None else f"{type(variant).__name__}"
+        adapters.append(f"{name} {what}" + " by PEFT" * (variant is not None))
+    kind = type(layer.base_layer).__name__
+    return f"{kind} [{layer.out_features}, {layer.in_features}], {', '.join(adapters)}"

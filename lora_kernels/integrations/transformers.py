@@ -6,16 +6,15 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import re
 import sys
 import textwrap
-from collections import defaultdict
 from typing import Any
 
 from torch import nn
 
 from ..batches import CarryingCheckpoint
-from ..nn import PLAIN_LINEARS, TRANSPOSED_LINEARS
+from ..merging import is_offloaded
+from ..replacing import CARRIED_FORWARDS, CARRIERS, PLAIN_LINEARS, TRANSPOSED_LINEARS
 
 # Last name of a head where the model has no base model to tell it apart (T5, plain modules,
 # wrappers).
@@ -37,6 +36,36 @@ _HEAD_NAMES = frozenset(
         "distillation_classifier",
         "class_labels_classifier",
     ]
+)
+
+
+# Modules that read the weights of these children on some path instead of calling them, by the name
+# of the class: transformers 5.23 and mamba_ssm.
+_READ_BY = {
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "FalconMambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "JambaMambaMixer": ("dt_proj",),
+    "Mamba2Mixer": ("out_proj",),
+    "BambaMixer": ("out_proj",),
+    "FalconH1Mixer": ("out_proj",),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "Zamba2MambaMixer": ("out_proj",),
+    "LayoutLMv2Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
+    "LayoutLMv3Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
+    "PPDocLayoutV2ReadingOrderEncoder": ("rel_pos_bias",),
+    "Gemma4AssistantForCausalLM": ("lm_head",),
+    "Gemma4UnifiedAssistantForCausalLM": ("lm_head",),
+    "NeoMMEForMaskedLM": ("unembedding_projection",),
+    "Mamba": ("in_proj", "x_proj", "dt_proj", "out_proj"),
+    "Mamba2": ("out_proj",),
+}
+
+# What is asked of a linear or its weight by those who do not compute with it.
+_ABOUT = frozenset(
+    ["dtype", "device", "shape", "size", "dim", "ndim", "requires_grad", "is_cuda"]
+    + ["bias", "in_features", "out_features"]
 )
 
 
@@ -87,119 +116,127 @@ def output_heads(model: Any) -> set[object]:
 
 
 def bypass_reason(by_name: dict[str, nn.Module], names: list[str]) -> str | None:
-    """Why a linear's own forward is not what the model computes with, so that an adapter in it
-    would do nothing.
+    """Why an adapter in a linear would do nothing: a module around it computes with its weight.
 
-    ``by_name`` is every module of the model, ``names`` the paths of the linear. Read from the
-    source of the modules around it, since nothing else tells before a forward has run (Mamba's
-    reads ``out_proj.weight`` only where its kernels are installed). What the source does not name,
-    as children of containers, counts as called.
+    ``by_name`` is every module of the model, ``names`` the paths of the linear. Known are some
+    classes (:data:`_READ_BY`), and forwards that read the weight and plainly do nothing else with
+    the linear. What slips through, ``lora_report`` names after a forward.
     """
     for name in names:
         parts = name.split(".")
-        kinds: dict[str, str] = {}
         for depth in reversed(range(len(parts))):
-            module = by_name[".".join(parts[:depth])]
-            cls: Any = type(module)
-            kind = cls.__name__
-            if depth == len(parts) - 1 and isinstance(module, nn.TransformerEncoderLayer):
-                return f"its forward is skipped by the fast path of {kind}, which reads its weight"
-            uses = _uses_of_children(cls)
-            if uses is None:
-                break
-            for use in uses.get(".".join(parts[depth:]), ()):
-                kinds.setdefault(use, kind)
-        else:
-            if "weight" in kinds and "module" not in kinds:
-                return f"its forward is never called: {kinds['weight']} reads its weight"
-            if "operand" in kinds:
-                kind = kinds["operand"]
-                return f"its forward is skipped on one path of {kind}, which reads its weight"
+            owner, path = by_name[".".join(parts[:depth])], ".".join(parts[depth:])
+            kind: Any = type(owner)
+            if isinstance(owner, nn.TransformerEncoderLayer) and path in ("linear1", "linear2"):
+                return (
+                    f"its forward is skipped by the fast path of {kind.__name__}, which reads "
+                    "its weight"
+                )
+            if kind.__module__.startswith(("transformers", "mamba_ssm")) and path in _READ_BY.get(
+                kind.__name__, ()
+            ):
+                return f"its forward is skipped by {kind.__name__}, which reads its weight"
+            if path in _only_read(kind):
+                return f"its forward is never called: {kind.__name__} reads its weight"
     return None
 
 
 @functools.cache
-def _uses_of_children(cls: type) -> dict[str, set[str]] | None:
-    """How the methods of ``cls`` use what is below self: dotted path -> uses; None without source.
-
-    "module": the child itself is mentioned, so called or passed on; "weight": its weight is
-    mentioned, be it for the dtype; "operand": a forward multiplies by its weight, or passes it to a
-    function along with something else.
-    """
-    sources = [_source(base) for base in cls.__mro__ if base not in (nn.Module, object)]
-    if None in sources:
-        return None
-    uses: dict[str, set[str]] = defaultdict(set)
-    if not any(re.search(r"\bself\.[\w.]+\.weight\b", source or "") for source in sources):
-        return uses
-    for source in sources:
-        tree = ast.parse(textwrap.dedent(source or ""))
-        # Of self.a.b.c only the whole: its beginnings are Attribute nodes too.
-        beginnings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        for node in ast.walk(tree):
-            if (
-                isinstance(node, ast.Attribute)
-                and isinstance(node.ctx, ast.Load)
-                and node not in beginnings
-            ):
-                path = _path_below_self(node)
-                uses[path.removesuffix(".forward")].add("module")
-                if ".weight" in path:
-                    uses[path[: path.index(".weight")]].add("weight")
-            elif isinstance(node, ast.FunctionDef) and "forward" in node.name:
-                for path in _weight_operands(node):
-                    uses[path].add("operand")
-    return uses
-
-
-@functools.cache
-def _source(cls: type) -> str | None:
+def _only_read(kind: type[nn.Module]) -> frozenset[str]:
+    """Paths below self whose ``.weight`` the forward of ``kind`` reads, while no method of the
+    class mentions them otherwise or hands on self; none without source."""
+    forward: Any = kind.forward
+    if "weight" not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        return frozenset()
     try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):
-        return None
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset()
+    owners = {node.value: node for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    read: set[str] = set()
+    mentioned: set[str] = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Name) or node.id not in ("self", "super"):
+            continue
+        path = []
+        while node in owners:
+            node = owners[node]
+            path.append(node.attr)
+        # Self, or an iterator over the children, is in somebody else's hands.
+        if not path or callable(getattr(nn.Module, path[0], None)):
+            return frozenset()
+        if "weight" in path[1:]:
+            at = path.index("weight", 1)
+            if path[at + 1 :][:1] and path[at + 1] in _ABOUT:
+                continue
+            read.add(".".join(path[:at]))
+        elif path[-1] not in _ABOUT:
+            mentioned.add(".".join(path))
+    others = _names_in_methods(kind)
+    return frozenset(
+        path
+        for path in read
+        if path.split(".")[0] not in others
+        and not any(f"{path}.".startswith(f"{m}.") or m.startswith(f"{path}.") for m in mentioned)
+    )
 
 
-def _weight_operands(function: ast.FunctionDef) -> set[str]:
-    found = set()
-    for node in ast.walk(function):
-        operands: list[ast.expr] = []
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
-            operands = [node.left, node.right]
-        elif isinstance(node, ast.Call) and not (
-            isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "hasattr", "getattr")
-        ):
-            operands = node.args + [keyword.value for keyword in node.keywords]
-        if len(operands) > 1:
-            found |= {path for path in map(_path_below_self, operands) if path.endswith(".weight")}
-    return {path.removesuffix(".weight") for path in found}
-
-
-def _path_below_self(node: ast.expr) -> str:
-    """'a.b' for the expression ``self.a.b``, '' for any other."""
-    parts: list[str] = []
-    while isinstance(node, ast.Attribute):
-        parts.append(node.attr)
-        node = node.value
-    return ".".join(reversed(parts)) if isinstance(node, ast.Name) and node.id == "self" else ""
+def _names_in_methods(kind: type[nn.Module]) -> set[str]:
+    """Names that the methods of ``kind`` use, but for its forward and constructors."""
+    names: set[str] = set()
+    for cls in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for name, value in vars(cls).items():
+            value = getattr(value, "fget", value)
+            codes = [] if name == "__init__" or value is kind.forward else [value]
+            codes = [c.__code__ for c in codes if hasattr(c, "__code__")]
+            while codes:
+                code = codes.pop()
+                names.update(code.co_names)
+                codes += [c for c in code.co_consts if hasattr(c, "co_names")]
+    return names
 
 
 def carry_dispatch_hook(old: nn.Module, new: nn.Module) -> None:
     """Give ``new`` the accelerate hook that ``dispatch_model`` (``device_map=``) put on ``old``."""
     hook = getattr(old, "_hf_hook", None)
-    if hook is not None:
+    if hook is not None and is_dispatched(old):
         from accelerate.hooks import add_hook_to_module
 
         add_hook_to_module(new, hook)
 
 
+def is_dispatched(module: nn.Module) -> bool:
+    """Whether the forward that was set on ``module`` is accelerate's hook around its class's."""
+    state = vars(module)
+    function = getattr(state.get("forward"), "func", None)
+    inner = getattr(state.get("_old_forward"), "__func__", None)
+    return (
+        getattr(function, "__module__", None) == "accelerate.hooks"
+        and inner is type(module).forward
+    )
+
+
+CARRIED_FORWARDS.append(is_dispatched)
+CARRIERS.append(carry_dispatch_hook)
+
+
 def offload_reason(module: nn.Module) -> str | None:
     """Why a dispatched module cannot be replaced: its weights are elsewhere between two calls."""
-    hook = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", [hook])
-    if any(getattr(h, "offload", False) for h in hooks):
+    if is_offloaded(module):
         return "its weight is offloaded by accelerate's device_map"
     return None
+
+
+def stored_value(module: nn.Module, name: str) -> Any:
+    """The tensor ``name`` of ``module``, fetched from where accelerate offloaded it."""
+    tensor = getattr(module, name)
+    if tensor is not None and tensor.is_meta:
+        hook = getattr(module, "_hf_hook", None)
+        for offloading in getattr(hook, "hooks", [hook]):
+            weights = getattr(offloading, "weights_map", None)
+            if weights is not None and name in [key for key, _ in module.named_parameters()]:
+                return weights[name]
+    return tensor
 
 
 def checkpointing_modules(model: nn.Module) -> list[nn.Module]:

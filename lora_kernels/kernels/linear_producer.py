@@ -178,6 +178,7 @@ def lora_linear_fwd(
     dropout_p: float = 0.0,
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
+    packed: Tensor | None = None,
     *,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
@@ -195,6 +196,7 @@ def lora_linear_dx(
     dropout_p: float = 0.0,
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
+    packed: Tensor | None = None,
     *,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
