@@ -232,6 +232,8 @@ def _float16_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str
         converted = config.block_n
     if arch == "sm_90" and converted >= 64 and config.num_stages > 1:
         return "pipelined, warp groups misread what comes from registers (ptxas before 13.3)"
+    if arch == "sm_90" and problem.op == _DAB and config.block_n == 32 and not problem.aligned:
+        return _REGISTERS
     if arch == "sm_100":
         spills = tile[:2] == (64, 64) and problem.op == "lora_linear_dab"
         if spills or (problem.op == _DAB and config.block_n == 64):
