@@ -59,9 +59,9 @@ demo: $(READY)
 test test-peft: export OMP_WAIT_POLICY ?= PASSIVE
 
 test: $(READY)
-	$(PY) -m pytest -n $(JOBS) tests --doctest-modules lora_kernels
+	$(PY) -m pytest -n $(JOBS) --dist loadgroup tests --doctest-modules lora_kernels
 	@# What is interpreted cannot be compiled, so Triton's interpreter has a process of its own.
-	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) tests/test_kernels*.py
+	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup tests/test_kernels*.py
 
 test-peft: $(READY)
 	$(PY) tests/peft_suite.py $(if $(PEFT_SOURCE),--source "$(PEFT_SOURCE)")

@@ -212,7 +212,7 @@ struct Shrunk {
   Shrunk(const Batch& batch, const Gathered<C>& x, int64_t M, int64_t slices, int64_t r_max,
          double keep, Operand operand, const at::TensorOptions& options)
       : n(slices) {
-    s = at::zeros({M, n, r_max}, options);
+    s = at::zeros({M, n, r_max}, options.dtype(c10::CppTypeToScalarType<C>::value));
     reserve(batch, options);
     std::vector<Shrink<C>> jobs;
     for (size_t i = 0; i < batch.segments.size(); ++i) {

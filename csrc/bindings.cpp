@@ -98,18 +98,18 @@ Rows<C> as_rows(const Tensor& x, const char* name, Tensor& copy) {
   return {data, m.rows, m.cols, ld};
 }
 
-// S or D [M, r] in the rows' dtype, and the same as rows of a product: one tensor where it serves.
+// S or D [M, r], and the same as rows of a product: one tensor where it serves.
 template <typename C>
 struct Shrunk {
   Tensor s, s_rows;
 
   Shrunk(const Rows<C>& x, const Matrix& a, float scale, const DropoutMask* mask,
-         const at::TensorOptions& options) {
+         at::TensorOptions options) {
     const int64_t r = a.rows, ld = padded<C>(r);
-    const auto compute = c10::CppTypeToScalarType<C>::value;
+    options = options.dtype(c10::CppTypeToScalarType<C>::value);
     s = at::empty({x.M, r}, options);
-    const bool serves = ld == r && s.scalar_type() == compute;
-    s_rows = serves ? s : at::empty({x.M, ld}, options.dtype(compute));
+    const bool serves = ld == r;
+    s_rows = serves ? s : at::empty({x.M, ld}, options);
     if (x.M == 0) return;
     const Shrink<C> job = {x,
                            a,
@@ -147,17 +147,24 @@ Tensor lora_shrink(const Tensor& x, const Tensor& lora_a, const Tensor& scale,
 
 namespace {
 
-// y = out_scale (rows w + mask * (s b)) + bias with s = scale (rows_mask * rows) a^T: the forward
-// and, with the roles of A and B swapped, dX.
+// out_scale * dY, rounded once to what it is multiplied in; dY itself without an out_scale.
+Tensor scaled_rows(const Tensor& dy, const OptionalTensor& out_scale) {
+  if (!out_scale) return dy;
+  const auto type = compute_type(dy.scalar_type());
+  return at::mul(dy.to(type), *out_scale).to(type);
+}
+
+// y = out_scale (rows w + mask * (s b)) + bias in `dtype`, with s = scale (rows_mask * rows) a^T:
+// the forward and, with the roles of A and B swapped, dX.
 std::tuple<Tensor, Tensor> shrink_and_product(
-    const Tensor& x, const Tensor& w, const Tensor& a, const Tensor& b, float scale,
-    const DropoutMask* rows_mask, const DropoutMask* tail_mask, const OptionalTensor& out_scale,
-    const OptionalTensor& bias, const OptionalTensor& packed) {
-  TORCH_CHECK_TYPE(x.scalar_type() == w.scalar_type(), "the rows are ", x.scalar_type(),
-                   " and weight is ", w.scalar_type());
-  const Tensor a_read = adapter(a, x.scalar_type()), b_read = adapter(b, x.scalar_type());
+    const Tensor& x, at::ScalarType dtype, const Tensor& w, const Tensor& a, const Tensor& b,
+    float scale, const DropoutMask* rows_mask, const DropoutMask* tail_mask,
+    const OptionalTensor& out_scale, const OptionalTensor& bias, const OptionalTensor& packed) {
+  TORCH_CHECK_TYPE(dtype == w.scalar_type(), "the rows are ", dtype, " and weight is ",
+                   w.scalar_type());
+  const Tensor a_read = adapter(a, dtype), b_read = adapter(b, dtype);
   const int64_t M = x.size(0), N = w.size(1);
-  Tensor y = at::empty({M, N}, x.options());
+  Tensor y = at::empty({M, N}, x.options().dtype(dtype));
   return with_compute_type(x, [&](auto* type) {
     using C = std::remove_pointer_t<decltype(type)>;
     const C* panels = panels_of<C>(packed, w.size(0), N);
@@ -188,8 +195,8 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const Tensor& weight
   check_shape(lora_b, "lora_b", N, r);
   check_shape(weight, "weight", fan_in_fan_out ? K : N, fan_in_fan_out ? N : K);
   const auto mask = dropout_mask(rng, dropout_p);
-  return shrink_and_product(x, fan_in_fan_out ? weight : weight.t(), lora_a, lora_b.t(),
-                            factor(scale, dropout_p), pointer(mask), nullptr,
+  return shrink_and_product(x, x.scalar_type(), fan_in_fan_out ? weight : weight.t(), lora_a,
+                            lora_b.t(), factor(scale, dropout_p), pointer(mask), nullptr,
                             vector(out_scale, "out_scale", N), vector(bias, "bias", N), packed);
 }
 
@@ -207,8 +214,8 @@ std::tuple<Tensor, Tensor> lora_linear_dx(const Tensor& dy, const Tensor& weight
   check_shape(weight, "weight", fan_in_fan_out ? K : N, fan_in_fan_out ? N : K);
   const auto mask = dropout_mask(rng, dropout_p);
   check_vector(out_scale, "out_scale", N);
-  const Tensor rows = out_scale ? at::mul(dy, *out_scale).to(dy.scalar_type()) : dy;
-  return shrink_and_product(rows, fan_in_fan_out ? weight.t() : weight, lora_b.t(), lora_a,
+  return shrink_and_product(scaled_rows(dy, out_scale), dy.scalar_type(),
+                            fan_in_fan_out ? weight.t() : weight, lora_b.t(), lora_a,
                             factor(scale, dropout_p), nullptr, pointer(mask), std::nullopt,
                             std::nullopt, packed);
 }
@@ -227,7 +234,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_dab(const Tensor& dy, const Optio
   check_vector(out_scale, "out_scale", rows.cols);
   TORCH_CHECK_VALUE(!da_dtype || (x && d), "dA needs x and d");
   TORCH_CHECK_VALUE(!db_dtype || s, "dB needs s");
-  if (db_dtype && out_scale) scaled = at::mul(dy, *out_scale).to(dy.scalar_type());
+  if (db_dtype) scaled = scaled_rows(dy, out_scale);
 
   with_compute_type(dy, [&](auto* type) {
     using C = std::remove_pointer_t<decltype(type)>;

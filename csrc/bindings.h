@@ -63,14 +63,17 @@ inline Matrix matrix(const Tensor& t, const char* name) {
       const_cast<void*>(t.const_data_ptr()), *kind, t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }
 
-// Whether packing reads an adapter's matrix as it is: of the rows' own type, or float32 for
-// bfloat16 rows. Others are first rounded to the rows' type.
-inline bool read_as_it_is(at::ScalarType adapter, at::ScalarType rows) {
-  return adapter == rows || (rows == at::kBFloat16 && adapter == at::kFloat);
+// What rows of a dtype are multiplied in: also what S and D are stored in and adapters are rounded
+// to, reference.py's tail_dtype.
+inline at::ScalarType compute_type(at::ScalarType rows) {
+  return rows == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
 }
 
+// An adapter as packing reads it: as it is where it is of the rows' own type or float32, else
+// rounded to what the rows are multiplied in.
 inline Tensor adapter(const Tensor& t, at::ScalarType rows) {
-  return read_as_it_is(t.scalar_type(), rows) ? t : t.to(rows);
+  const bool as_it_is = t.scalar_type() == rows || t.scalar_type() == at::kFloat;
+  return as_it_is ? t : t.to(compute_type(rows));
 }
 
 inline void check_shape(const Tensor& t, const char* name, int64_t rows, int64_t cols) {
@@ -121,8 +124,8 @@ inline at::TensorOptions stored_as(const Tensor& like, at::ScalarType dtype) {
 // Calls f with a null pointer of what rows of this dtype are multiplied in.
 template <typename F>
 auto with_compute_type(const Tensor& rows, F f) {
-  return rows.scalar_type() == at::kBFloat16 ? f(static_cast<BFloat16*>(nullptr))
-                                             : f(static_cast<float*>(nullptr));
+  return compute_type(rows.scalar_type()) == at::kBFloat16 ? f(static_cast<BFloat16*>(nullptr))
+                                                           : f(static_cast<float*>(nullptr));
 }
 
 }  // namespace lora_kernels

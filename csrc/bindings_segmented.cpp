@@ -53,11 +53,11 @@ std::vector<int64_t> repeated(int64_t value, int64_t count) {
   return std::vector<int64_t>(count, value);
 }
 
-void check_rows(const Tensor& y, const char* name, const Tensor& like, int64_t N) {
+void check_rows(const Tensor& y, const char* name, const Tensor& like, int64_t N,
+                at::ScalarType dtype) {
   TORCH_CHECK_VALUE(y.dim() == 2 && y.size(0) == like.size(0) && y.size(1) == N, name, " must be [",
                     like.size(0), ", ", N, "], got ", y.sizes());
-  TORCH_CHECK_TYPE(y.scalar_type() == like.scalar_type(), name, " must be ", like.scalar_type(),
-                   ", got ", y.scalar_type());
+  TORCH_CHECK_TYPE(y.scalar_type() == dtype, name, " must be ", dtype, ", got ", y.scalar_type());
   matrix(y, name);
 }
 
@@ -224,7 +224,9 @@ Tensor segmented_expand(const Tensor& s, TensorList lora_b, TensorList table) {
 void segmented_expand_(const Tensor& y, const Tensor& s, TensorList lora_b, TensorList table) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const Stacks b = expanded_by(s, lora_b, table);
-  check_rows(y, "y", s, offsets(b.widths()).back());
+  // S of float16 rows is float32.
+  const bool of_rows = s.scalar_type() == compute_type(y.scalar_type());
+  check_rows(y, "y", s, offsets(b.widths()).back(), of_rows ? y.scalar_type() : s.scalar_type());
   expand_given(y, s, b, table, true);
 }
 
@@ -278,7 +280,7 @@ void segmented_lora_(const Tensor& y, const Tensor& x, TensorList lora_a, Tensor
                      TensorList table, int64_t packed_slices) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const Call call = call_of_x(x, lora_a, lora_b, table, packed_slices, std::nullopt, 0.0);
-  check_rows(y, "y", x, call.N);
+  check_rows(y, "y", x, call.N, x.scalar_type());
   forward(x, nullptr, call.a, call.b, call.batch, std::nullopt, 0.0, y, true);
 }
 

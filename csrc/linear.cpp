@@ -24,13 +24,6 @@ C* drop_rows(C* rows, int64_t M, int64_t K, int64_t ld, int64_t row, int64_t col
   return rows;
 }
 
-float rounded(float value, Kind kind) {
-  return with_type(kind, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    return static_cast<float>(T(value));
-  });
-}
-
 }  // namespace
 
 template <typename C>
@@ -103,7 +96,7 @@ void finish_shrink(float* tiles, int64_t tile_size, int64_t first, int64_t M,
       for (int64_t j = 0; j < cols; ++j) sums[j] *= job.scale;
       if (job.s.data) store_row(sums, cols, job.s, row, n);
       if (to) {
-        for (int64_t j = 0; j < cols; ++j) to[n + j] = C(rounded(sums[j], job.s.kind));
+        for (int64_t j = 0; j < cols; ++j) to[n + j] = C(sums[j]);
       }
     }
     if (to && ld > r) to[r] = C(0.0f);

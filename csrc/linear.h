@@ -31,16 +31,15 @@ void pack(const Matrix& b, C* packed);
 template <typename C>
 bool is_packed(const Matrix& b, const C* packed);
 
-// s = scale (mask * x) a^T, rounded to the dtype of s: x [M, K], a [r, K], row i of the result to
-// row i of s, or to row rows[i]. The same values go to s_rows [M, padded(r)] for the tail, unless
-// it is null.
+// s = scale (mask * x) a^T, rounded once: x [M, K], a [r, K], row i of the result to row i of s, or
+// to row rows[i]. The same values go to s_rows [M, padded(r)] for the tail, unless it is null.
 template <typename C>
 struct Shrink {
   Rows<C> x;
   Matrix a;
   float scale;
   const DropoutMask* mask;  // of x, or null
-  Matrix s;                 // data may be null
+  Matrix s;                 // of C; data may be null
   const int32_t* rows;      // or null
   C* s_rows;                // or null
 };

@@ -79,21 +79,21 @@ def block_r(config: Config, r: int) -> int:
 
 def shared_memory(config: Config, problem: Problem) -> int:
     """Bytes that the software pipeline keeps of the operands of its main loop."""
-    size = ELEMENT_BYTES[problem.dtype]
+    size, adapter = ELEMENT_BYTES[problem.dtype], ELEMENT_BYTES[problem.adapter_dtype]
+    tail = 4 if problem.dtype == "float16" else size
     rank = block_r(config, problem.r)
+    expand = rank * (config.block_m * tail + config.block_n * adapter)
     if problem.slots and problem.op not in MIXED_LINEAR_OPS:
-        adapter = ELEMENT_BYTES[problem.adapter_dtype]
         shrink = config.block_k * (config.block_m * size + rank * adapter)
-        expand = rank * (config.block_m * size + config.block_n * adapter)
         return config.num_stages * max(shrink, expand)
     if problem.op == "lora_linear_dab":
         # In float32 the transposed tile has a place of its own.
-        stages = config.num_stages + (size == 4)
-        return stages * config.block_m * (config.block_n + rank) * size
-    adapter = ELEMENT_BYTES[problem.adapter_dtype]
-    in_loop = 0 if config.plan == "tail" else rank * config.block_k * adapter
-    wide = config.block_m + config.block_n
-    return config.num_stages * (wide * config.block_k * size + in_loop)
+        stages = config.num_stages + (tail == 4)
+        return stages * config.block_m * (config.block_n * size + rank * tail)
+    base = (config.block_m + config.block_n) * config.block_k * size
+    if config.plan == "tail":
+        return config.num_stages * (max(base, expand) if tail > size else base)
+    return config.num_stages * (base + rank * config.block_k * adapter)
 
 
 def invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str | None:
@@ -153,7 +153,7 @@ def _tiled_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) 
         return "tensor descriptors need sm_90 and 16-byte strides"
     if facts.shared_memory and shared_memory(config, problem) > facts.shared_memory - 1024:
         return f"its stages do not fit {facts.shared_memory} bytes of shared memory"
-    return _register_reason(config, problem, facts)
+    return _float16_reason(config, problem, facts) or _register_reason(config, problem, facts)
 
 
 def _segmented_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str | None:
@@ -177,17 +177,27 @@ def _segmented_invalid_reason(config: Config, problem: Problem, facts: DeviceFac
     backward = problem.op in ("segmented_lora_dx", _DAB)
     if (backward and columns * rank > 64 * 64) or (problem.op == _DAB and columns > 64):
         return _REGISTERS
+    if problem.dtype == "float16":
+        # The tiles of 32 columns are there for what spills in wider ones.
+        forward = problem.dropout and not backward
+        if columns == 32 and not (forward or problem.op == _DAB):
+            return "a wider tile does"
+        if forward and columns > 32 and rank == 16 and family(facts.arch) in ("sm_90", "sm_100"):
+            return _REGISTERS
+        reason = _float16_reason(config, problem, facts)
+        if reason is not None:
+            return reason
     if _sm(facts.arch) == 1000:
         return None
     if config.plan == "decode" and (columns, config.block_k) == (64, 64):
         return _REGISTERS
-    if problem.dtype == "float32" and (config.num_warps == 4) != (problem.op == _DAB):
+    if columns == 32 and (config.num_warps == 4) != (problem.op == _DAB):
         return _REGISTERS
     half = problem.dtype != "float32"
     if half and problem.op == _DAB and family(facts.arch) == "sm_100":
         if rank > 32:
             return _REGISTERS
-    elif half and problem.aligned and config.block_k == 32:
+    elif half and problem.aligned and (columns, config.block_k) == (64, 32):
         return _REGISTERS
     loaded = max(config.block_m, rank) * config.block_k, columns * max(rank, config.block_m)
     # Without 16-byte rows every element loaded has an address of its own.
@@ -207,6 +217,40 @@ def _decode_room(config: Config, problem: Problem) -> int:
 
 _DAB = "segmented_lora_dab"
 _REGISTERS = "its accumulators and addresses do not fit the registers"
+
+
+def _float16_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str | None:
+    """What float16's tail costs, which is TF32, beside bfloat16's (same report)."""
+    if problem.dtype != "float16":
+        return None
+    arch, tile = family(facts.arch), (config.block_m, config.block_n, config.block_k)
+    # Rows of a product whose left operand is converted on its way, in a loop.
+    converted = 0
+    if config.plan in WHOLE_RANK_PLANS or problem.op == "lora_shrink":
+        converted = config.block_m
+    elif problem.op in ("lora_linear_dab", _DAB):
+        converted = config.block_n
+    if arch == "sm_90" and converted >= 64 and config.num_stages > 1:
+        return "pipelined, warp groups misread what comes from registers (ptxas before 13.3)"
+    if arch == "sm_90" and problem.op == _DAB and config.block_n == 32 and not problem.aligned:
+        return _REGISTERS
+    if arch == "sm_100":
+        spills = tile[:2] == (64, 64) and problem.op == "lora_linear_dab"
+        if spills or (problem.op == _DAB and config.block_n == 64):
+            return _REGISTERS
+    if problem.op in SKINNY_OPS or config.plan in SEGMENTED_PLANS:
+        return None
+    narrow = tile == (32, 32, 16)
+    if narrow and (problem.aligned or config.plan != "tail" or arch == "sm_80"):
+        return "a wider tile does"
+    if tile == (16, 64, 32) and arch in ("sm_90", "sm_100"):
+        return _REGISTERS
+    if arch == "sm_80" and (
+        (tile == (16, 128, 64) and problem.dropout)
+        or (tile == (64, 128, 32) and problem.op in MIXED_LINEAR_OPS)
+    ):
+        return _REGISTERS
+    return None
 
 
 def _register_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str | None:
@@ -315,7 +359,7 @@ _HALF_TILES = {
     "gfx942": ((128, 128, 64, 8, 2), (64, 128, 64, 4, 2), (16, 64, 128, 4, 2)),
 }
 # On NVIDIA, rows that are no multiple of 16 bytes; and float32, which has no tensor cores without
-# TF32.
+# TF32. Float16, whose tail has TF32, takes all of them.
 _UNALIGNED_TILES = ((64, 64, 32, 8, 3), (16, 64, 32, 4, 3))
 _FLOAT_TILES = ((32, 32, 16, 4, 1),)
 
@@ -390,6 +434,8 @@ def tiled_configs(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:
         shipped = _HALF_TILES[family(facts.arch)]
         if not facts.arch.startswith("gfx"):
             shipped += _UNALIGNED_TILES
+            if problem.dtype == "float16":
+                shipped += _FLOAT_TILES
     for block_m, block_n, block_k, warps, stages in shipped:
         tiles = -(-problem.m // block_m) * -(-problem.columns // block_n)
         split = 1
@@ -418,7 +464,9 @@ def _segmented_configs(problem: Problem) -> Iterator[Config]:
     """For few rows the decode plan comes first. Nothing but that order depends on the rows: within
     a plan a row has the same bits in every batch."""
     half = ELEMENT_BYTES[problem.dtype] == 2
-    tiles = _SEGMENTED_TILES if half else _SEGMENTED_FLOAT_TILES
+    tiles = [*_SEGMENTED_TILES] if half else [*_SEGMENTED_FLOAT_TILES]
+    if problem.dtype == "float16":
+        tiles += _SEGMENTED_FLOAT_TILES
     # dX sums over N, and over each slice by itself.
     inner = problem.n // problem.slices if problem.op == "segmented_lora_dx" else problem.k
     grouped, decode = [], []

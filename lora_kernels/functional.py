@@ -44,7 +44,7 @@ def lora_linear(
             strides, never copied. A tensor subclass of another library (quantised weights) computes
             the base by its ``F.linear``, and plain torch operations add the adapter.
         lora_a: [r, K] with r >= 1, lora_b: [N, r]. Any floating dtype; they are rounded to the
-            compute dtype.
+            compute dtype, for float16 to float32.
         scale: a float, or a 0-d floating tensor: changing its value recompiles nothing and reaches
             captured graphs.
         bias: [N] or None, any floating dtype.
@@ -63,7 +63,8 @@ def lora_linear(
         [..., N] in the compute dtype: x's dtype, or autocast's where autocast is on.
 
     The adapter is computed in the compute dtype with float32 accumulation, float32 adapters on a
-    half-precision base included (PEFT without autocast computes that case in float32). Saved for
+    bfloat16 base included (PEFT without autocast computes that case in float32). With float16 rows
+    it is computed in float32: what fits float16 at the end need not fit on the way. Saved for
     backward are x as it was given and ``S = scale * x A^T`` [M, r], each only if a gradient needs
     it, and no mask. Every gradient has its input's dtype; ``weight`` and ``bias`` get one if they
     require it. Second derivatives are not defined, except under ``torch.func`` and forward-mode

@@ -14,6 +14,7 @@ from . import ops
 from .batches import Owner, active_batch
 from .functional import is_foreign
 from .packed import PackedLinear
+from .reference import tail_dtype
 from .replacing import carry, own_behaviour, share_hooks, share_linear, unsupported_reason
 from .segmented import segmented_expand, segmented_linear, segmented_lora
 from .segments import SegmentTable
@@ -302,19 +303,21 @@ class MultiLoRAEmbedding(SlottedLayer, nn.Embedding):
     def _adapted(self, input: Tensor, table: SegmentTable, dropout_p: float) -> Tensor:
         y = nn.Embedding.forward(self, input)
         slots, embeddings, max_rank = self.lora_A.shape
+        dtype = tail_dtype(y.dtype)
         # A row without an adapter looks one up as well, of which its rank 0 leaves nothing.
         used = table.slot_of_row >= 0
         slot = torch.where(used, table.slot_of_row, 0).long()
         rank = torch.where(used, table.rank_of_slot[slot], 0)
         ids = slot * embeddings + input.flatten()
-        parts = F.embedding(ids, self.lora_A.view(slots * embeddings, max_rank)).to(y.dtype)
+        parts = F.embedding(ids, self.lora_A.view(slots * embeddings, max_rank)).to(dtype)
         live = torch.arange(max_rank, device=y.device) < rank[:, None]
         parts = torch.where(live, parts, 0)
         if ops.records_gradients() and any(t.requires_grad for t in (y, self.lora_A, self.lora_B)):
             # Through the identity as its A: that is differentiable in the parts and in B.
-            unit = torch.eye(max_rank, device=y.device, dtype=y.dtype).expand(slots, -1, -1)
-            return y + segmented_lora(parts, unit, self.lora_B, table).view(y.shape)
-        s = (parts.float() * table.scale_of_slot[slot, None]).to(y.dtype)
+            unit = torch.eye(max_rank, device=y.device, dtype=dtype).expand(slots, -1, -1)
+            delta = segmented_lora(parts, unit, self.lora_B, table).view(y.shape)
+            return (y + delta).to(y.dtype)
+        s = (parts.float() * table.scale_of_slot[slot, None]).to(dtype)
         rows = y.view(-1, self.embedding_dim)
         return segmented_expand(s[:, None], self.lora_B, table, out=rows).view(y.shape)
 

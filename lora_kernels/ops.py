@@ -7,8 +7,9 @@ everywhere else ``reference.py`` does.
     x, dy      [M, K], [M, N]  the rows; their dtype (float16, bfloat16, float32, float64) is the
                                compute dtype
     weight     [N, K]          in the compute dtype; [K, N] with ``fan_in_fan_out``
-    lora_a     [r, K]          r >= 1; any floating dtype, rounded to the compute dtype on use
+    lora_a     [r, K]          r >= 1; any floating dtype, rounded on use to the dtype of s and d
     lora_b     [N, r]          likewise
+    s, d       [M, r]          in ``reference.tail_dtype`` of the compute dtype
     scale      []              float32 (float64 for float64 rows) on the rows' device
     bias       [N]             any floating dtype
     rng        int64 [4]       (seed, offset, row0, col0) on the rows' device; None: no mask. The
@@ -226,11 +227,16 @@ def direct_lora_linear(
     return cpu.lora_linear(x, weight, lora_a, lora_b, scale, bias, *rest)
 
 
+def _tail_of(rows: Tensor, *sizes: int) -> Tensor:
+    """S or D [M, *sizes]."""
+    return rows.new_empty(rows.shape[0], *sizes, dtype=reference.tail_dtype(rows.dtype))
+
+
 @torch.library.register_fake("lora_kernels::lora_shrink", lib=_library)
 def _(
     x: Tensor, lora_a: Tensor, scale: Tensor, rng: Tensor | None = None, dropout_p: float = 0.0
 ) -> Tensor:
-    return x.new_empty(x.shape[0], lora_a.shape[0])
+    return _tail_of(x, lora_a.shape[0])
 
 
 @torch.library.register_fake("lora_kernels::lora_linear_fwd", lib=_library)
@@ -247,7 +253,7 @@ def _(
     out_scale: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], lora_b.shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
+    return x.new_empty(x.shape[0], lora_b.shape[0]), _tail_of(x, lora_a.shape[0])
 
 
 @torch.library.register_fake("lora_kernels::lora_linear_dx", lib=_library)
@@ -263,7 +269,7 @@ def _(
     out_scale: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return dy.new_empty(dy.shape[0], lora_a.shape[1]), dy.new_empty(dy.shape[0], lora_a.shape[0])
+    return dy.new_empty(dy.shape[0], lora_a.shape[1]), _tail_of(dy, lora_a.shape[0])
 
 
 @torch.library.register_fake("lora_kernels::lora_linear_dab", lib=_library)
@@ -299,7 +305,7 @@ def _(
     dropout_p: float = 0.0,
 ) -> Tensor:
     n = packed_slices or len(lora_a)
-    return x.new_empty(x.shape[0], n, lora_a[0].shape[1] // max(packed_slices, 1))
+    return _tail_of(x, n, lora_a[0].shape[1] // max(packed_slices, 1))
 
 
 @torch.library.register_fake("lora_kernels::segmented_expand", lib=_library)
@@ -323,7 +329,7 @@ def _(
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     delta = x.new_empty(x.shape[0], sum(b.shape[1] for b in lora_b))
-    return delta, x.new_empty(x.shape[0], len(lora_b), lora_b[0].shape[2])
+    return delta, _tail_of(x, len(lora_b), lora_b[0].shape[2])
 
 
 @torch.library.register_fake("lora_kernels::segmented_lora_", lib=_library)
@@ -349,7 +355,7 @@ def _(
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     dx = dy.new_empty(dy.shape[0], lora_a[0].shape[2])
-    return dx, dy.new_empty(dy.shape[0], len(lora_b), lora_b[0].shape[2])
+    return dx, _tail_of(dy, len(lora_b), lora_b[0].shape[2])
 
 
 @torch.library.register_fake("lora_kernels::segmented_linear_fwd", lib=_library)
@@ -367,7 +373,7 @@ def _(
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape[0], sum(b.shape[1] for b in lora_b))
-    return y, x.new_empty(x.shape[0], len(lora_b), lora_b[0].shape[2])
+    return y, _tail_of(x, len(lora_b), lora_b[0].shape[2])
 
 
 @torch.library.register_fake("lora_kernels::segmented_linear_dx", lib=_library)
@@ -384,7 +390,7 @@ def _(
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dx = dy.new_empty(dy.shape[0], lora_a[0].shape[2])
-    return dx, dy.new_empty(dy.shape[0], len(lora_b), lora_b[0].shape[2])
+    return dx, _tail_of(dy, len(lora_b), lora_b[0].shape[2])
 
 
 @torch.library.register_fake("lora_kernels::segmented_lora_dab", lib=_library)

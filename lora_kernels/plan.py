@@ -175,6 +175,8 @@ def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
     m, n, k, r = problem.m, problem.columns, problem.inner, problem.r
     mixed = problem.slots > 0
     adapters = max(min(problem.slots, m), 1)
+    # The library computes float16's tail in float32, for which it copies x and Y.
+    copies = config.plan == "vendor" and problem.dtype == "float16" and not mixed
     if problem.op in SKINNY_OPS:
         columns = k if problem.op == "lora_shrink" else problem.n + problem.k
         once = streamed(m * columns + r * columns)
@@ -183,6 +185,8 @@ def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
         if problem.dropout and config.plan == "vendor":
             # A masked copy of x, written and read.
             launches, masks = 3, streamed(3 * m * problem.k)
+        if copies:
+            launches, masks = launches + 1, masks + streamed(4 * m * columns)
         return once + masks + launches * _LAUNCH_US
 
     base_bytes = streamed(m * k + n * k + m * n)
@@ -197,6 +201,8 @@ def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
         masks = 0.0
         if problem.dropout and not mixed:
             masks = _LAUNCH_US + streamed(3 * m * problem.k)
+        if copies:
+            tail += 3 * _LAUNCH_US + streamed(4 * m * k + 8 * m * n)
         product = max(base_flops / (flops * _LIBRARY_SHARE), base_bytes)
         # The scale is a launch of its own where the library makes S.
         return product + shrink + tail + masks + (1 if mixed else 2) * _LAUNCH_US

@@ -226,7 +226,9 @@ def _segmented_expand(s: Tensor, lora_b: Sequence[Tensor], table: Sequence[Tenso
 def _segmented_expand_(
     y: Tensor, s: Tensor, lora_b: Sequence[Tensor], table: Sequence[Tensor]
 ) -> Problem:
-    return _segmented_expand(s, lora_b, table)._replace(op="segmented_expand_")
+    # S of float16 rows is float32.
+    dtype = dtype_name(y.dtype)
+    return _segmented_expand(s, lora_b, table)._replace(op="segmented_expand_", dtype=dtype)
 
 
 def _segmented_lora(

@@ -10,16 +10,17 @@ answers where none exists.
                dbias = sum_rows dY                   [N]
 
 with ``c = scale / (1 - dropout_p)``. Half-precision operands accumulate in float32; S and D are
-scaled in float32 and rounded once to the operand dtype; Y and dX are rounded once. The functions
-carry the names and the arguments of the operators in ``ops.py``, run on any device, and are
-differentiable where autograd is wanted as an oracle (float64).
+scaled in float32 and rounded once to ``tail_dtype``, in which A and B are taken too: the operand
+dtype, but float32 for float16, whose range S, D, A and B may leave where Y and dX do not. Y and dX
+are rounded once. The functions carry the names and the arguments of the operators in ``ops.py``,
+run on any device, and are differentiable where autograd is wanted as an oracle (float64).
 
 The segmented operators are for batches that mix adapters. Row i belongs to slot ``t =
 slot_of_row[i]`` with live rank ``r = rank_of_slot[t]`` and ``c = scale_of_slot[t] / (1 -
 dropout_p)``; there are one or several slices (query, key and value of one input), each with an A
 and a B of its own. For each slice
 
-    forward    S[i, :r] = c (mask*x[i]) A[t, :r]^T           rounded once to x's dtype, 0 beyond r
+    forward    S[i, :r] = c (mask*x[i]) A[t, :r]^T           rounded once, 0 beyond r
                delta[i] = S[i, :r] B[t, :, :r]^T             slices side by side
     backward   D[i, :r] = c dY[i] B[t, :, :r]                likewise
                dX[i]    = sum over slices of mask*(D[i, :r] A[t, :r])
@@ -53,6 +54,12 @@ LANES = 8
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tail_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What S, D, A and B are rounded to where the rows are of ``dtype``: the only statement of
+    it."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def dropout_threshold(dropout_p: float) -> int:
@@ -122,16 +129,17 @@ def masked(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
 def lora_shrink(
     x: Tensor, lora_a: Tensor, scale: Tensor, rng: Tensor | None = None, dropout_p: float = 0.0
 ) -> Tensor:
-    """``S = scale/(1-dropout_p) * (mask*x) A^T``: x [M,K], lora_a [r,K] -> [M,r] in x's dtype.
+    """``S = scale/(1-dropout_p) * (mask*x) A^T``: x [M,K], lora_a [r,K] -> [M,r] in x's
+    ``tail_dtype``.
 
     The mask is applied where ``rng`` is given; D, which no mask touches, is the same function of
     (dY, B^T) without it.
     """
-    acc = accumulate_dtype(x.dtype)
+    acc, tail = accumulate_dtype(x.dtype), tail_dtype(x.dtype)
     if rng is not None:
         x = masked(x, rng, dropout_p)
-    s = x.to(acc) @ lora_a.to(x.dtype).to(acc).t()
-    return (s * (scale.to(acc) / (1.0 - dropout_p))).to(x.dtype)
+    s = x.to(acc) @ lora_a.to(tail).to(acc).t()
+    return (s * (scale.to(acc) / (1.0 - dropout_p))).to(tail)
 
 
 def lora_linear_fwd(
@@ -150,12 +158,12 @@ def lora_linear_fwd(
     """``Y = out_scale * (x W^T + S B^T) + bias`` and S.
 
     x [M,K], weight [N,K] (or [K,N] with ``fan_in_fan_out``), lora_a [r,K], lora_b [N,r], scale 0-d,
-    bias [N], out_scale [N] -> Y [M,N], S [M,r], both in x's dtype.
+    bias [N], out_scale [N] -> Y [M,N] in x's dtype, S [M,r] in its ``tail_dtype``.
     """
     acc = accumulate_dtype(x.dtype)
     s = lora_shrink(x, lora_a, scale, rng, dropout_p)
     w = weight if fan_in_fan_out else weight.t()
-    y = x.to(acc) @ w.to(acc) + s.to(acc) @ lora_b.to(x.dtype).to(acc).t()
+    y = x.to(acc) @ w.to(acc) + s.to(acc) @ lora_b.to(s.dtype).to(acc).t()
     if out_scale is not None:
         y = y * out_scale.to(acc)
     if bias is not None:
@@ -175,21 +183,28 @@ def lora_linear_dx(
     out_scale: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``D = c dY B`` and ``dX = dY W + mask*(D A)``: dy [M,N] -> dX [M,K], D [M,r], both in dy's
-    dtype.
+    """``D = c dY B`` and ``dX = dY W + mask*(D A)``: dy [M,N] -> dX [M,K] in dy's dtype,
+    D [M,r] in its ``tail_dtype``.
 
     The forward with its roles swapped, and the mask on the tail's product instead of on the operand
     that makes S.
     """
     acc = accumulate_dtype(dy.dtype)
-    if out_scale is not None:
-        dy = (dy * out_scale).to(dy.dtype)
-    d = lora_shrink(dy, lora_b.t(), scale, None, dropout_p)
-    tail = d.to(acc) @ lora_a.to(dy.dtype).to(acc)
+    rows = scaled_rows(dy, out_scale)
+    d = lora_shrink(rows, lora_b.t(), scale, None, dropout_p)
+    tail = d.to(acc) @ lora_a.to(d.dtype).to(acc)
     if rng is not None:
         tail = masked(tail, rng, dropout_p)
     w = weight.t() if fan_in_fan_out else weight
-    return (dy.to(acc) @ w.to(acc) + tail).to(dy.dtype), d
+    return (rows.to(acc) @ w.to(acc) + tail).to(dy.dtype), d
+
+
+def scaled_rows(dy: Tensor, out_scale: Tensor | None) -> Tensor:
+    """``out_scale * dY``, rounded once to the ``tail_dtype``; dY itself without an out_scale."""
+    if out_scale is None:
+        return dy
+    tail = tail_dtype(dy.dtype)
+    return (dy.to(tail) * out_scale).to(tail)
 
 
 def lora_linear_dab(
@@ -218,8 +233,7 @@ def lora_linear_dab(
         da = (d.to(acc).t() @ mx.to(acc)).to(da_dtype)
     if db_dtype is not None:
         assert s is not None
-        scaled = dy if out_scale is None else (dy * out_scale).to(dy.dtype)
-        db = (scaled.to(acc).t() @ s.to(acc)).to(db_dtype)
+        db = (scaled_rows(dy, out_scale).to(acc).t() @ s.to(acc)).to(db_dtype)
     if dbias_dtype is not None:
         dbias = dy.to(acc).sum(0).to(dbias_dtype)
     return da, db, dbias
@@ -269,28 +283,29 @@ def segmented_shrink(
     rng: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """x [M,K], lora_a n x [S,r_max,K] -> S [M,n,r_max] in x's dtype."""
-    acc = accumulate_dtype(x.dtype)
+    """x [M,K], lora_a n x [S,r_max,K] -> S [M,n,r_max] in x's ``tail_dtype``."""
+    acc, tail = accumulate_dtype(x.dtype), tail_dtype(x.dtype)
     n = packed_slices or len(lora_a)
-    s = x.new_zeros(x.shape[0], n, lora_a[0].shape[1] // max(packed_slices, 1))
+    r_max = lora_a[0].shape[1] // max(packed_slices, 1)
+    s = x.new_zeros(x.shape[0], n, r_max, dtype=tail)
     for j in range(n):
         mask = _mask(rng, j, table, x, dropout_p)
         operand = x if mask is None else torch.where(mask, x, 0)
         for slot, rows, rank, scale in _segments(table):
-            a = _slice_of_a(lora_a, packed_slices, slot, j, rank).to(x.dtype)
+            a = _slice_of_a(lora_a, packed_slices, slot, j, rank).to(tail)
             product = operand[rows].to(acc) @ a.to(acc).t()
-            s[rows, j, :rank] = (product * (scale.to(acc) / (1.0 - dropout_p))).to(x.dtype)
+            s[rows, j, :rank] = (product * (scale.to(acc) / (1.0 - dropout_p))).to(tail)
     return s
 
 
 def _delta(s: Tensor, lora_b: Sequence[Tensor], table: Sequence[Tensor]) -> Tensor:
     """The sum over the rank in the accumulator's dtype, [M, sum of N]."""
-    acc = accumulate_dtype(s.dtype)
+    acc, tail = accumulate_dtype(s.dtype), tail_dtype(s.dtype)
     delta = s.new_zeros(s.shape[0], sum(b.shape[1] for b in lora_b), dtype=acc)
     first = 0
     for j, b in enumerate(lora_b):
         for slot, rows, rank, _ in _segments(table):
-            product = s[rows, j, :rank].to(acc) @ b[slot, :, :rank].to(s.dtype).to(acc).t()
+            product = s[rows, j, :rank].to(acc) @ b[slot, :, :rank].to(tail).to(acc).t()
             delta[rows, first : first + b.shape[1]] = product
         first += b.shape[1]
     return delta
@@ -304,7 +319,8 @@ def segmented_expand(s: Tensor, lora_b: Sequence[Tensor], table: Sequence[Tensor
 def segmented_expand_(
     y: Tensor, s: Tensor, lora_b: Sequence[Tensor], table: Sequence[Tensor]
 ) -> None:
-    """``y += delta`` with one rounding of the sum; rows without an adapter are not written."""
+    """``y += delta`` with one rounding of the sum; rows without an adapter are not written. S is in
+    y's dtype or its ``tail_dtype``."""
     delta = _delta(s, lora_b, table)
     for _, rows, _, _ in _segments(table):
         y[rows] = (y[rows].to(delta.dtype) + delta[rows]).to(y.dtype)
@@ -321,7 +337,7 @@ def segmented_lora(
 ) -> tuple[Tensor, Tensor]:
     """delta [M, sum of N_j] and S."""
     s = segmented_shrink(x, lora_a, table, packed_slices, rng, dropout_p)
-    return segmented_expand(s, lora_b, table), s
+    return _delta(s, lora_b, table).to(x.dtype), s
 
 
 def segmented_lora_(
@@ -348,16 +364,16 @@ def _tails(
     """The sum over the slices of mask*(D A) in the accumulator's dtype, [M,K], and D."""
     acc = accumulate_dtype(dy.dtype)
     k, r_max = lora_a[0].shape[2], lora_b[0].shape[2]
-    d = dy.new_zeros(dy.shape[0], len(lora_b), r_max)
+    d = dy.new_zeros(dy.shape[0], len(lora_b), r_max, dtype=tail_dtype(dy.dtype))
     dx = dy.new_zeros(dy.shape[0], k, dtype=acc)
     first = 0
     for j, b in enumerate(lora_b):
         columns = slice(first, first + b.shape[1])
         tail = torch.zeros_like(dx)
         for slot, rows, rank, scale in _segments(table):
-            product = dy[rows, columns].to(acc) @ b[slot, :, :rank].to(dy.dtype).to(acc)
-            d[rows, j, :rank] = (product * (scale.to(acc) / (1.0 - dropout_p))).to(dy.dtype)
-            a = _slice_of_a(lora_a, packed_slices, slot, j, rank).to(dy.dtype)
+            product = dy[rows, columns].to(acc) @ b[slot, :, :rank].to(d.dtype).to(acc)
+            d[rows, j, :rank] = (product * (scale.to(acc) / (1.0 - dropout_p))).to(d.dtype)
+            a = _slice_of_a(lora_a, packed_slices, slot, j, rank).to(d.dtype)
             tail[rows] = d[rows, j, :rank].to(acc) @ a.to(acc)
         mask = _mask(rng, j, table, dx, dropout_p)
         dx += tail if mask is None else torch.where(mask, tail, 0)

@@ -20,6 +20,7 @@ from .functional import (
     is_foreign,
     rows_of,
 )
+from .reference import tail_dtype
 from .segmented_autograd import Call, SegmentedLinear, SegmentedLoRA
 from .segments import SegmentTable
 
@@ -48,7 +49,8 @@ def segmented_lora(
         x: [..., K], any strides; float32, float16, bfloat16 (float64 by the reference). Its rows
             are those of ``seg``: as many as its last batch had, or up to its capacity.
         lora_a: [S, r_max, K], A of every slot, or a sequence of such tensors, one for each slice
-            (query, key and value of one input). Any floating dtype; rounded to x's on use.
+            (query, key and value of one input). Any floating dtype; rounded to x's on
+            use, for float16 to float32.
         lora_b: [S, N, r_max], or a sequence, one for each slice; widths N may differ.
         seg: the slot of each row, and the live rank and the scale of each slot. Compute and memory
             traffic follow live ranks; what lies beyond them, or in unused slots, is never read.
@@ -172,8 +174,9 @@ def segmented_linear(
 def segmented_shrink(
     x: Tensor, lora_a: Stack, seg: SegmentTable, *, packed_slices: int = 0
 ) -> Tensor:
-    """``S = scale * x A^T`` of every row's own adapter: x [..., K] -> [M, n, r_max] in x's dtype,
-    zero beyond the live rank and in rows without an adapter. Not differentiable; the arguments are
+    """``S = scale * x A^T`` of every row's own adapter: x [..., K] -> [M, n, r_max] in x's dtype
+    (float32 for float16, whose range S may leave), zero beyond the live rank and in rows without an
+    adapter. Not differentiable; the arguments are
     :func:`segmented_lora`'s, and ``packed_slices`` is the n of its ``output_slices``."""
     a = _list(lora_a)
     _check(x, seg, a, None, packed_slices, 0.0)
@@ -185,8 +188,8 @@ def segmented_expand(
     s: Tensor, lora_b: Stack, seg: SegmentTable, out: Tensor | None = None
 ) -> Tensor:
     """``S B^T`` of every row's own adapter: s [M, n, r_max] of :func:`segmented_shrink` ->
-    [M, sum of N], or added to ``out`` in place, as :func:`segmented_lora` does. Not
-    differentiable."""
+    [M, sum of N] in s's dtype, or added to ``out`` in place, as :func:`segmented_lora` does;
+    ``out`` may be float16 where s is float32. Not differentiable."""
     b = _list(lora_b)
     if s.dim() != 3 or s.shape[1] != len(b):
         raise ValueError(f"s must be [M, {len(b)}, r_max], not {list(s.shape)}")
@@ -195,7 +198,8 @@ def segmented_expand(
     with torch.no_grad():
         if out is None:
             return ops.segmented_expand(s, b, seg.tensors())
-        _check_out(out, s[:, 0], [t.shape[1] for t in b], False, None)
+        dtype = out.dtype if s.dtype == tail_dtype(out.dtype) else s.dtype
+        _check_out(out, s[:, 0], [t.shape[1] for t in b], False, None, dtype)
         ops.segmented_expand_(out, s, b, seg.tensors())
         return out
 
@@ -317,12 +321,17 @@ def _check_table(x: Tensor, seg: SegmentTable, rows: int | None = None) -> None:
 
 
 def _check_out(
-    out: Tensor, x: Tensor, widths: list[int], differentiable: bool, rng: Tensor | None
+    out: Tensor,
+    x: Tensor,
+    widths: list[int],
+    differentiable: bool,
+    rng: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     width = sum(widths)
     if out.shape != (*x.shape[:-1], width):
         raise ValueError(f"out must be {[*x.shape[:-1], width]}, as x says, not {list(out.shape)}")
-    if out.dtype != x.dtype or out.device != x.device:
+    if out.dtype != (dtype or x.dtype) or out.device != x.device:
         raise ValueError(f"out is {out.dtype} on {out.device}, x {x.dtype} on {x.device}")
     if differentiable or (ops.records_gradients() and out.requires_grad):
         raise ValueError("out= records no gradient: use torch.no_grad(), or out=None")

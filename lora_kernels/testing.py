@@ -158,7 +158,7 @@ class Inputs:
             return linear | {"x": self.x, "bias": self.bias}
         if op == "lora_linear_dx":
             return linear | {"dy": self.dy}
-        scaled = self.dy if self.out_scale is None else (self.dy * self.out_scale).to(case.dtype)
+        scaled = reference.scaled_rows(self.dy, self.out_scale)
         return common | {
             "dy": self.dy,
             "x": self.x,

@@ -22,6 +22,7 @@ from . import cpu, cuda, plan
 from .config import Config, candidates
 from .device import facts
 from .problem import PROBLEM_OF, Problem
+from .reference import tail_dtype
 from .segments import SegmentTable
 
 # M, K and N; or in the place of N the widths of the slices of a batch that mixes adapters.
@@ -68,8 +69,8 @@ def arguments_for(
         return common | {"x": normal(m, k), "lora_a": lora_a, "scale": scale}
     if op == "lora_linear_dab":
         tails = {
-            "s": normal(m, r),
-            "d": normal(m, r),
+            "s": normal(m, r, dtype=tail_dtype(dtype)),
+            "d": normal(m, r, dtype=tail_dtype(dtype)),
             "da_dtype": adapter_dtype,
             "db_dtype": adapter_dtype,
         }
@@ -112,7 +113,7 @@ def mixed_arguments_for(
     )
     a = [normal(slots, r, k, dtype=adapter_dtype) for _ in widths]
     b = [normal(slots, width, r, dtype=adapter_dtype) for width in widths]
-    tails = [normal(m, n, r) for _ in range(2)]
+    tails = [normal(m, n, r, dtype=tail_dtype(dtype)) for _ in range(2)]
     given: dict[str, Any] = {
         "x": normal(m, k),
         "y": normal(m, total),

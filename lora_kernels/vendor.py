@@ -2,7 +2,8 @@
 shape.
 
 Same names, arguments and results as ``reference.py``, with two roundings more than the contract's
-single one: the base product is rounded before the tail is added, and S before it is scaled.
+single one: the base product is rounded before the tail is added, and S before it is scaled. The
+tail of float16 rows is float32 (``reference.tail_dtype``), and so is what it is added to.
 ``masked`` is the device's dropout kernel. For a batch that mixes adapters the library has the base
 alone; ``onto`` is the device's kernel that adds the rest, and S is rounded once.
 """
@@ -14,6 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .reference import scaled_rows, tail_dtype
 
 Masked = Callable[[Tensor, Tensor, float], Tensor]
 # Adds the adapters of a mixed batch to its first argument, and returns S or D.
@@ -31,7 +34,8 @@ def lora_shrink(
 ) -> Tensor:
     if rng is not None:
         x = masked(x, rng, dropout_p)
-    s = torch.mm(x, lora_a.to(x.dtype).t())
+    tail = tail_dtype(x.dtype)
+    s = torch.mm(x.to(tail), lora_a.to(tail).t())
     return s.mul_(scale / (1.0 - dropout_p) if dropout_p else scale)
 
 
@@ -52,15 +56,15 @@ def lora_linear_fwd(
 ) -> tuple[Tensor, Tensor]:
     s = lora_shrink(x, lora_a, scale, rng, dropout_p, masked=masked)
     inner_bias = None
-    if bias is not None and out_scale is None:
+    if bias is not None and out_scale is None and s.dtype == x.dtype:
         inner_bias = bias.to(x.dtype)
-    y = F.linear(x, weight.t() if fan_in_fan_out else weight, inner_bias)
-    y.addmm_(s, lora_b.to(x.dtype).t())
+    y = F.linear(x, weight.t() if fan_in_fan_out else weight, inner_bias).to(s.dtype)
+    y.addmm_(s, lora_b.to(s.dtype).t())
     if out_scale is not None:
         y.mul_(out_scale)
-        if bias is not None:
-            y.add_(bias)
-    return y, s
+    if bias is not None and inner_bias is None:
+        y.add_(bias)
+    return y.to(x.dtype), s
 
 
 def lora_linear_dx(
@@ -77,16 +81,16 @@ def lora_linear_dx(
     *,
     masked: Masked,
 ) -> tuple[Tensor, Tensor]:
-    if out_scale is not None:
-        dy = (dy * out_scale).to(dy.dtype)
-    d = lora_shrink(dy, lora_b.t(), scale, None, dropout_p, masked=masked)
-    dx = torch.mm(dy, weight.t() if fan_in_fan_out else weight)
-    a = lora_a.to(dy.dtype)
+    rows = scaled_rows(dy, out_scale)
+    d = lora_shrink(rows, lora_b.t(), scale, None, dropout_p, masked=masked)
+    w = weight.t() if fan_in_fan_out else weight
+    dx = torch.mm(rows, w.to(rows.dtype)).to(d.dtype)
+    a = lora_a.to(d.dtype)
     if rng is None:
         dx.addmm_(d, a)
     else:
         dx.add_(masked(torch.mm(d, a), rng, dropout_p))
-    return dx, d
+    return dx.to(dy.dtype), d
 
 
 def lora_linear_dab(
@@ -103,15 +107,15 @@ def lora_linear_dab(
     *,
     masked: Masked,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    tail = tail_dtype(dy.dtype)
     da, db, dbias = (dy.new_empty(0) for _ in range(3))
     if da_dtype is not None:
         assert x is not None and d is not None
         mx = x if rng is None else masked(x, rng, dropout_p)
-        da = torch.mm(d.t(), mx).to(da_dtype)
+        da = torch.mm(d.to(tail).t(), mx.to(tail)).to(da_dtype)
     if db_dtype is not None:
         assert s is not None
-        scaled = dy if out_scale is None else (dy * out_scale).to(dy.dtype)
-        db = torch.mm(scaled.t(), s).to(db_dtype)
+        db = torch.mm(scaled_rows(dy, out_scale).to(tail).t(), s.to(tail)).to(db_dtype)
     if dbias_dtype is not None:
         dbias = dy.sum(0, dtype=torch.float32).to(dbias_dtype)
     return da, db, dbias

@@ -17,10 +17,11 @@ covering set of it, each member there for what it costs in registers or in addre
   split along K, and so is the tile of 64 rows once. The producer plan, which is not split, is there
   as dX and as the forward both masked and not.
 - once per architecture, plan and way to load, the first tile: columns with strides (no unit
-  stride at all), a weight that is a Conv1D's, out_scale, and fp16 with a rank of 8.
-- fp32: each tile in each plan, aligned and odd.
+  stride at all), a weight that is a Conv1D's, and out_scale.
+- fp16, whose tail is TF32, and fp32: each tile in each plan, aligned and odd.
 - the shrink and dA/dB: each tile at the largest rank it admits masked and not, split and not,
-  aligned, odd and strided, fp32 once; ranks 16 and 64 once, masked and aligned.
+  aligned, odd and strided, fp16 likewise but fewer, fp32 once; ranks 16 and 64 once, masked and
+  aligned.
 - the segmented operators: the docstring of ``aot_segmented.py``.
 """
 
@@ -48,6 +49,7 @@ from lora_kernels import cuda
 from lora_kernels.config import Config, invalid_reason, tiled_configs
 from lora_kernels.device import DeviceFacts
 from lora_kernels.problem import Problem
+from lora_kernels.reference import tail_dtype
 from tests import aot_segmented
 
 REPORT = Path(__file__).with_name("aot_report.md")
@@ -153,8 +155,19 @@ def _linear(arch: str) -> Iterator[Call]:
             yield from _call(arch, config, special, "strided")
             yield from _call(arch, config, special._replace(fan_in_fan_out=True), "aligned")
             yield from _call(arch, config, special._replace(out_scale=True), "aligned")
-            half = special._replace(dtype="float16", adapter_dtype="float16", r=8)
-            yield from _call(arch, config, half, "aligned")
+    half = base._replace(dtype="float16")
+    for config in _tiles(arch, half, RANKS):
+        rows = 8 if config.block_m == 16 else 4096
+        fwd = half._replace(m=rows, r=64)
+        dx = fwd._replace(op="lora_linear_dx", dropout=True)
+        for problem, layout, adapters in (
+            (fwd, "aligned", "float32"),
+            (fwd._replace(r=8), "aligned", "float16"),
+            (fwd, "odd", "float16"),
+            (dx, "aligned", "float16"),
+            (dx, "odd", "float32"),
+        ):
+            yield from _call(arch, config, problem._replace(adapter_dtype=adapters), layout)
     single = base._replace(dtype="float32", adapter_dtype="float32")
     for config in _tiles(arch, single, RANKS):
         rows = 8 if config.block_m == 16 else 4096
@@ -185,10 +198,14 @@ def _skinny(arch: str) -> Iterator[Call]:
                     ("bfloat16", "bfloat16", False, short),
                     ("bfloat16", "bfloat16", False, long),
                     ("bfloat16", "bfloat16", True, long),
+                    ("float16", "float32", True, long),
+                    ("float16", "float16", False, short),
+                    ("float16", "float16", True, long),
                     ("float32", "float32", True, long),
                 )
             ]
-            layouts = ("aligned", "odd", "aligned", "odd", "strided", "aligned")
+            layouts = ("aligned", "odd", "aligned", "odd", "strided")
+            layouts = (*layouts, "aligned", "odd", "strided", "aligned")
             for problem, layout in zip(variants, layouts, strict=True):
                 ranks = [r for r in RANKS if _admitted(arch, config, problem._replace(r=r), layout)]
                 for r in ranks[-1:]:
@@ -264,7 +281,7 @@ def arguments(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (rows(m, k), a, scale), dropout
     if problem.op == "lora_linear_dab":
         result = {f"{name}_dtype": adapters for name in ("da", "db", "dbias")}
-        tails = torch.empty(2, m, r, dtype=dtype)
+        tails = torch.empty(2, m, r, dtype=tail_dtype(dtype))
         return (rows(m, n), rows(m, k), *tails), dropout | result
     weight = rows(k, n) if problem.fan_in_fan_out else rows(n, k)
     lead = (
@@ -545,18 +562,19 @@ def instructions(arch: str, rows: int, columns: int, depth: int, warps: int, dty
     256) x 16 for all. Elsewhere, and for fewer than 64 rows, a warp issues 16 x 8 x 16; on gfx942 a
     wave issues 32 x 32 x 8, or 16 x 16 x 16 where a side is shorter. A warp without a tile of its
     own repeats another's. fp32 is exact (ieee): ordinary instructions on NVIDIA, 32 x 32 x 2 and
-    16 x 16 x 4 on gfx942.
+    16 x 16 x 4 on gfx942. TF32 has half the depth of the half types.
     """
-    half = dtype != "float32"
+    half = dtype not in ("float32", "tf32")
     if arch.startswith("gfx"):
+        step = 8 if half else 4 if dtype == "tf32" else 2
         if min(rows, columns) >= 32:
-            tiles, steps = (rows // 32) * (columns // 32), depth // (8 if half else 2)
+            tiles, steps = (rows // 32) * (columns // 32), depth // step
         else:
-            tiles, steps = (rows // 16) * (columns // 16), depth // (16 if half else 4)
+            tiles, steps = (rows // 16) * (columns // 16), depth // (2 * step)
         return -(-tiles // warps) * steps
-    if not half:
+    if dtype == "float32":
         return 0
-    steps = depth // 16
+    steps = depth // (16 if half else 8)
     if arch == "sm_90" and rows >= 64:
         return -(-(rows // 64) // (warps // 4)) * -(-columns // 256) * steps
     if arch == "sm_100" and rows >= 64:
@@ -573,23 +591,27 @@ def predicted(row: Row) -> list[int]:
     def product(rows: int, columns: int, depth: int) -> int:
         return instructions(arch, rows, columns, depth, warps, dtype)
 
-    if row.call.problem.slots:
-        loops = [product(*sizes) for sizes in aot_segmented.products(row.kernel, c)]
-    elif row.kernel == "_lora_shrink_kernel":
-        loops = [product(c["BLOCK_M"], c["BLOCK_R"], c["BLOCK_K"])]
+    def of_tail(rows: int, columns: int, depth: int) -> int:
+        tail = "tf32" if dtype == "float16" else dtype
+        return instructions(arch, rows, columns, depth, warps, tail)
+
+    if row.kernel == "_lora_shrink_kernel":
+        loops = [of_tail(c["BLOCK_M"], c["BLOCK_R"], c["BLOCK_K"])]
     elif row.kernel == "_lora_linear_dab_kernel":
         # dA, then dB
-        loops = 2 * [product(c["BLOCK_C"], c["BLOCK_R"], c["BLOCK_M"])]
+        loops = 2 * [of_tail(c["BLOCK_C"], c["BLOCK_R"], c["BLOCK_M"])]
+    elif row.kernel not in ("_lora_linear_kernel", "_lora_linear_producer_kernel"):
+        loops = [of_tail(*sizes) for sizes in aot_segmented.products(row.kernel, c)]
     else:
         base = product(c["BLOCK_M"], c["BLOCK_N"], c["BLOCK_K"])
-        side_by_side = base + product(c["BLOCK_M"], c["BLOCK_R"], c["BLOCK_K"])
+        side_by_side = base + of_tail(c["BLOCK_M"], c["BLOCK_R"], c["BLOCK_K"])
         if row.kernel == "_lora_linear_producer_kernel":
             # the other tiles' loop, then the owners'
             loops = [base, side_by_side]
         elif c["IN_LOOP"]:
             loops = [side_by_side]
         else:
-            loops = [product(c["BLOCK_M"], c["BLOCK_N"], c["BLOCK_R"]), base]
+            loops = [of_tail(c["BLOCK_M"], c["BLOCK_N"], c["BLOCK_R"]), base]
     return [count for count in loops if count]
 
 

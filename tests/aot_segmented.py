@@ -3,11 +3,11 @@
 Every shipped tile of every operator, as far as ``config.invalid_reason`` admits it, with three
 slices of unequal widths: ranks up to 256 (a mixed stack is compiled for its largest) and up to 16,
 aligned operands and odd ones, adapters in fp32 and in the rows' bf16, masked where there is a mask;
-and fp32 rows. Once per architecture: packed slices, fp16, and operands whose columns step.
+and fp16 and fp32 rows. Once per architecture: packed slices, and operands whose columns step.
 
 The base linear under them is the GEMM of ``aot.py`` with another tail: each tile as the forward and
 as the masked dX, aligned and odd; the first of each way to load besides with a Conv1D's weight,
-packed slices in fp16, and columns that step.
+packed slices, and columns that step.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lora_kernels.config import (
 from lora_kernels.device import DeviceFacts
 from lora_kernels.ops import SEGMENTED_OPERATORS
 from lora_kernels.problem import Problem
+from lora_kernels.reference import tail_dtype
 from lora_kernels.segments import SegmentTable
 
 WIDTHS = (2048, 512, 512)
@@ -56,7 +57,12 @@ def variants(op: str) -> Iterator[Variant]:
     yield Variant(half, "odd")
     yield Variant(half, "strided")
     yield Variant(half, "aligned", packed=True)
-    yield Variant(half._replace(dtype="float16", adapter_dtype="float16"), "aligned")
+    short = base._replace(dtype="float16", dropout=masked)
+    if op != "segmented_expand":
+        # S of such rows is float32, and so is what is made of it alone.
+        yield Variant(short, "aligned")
+        yield Variant(short._replace(adapter_dtype="float16", r=16), "aligned")
+        yield Variant(short._replace(adapter_dtype="float16"), "odd")
     single = base._replace(dtype="float32", dropout=masked)
     yield Variant(single, "aligned")
     yield Variant(single, "odd")
@@ -103,9 +109,13 @@ def _linear_calls(known: DeviceFacts) -> Iterator[tuple[Config, Problem, str, bo
             every += [Variant(half._replace(dropout=False), "aligned"), Variant(base, "odd")]
         every += [Variant(single, "aligned"), Variant(single, "odd")]
         short = half._replace(dtype="float16", adapter_dtype="float16")
+        every += [
+            Variant(short, "aligned"),
+            Variant(short._replace(adapter_dtype="float32"), "odd"),
+        ]
         once = [
             Variant(half._replace(fan_in_fan_out=True), "aligned"),
-            Variant(short, "aligned", packed=True),
+            Variant(half, "aligned", packed=True),
             Variant(half, "strided"),
         ]
         for variant in (*every, *once):
@@ -127,9 +137,6 @@ def products(kernel: str, c: dict[str, Any]) -> list[tuple[int, int, int]]:
     if kernel == "_segmented_lora_dab_kernel":
         # dA, then dB
         return 2 * [(c["BLOCK_C"], c["BLOCK_R"], c["BLOCK_M"])]
-    if kernel == "_lora_linear_kernel":
-        tile = (c["BLOCK_M"], c["BLOCK_N"])
-        return [(*tile, c["BLOCK_R"]), (*tile, c["BLOCK_K"])]
     shrink, expand = [], []
     if "BLOCK_K" in c:
         shrink = [(c["BLOCK_M"], c["BLOCK_R"], c["BLOCK_K"])]
@@ -162,7 +169,7 @@ def arguments(problem: Problem, layout: str, packed: bool) -> dict[str, Any]:
     dropout = {"rng": rng, "dropout_p": 0.1 * problem.dropout}
     a = {"lora_a": stacks, "table": table, "packed_slices": len(widths) * packed}
     x, wide = tensor(m, k), tensor(m, sum(widths))
-    s = torch.empty(m, len(widths), r, dtype=dtype)
+    s = torch.empty(m, len(widths), r, dtype=tail_dtype(dtype))
     sizes = (k, sum(widths)) if problem.fan_in_fan_out else (sum(widths), k)
     base = {"weight": tensor(*sizes), "fan_in_fan_out": problem.fan_in_fan_out}
     return {

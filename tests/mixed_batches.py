@@ -82,8 +82,8 @@ class Mixed:
         return (self.a, self.b, self.seg.tensors(), self.packed_slices, self.rng, self.dropout_p)
 
     def adapter_of(self, slot, j, dtype):
-        """A [rank, K] and B [N, rank] of one slot and slice, rounded to the rows' dtype first."""
-        return (t.to(self.dtype).to(dtype) for t in self.stored(slot, j))
+        """A [rank, K] and B [N, rank] of one slot and slice, rounded first as the operators do."""
+        return (t.to(reference.tail_dtype(self.dtype)).to(dtype) for t in self.stored(slot, j))
 
     def rows_of(self, slot):
         return [i for i, other in enumerate(self.slots) if other == slot]

@@ -4,6 +4,7 @@ and with the tensor-core instructions that its tiles should take. No GPU is need
 The table of what was compiled is kept beside this file, so that a change of it is seen in review.
 """
 
+import itertools
 import os
 import re
 
@@ -24,6 +25,16 @@ if aot.disassembler() is None:
     pytest.skip("Triton came without nvdisasm and cuobjdump", allow_module_level=True)
 
 ARCHS = list(aot.FACTS)
+
+# One process compiles them all, for every test here.
+pytestmark = pytest.mark.xdist_group("ahead of time")
+
+# Registers and instructions are those of one release of the compiler; that it compiles, with what
+# memory and for which units, is every release's.
+of_the_tables_triton = pytest.mark.skipif(
+    aot.version_line() not in aot.REPORT.read_text().splitlines(),
+    reason=f"{aot.REPORT.name} was written with another Triton than {aot.version_line()}",
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +85,7 @@ def test_every_shipped_tile_is_compiled(arch):
     # Tensor descriptors exist from sm_90 on.
     assert any(c.config.descriptors for c in chosen) == (arch in ("sm_90", "sm_100"))
     for op in ops.OPERATORS:
-        for dtype in ("float32", "bfloat16"):
+        for dtype in aot.DTYPES:
             problem = Problem(op, 4096, 4096, 4096, 16, dtype, dtype)
             for aligned in (True, False):
                 problem = problem._replace(aligned=aligned)
@@ -107,7 +118,7 @@ def test_every_tile_of_a_mixed_batch_is_compiled(arch):
     assert {c.problem.op for c in chosen} == set(ops.SEGMENTED_OPERATORS)
     assert {c.config.plan for c in chosen} == {"grouped", "decode", "tail"}
     for op in ops.SEGMENTED_OPERATORS:
-        for dtype, aligned in (("float32", True), ("bfloat16", True), ("bfloat16", False)):
+        for dtype, aligned in itertools.product(aot.DTYPES, (True, False)):
             problem = Problem(op, 50, 3072, 4096, 256, dtype, dtype, aligned=aligned, slots=8)
             for tile in config.tiled_configs(problem._replace(slices=3), aot.FACTS[arch]):
                 if config.invalid_reason(tile, problem, aot.FACTS[arch]) is None:
@@ -120,6 +131,7 @@ def test_every_tile_of_a_mixed_batch_is_compiled(arch):
                     ), tile
 
 
+@of_the_tables_triton
 def test_the_order_of_what_a_producer_publishes():
     """On sm_90: S is stored, a barrier and a fence come, then the flag; the others poll it, with
     the base's products behind them, in a loop without any, and drop their cache after each look;
@@ -161,6 +173,7 @@ def test_the_order_of_what_a_producer_publishes():
         assert {tail} == after(handed_over, avoiding={*code.successors[tail]}) & {*products}
 
 
+@of_the_tables_triton
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nothing_spills(rows_of, arch):
     none_of([row for row in rows_of(arch) if row.spills])
@@ -171,6 +184,7 @@ def test_shared_memory_is_within_the_limit(rows_of, arch):
     none_of([row for row in rows_of(arch) if row.shared > aot.FACTS[arch].shared_memory])
 
 
+@of_the_tables_triton
 @pytest.mark.parametrize("arch", ARCHS)
 def test_main_loops_hold_the_predicted_instructions_at_most(rows_of, arch):
     """Loop by loop: as many loops with tensor-core instructions as there are products in loops, and
@@ -214,9 +228,8 @@ def test_half_types_use_the_tensor_cores(rows_of, arch, instruction):
     none_of(wrong)
 
 
+@of_the_tables_triton
 def test_the_kept_table_is_what_is_compiled_now(rows):
     kept = aot.REPORT.read_text()
-    if aot.version_line() not in kept.splitlines():
-        pytest.skip(f"{aot.REPORT.name} was written with another Triton than {aot.version_line()}")
     new = aot.report(rows).splitlines()
     assert kept.splitlines() == new, "if it should be so: python -m tests.aot --write"

@@ -306,10 +306,10 @@ MISTAKES = {
         FWD,
         "tail",
         0,
-        "acc = tl.dot(s, b_t.to(dtype), acc",
-        "acc = tl.dot(s, b_t * 0, acc",
+        "acc = tl.dot(s, tail_tile(b_t, dtype), acc",
+        "acc = tl.dot(s, tail_tile(b_t * 0, dtype), acc",
     ),
-    "no scale": (FWD, "in loop", 0, "(s_acc * scale)", "s_acc"),
+    "no scale": (FWD, "in loop", 0, "s_acc * scale, dtype", "s_acc, dtype"),
     "strides of b swapped": (
         FWD,
         "in loop",
@@ -361,7 +361,7 @@ MISTAKES = {
         "acc = tl.dot(s, b_t, acc",
         "acc = tl.dot(s, b_t * (pid_n == 0).to(dtype), acc",
     ),
-    "no scale of a producer": (FWD, "producer", 0, "(s_acc * scale)", "s_acc"),
+    "no scale of a producer": (FWD, "producer", 0, "s_acc * scale, dtype", "s_acc, dtype"),
     "the last row of a producer": (
         FWD,
         "producer",
@@ -405,8 +405,8 @@ MISTAKES = {
         "lora_shrink",
         "split",
         0,
-        "acc = tl.dot(x.to(dtype), a",
-        "acc = tl.dot(x.to(dtype), 0 * a",
+        "tail_tile(x.to(dtype), dtype), tail_tile(a, dtype)",
+        "tail_tile(x.to(dtype), dtype), tail_tile(0 * a, dtype)",
     ),
     "no mask in dA": (DAB, "split", 0.3, "if HAS_MASK:", "if False:"),
     "the last row of dA": (

@@ -232,7 +232,7 @@ SHRINK, EXPAND, LORA, DX, DAB = (
 IN_PLACE = "segmented_lora_"
 MISTAKES = {
     "the first slot's scale": (LORA, "grouped", {}, "table[1] + slot", "table[1] + 0 * slot"),
-    "no scale": (LORA, "grouped", {}, "(acc * scale.to(tl.float32))", "acc"),
+    "no scale": (LORA, "grouped", {}, "acc * scale.to(tl.float32),", "acc,"),
     "the first slot's A": (
         LORA,
         "grouped",

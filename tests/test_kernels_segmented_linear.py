@@ -270,7 +270,7 @@ MISTAKES = {
     ),
     "columns of the first slice": (FWD, TAIL, {}, "col, end = first + within", "col, end = within"),
     "no bias": (FWD, TAIL, {"bias": True}, "HAS_BIAS=bias is not None", "HAS_BIAS=False"),
-    "no scale": (FWD, TAIL, {}, "(acc * scale.to(tl.float32))", "acc"),
+    "no scale": (FWD, TAIL, {}, "acc * scale.to(tl.float32),", "acc,"),
     "no mask in the forward": (
         FWD,
         TAIL,

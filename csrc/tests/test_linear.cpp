@@ -24,7 +24,7 @@ void test_shrink(Random& random) {
   const int64_t M = x.rows, r = a.rows, ld = padded<C>(r);
   const std::string what = text("shrink ", M, "x", x.cols, " rank ", r, mask ? " masked" : "");
   const LaidRows<C> rows(x, padded<C>(x.cols) + random.of({0, 2, 6}));
-  const Laid s(M, r, random.coin() ? kind_of<C> : Kind::kHalf, r, 1);
+  const Laid s(M, r, kind_of<C>, r, 1);
   const auto s_rows = random.coin() ? exactly<C>(M * ld) : nullptr;
   const Shrink<C> job = {rows.rows, laid.matrix, 0.5f,        pointer(mask),
                          s.matrix,  nullptr,     s_rows.get()};

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..reference import tail_dtype
 from ..segments import SegmentTable
 
 BACKEND = "lora_kernels"
@@ -270,8 +271,10 @@ class SegmentedBackend:
         rows = slots[: len(x)].long()
         s = x.float() * scales[rows.clamp(min=0)][:, None]
         if base_output is None:
-            base_output = x.new_zeros(len(x), weights.shape[1])
-        s = s.to(base_output.dtype)[:, None]
+            # S of a float16 model is float32.
+            dtype = weights.dtype if x.dtype == tail_dtype(weights.dtype) else x.dtype
+            base_output = x.new_zeros(len(x), weights.shape[1], dtype=dtype)
+        s = s.to(tail_dtype(base_output.dtype))[:, None]
         ops.segmented_expand_(base_output[:, : weights.shape[1]], s, [weights], table)
         return base_output
 

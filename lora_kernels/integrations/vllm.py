@@ -11,9 +11,9 @@ vLLM 0.33.0; ``tests/test_vllm.py`` holds the signatures to its source.
     A  per slice [max_loras, 1, max_rank, in]     B  per slice [max_loras, 1, out, max_rank]
 
 The scale is merged into B. What differs from vLLM's own wrapper: shrink and expand are one call, S
-is rounded to the rows' dtype, compute follows the rank of each adapter, rows without one are
-neither read nor written, and a step of a dense model does not wait for the device.
-Mixture-of-experts layers and full classification heads stay vLLM's.
+is rounded to the rows' dtype (of float16 rows it stays float32), compute follows the rank of each
+adapter, rows without one are neither read nor written, and a step of a dense model does not wait
+for the device. Mixture-of-experts layers and full classification heads stay vLLM's.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..reference import tail_dtype
 from ..segments import SegmentTable
 
 PLUGIN = "lora_kernels"
@@ -286,7 +287,8 @@ def lora_shrink(
     inputs [M, K], weights n x [S, r, K] or [S, 1, r, K], output [n, M, r] of any floating dtype, in
     which rows without an adapter become zero (with ``no_lora_flag_cpu`` nothing is written). Of the
     metadata ``token_lora_mapping`` [M] is read, the rest is derived anew, which is for studies and
-    tests: the wrapper does it once per batch. Values are rounded to the dtype of ``inputs``.
+    tests: the wrapper does it once per batch. Values are rounded to the dtype of ``inputs``, of
+    float16 ones not at all.
     """
     r = lora_a_weights[0].shape[-2]
     table = SegmentTable.from_token_mapping(token_lora_mapping, len(lora_a_weights[0]), r)
@@ -366,7 +368,7 @@ def _expand_(
     if idle.item():
         return
     b = _stacks(lora_b)
-    s = x.transpose(0, 1).to(y.dtype)
+    s = x.transpose(0, 1).to(tail_dtype(y.dtype))
     ops.segmented_expand_(_columns(y, b, table, first, add), s, b, table)
 
 

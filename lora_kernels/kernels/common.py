@@ -1,5 +1,5 @@
-"""What the kernels share: the dropout bits, the order of tiles, and the counters of split
-reductions."""
+"""What the kernels share: the tail's operands, the dropout bits, the order of tiles, and the
+counters of split reductions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,36 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import is_hip, is_hip_cdna3
 
 from ..reference import dropout_threshold
+
+
+@triton.constexpr_function
+def tail_precision(dtype):
+    """How products of the tail are computed for rows of ``dtype``. Those of float16 need float32's
+    range and their own precision, which is TF32; of AMD's architectures one knows that, and the
+    others multiply float32 on their matrix cores."""
+    exact = dtype != tl.float16 or (is_hip() and not is_hip_cdna3())
+    return "ieee" if exact else "tf32"
+
+
+@triton.jit
+def tail_tile(tile, dtype: tl.constexpr):
+    """An operand of the tail for rows of ``dtype``: rounded once to that, for float16 to TF32's 11
+    bits, held in float32."""
+    if dtype != tl.float16:
+        tile = tile.to(dtype)
+    elif tile.dtype == tl.float16:
+        tile = tile.to(tl.float32)
+    else:
+        # To nearest, where the tensor core would cut off. What is not finite stays as it is: of a
+        # NaN the carry could make a zero.
+        bits = tile.to(tl.float32).to(tl.uint32, bitcast=True)
+        finite = (bits & 0x7F800000) != 0x7F800000
+        bits = tl.where(finite, (bits + 0x1000) & 0xFFFFE000, bits)
+        tile = bits.to(tl.float32, bitcast=True)
+    return tile
 
 
 @triton.jit

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..config import Config, block_r
-from ..reference import dropout_threshold
-from .common import counters, dropout_keep, last_to_arrive, partials
+from ..reference import dropout_threshold, tail_dtype
+from .common import counters, dropout_keep, last_to_arrive, partials, tail_precision, tail_tile
 
 
 @triton.jit
@@ -27,6 +27,7 @@ def _column_block(
     HAS_MASK: tl.constexpr, SUM_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One block's share of z^T t [BLOCK_C, BLOCK_R] and of z's column sums [BLOCK_C]."""
+    dtype = z_ptr.dtype.element_ty
     offs_c = col + tl.arange(0, BLOCK_C)
     offs_r = first_r + tl.arange(0, BLOCK_R)
     acc = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.float32)
@@ -48,7 +49,10 @@ def _column_block(
             mask=(offs_m < M)[:, None] & (offs_r < R)[None, :],
             other=0.0,
         )
-        acc = tl.dot(z.to(t.dtype).T, t, acc, input_precision="ieee")
+        acc = tl.dot(
+            tail_tile(z.to(dtype), dtype).T, t, acc,
+            input_precision=tail_precision(dtype),
+        )  # fmt: skip
     return acc, total
 
 
@@ -166,7 +170,8 @@ def lora_linear_dab(
     room = partials(blocks * parts * split_m * block_c * (rank + 1), split_m, dy.device)
     x_rows = dy if x is None else x
     # The tails are ours and lie as they should; somebody else's may not.
-    d_rows, s_rows = (dy if t is None else t.contiguous() for t in (d, s))
+    dtype = tail_dtype(dy.dtype)
+    d_rows, s_rows = (dy if t is None else t.to(dtype).contiguous() for t in (d, s))
     _lora_linear_dab_kernel[(blocks, split_m, parts)](
         x_rows, d_rows, dy, s_rows, dy if rng is None else rng,
         da, db, dbias, room,

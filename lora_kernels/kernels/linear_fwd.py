@@ -8,8 +8,8 @@ feeds it.
     Y       x         W^T            c (mask*x) A^T            B^T     1
     dX      dY        W              c dY B                    A       the dropout mask
 
-In-loop plan: s is accumulated beside the base product from the same x tiles, rounded once to the
-operand dtype, and its product with b is added before the only store. Tail plan: s is read, and its
+In-loop plan: s is accumulated beside the base product from the same x tiles, rounded once, and its
+product with b is added before the only store. Tail plan: s is read, and its
 product with b (masked, for dX) is what the accumulator starts with, which costs no second tile of
 registers. With SPLIT_K > 1 (few rows: the weight is streamed once, at memory speed) every program
 leaves its partial sums of both products, and the last of a tile to arrive adds them in a fixed
@@ -31,8 +31,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..config import Config, block_r
-from ..reference import dropout_threshold
-from .common import counters, dropout_keep, last_to_arrive, partials, tile_order
+from ..reference import dropout_threshold, tail_dtype
+from .common import (
+    counters,
+    dropout_keep,
+    last_to_arrive,
+    partials,
+    tail_precision,
+    tail_tile,
+    tile_order,
+)
 from .mixed import Stacks, blocks_of_slices, pick, slice_of_block, tails_of_tile
 
 
@@ -150,14 +158,14 @@ def _lora_linear_kernel(
             acc = tails_of_tile(
                 s_ptr, b, rng_ptr, table, row, tl.where(split == 0, row + BLOCK_M, row), slots,
                 rows, inside, j, offs_n - first, col, end - first, R,
-                stride_sm, stride_sj, strides_bt, stride_bn, stride_br, threshold,
+                stride_sm, stride_sj, strides_bt, stride_bn, stride_br, threshold, dtype,
                 BLOCK_M, BLOCK_N, BLOCK_R, SLICES, PACKED, SUM_SLICES, MASK_TAIL,
             )  # fmt: skip
         elif not IN_LOOP:
             for r in tl.range(0, tl.where(split == 0, R, 0), BLOCK_R):
                 s = load_tile(s_ptr, row, r, M, R, stride_sm, 1, BLOCK_M, BLOCK_R, False)
                 b_t = load_tile(b, r, col, R, N, stride_br, stride_bn, BLOCK_R, BLOCK_N, False)
-                acc = tl.dot(s, b_t.to(dtype), acc, input_precision="ieee")
+                acc = tl.dot(s, tail_tile(b_t, dtype), acc, input_precision=tail_precision(dtype))
             if MASK_TAIL:
                 acc = tl.where(
                     dropout_keep(rng_ptr, row, col, threshold, BLOCK_M, BLOCK_N), acc, 0.0
@@ -177,7 +185,10 @@ def _lora_linear_kernel(
             acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
             if IN_LOOP:
                 a_tile = load_tile(a, 0, k, R, K, stride_ar, stride_ak, BLOCK_R, BLOCK_K, False)
-                s_acc = tl.dot(x_tile, a_tile.to(dtype).T, s_acc, input_precision="ieee")
+                s_acc = tl.dot(
+                    tail_tile(x_tile, dtype), tail_tile(a_tile, dtype).T, s_acc,
+                    input_precision=tail_precision(dtype),
+                )  # fmt: skip
 
         finish = True
         if SPLIT_K > 1:
@@ -201,9 +212,9 @@ def _lora_linear_kernel(
 
         if finish:
             if IN_LOOP:
-                s = (s_acc * scale).to(dtype)
+                s = tail_tile(s_acc * scale, dtype)
                 b_t = load_tile(b, 0, col, R, N, stride_br, stride_bn, BLOCK_R, BLOCK_N, False)
-                acc = tl.dot(s, b_t.to(dtype), acc, input_precision="ieee")
+                acc = tl.dot(s, tail_tile(b_t, dtype), acc, input_precision=tail_precision(dtype))
                 if pid_n == 0:
                     s_out = s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :]
                     tl.store(s_out, s, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
@@ -225,7 +236,7 @@ def _lora_shrink_kernel(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     SPLIT_K: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    dtype = s_ptr.dtype.element_ty
+    dtype = x_ptr.dtype.element_ty
     block, split, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, first_r = block * BLOCK_M, part * BLOCK_R
     offs_m = row + tl.arange(0, BLOCK_M)
@@ -237,7 +248,10 @@ def _lora_shrink_kernel(
         if HAS_MASK:
             x = tl.where(dropout_keep(rng_ptr, row, k, threshold, BLOCK_M, BLOCK_K), x, 0.0)
         a = load_tile(a_ptr, first_r, k, R, K, stride_ar, stride_ak, BLOCK_R, BLOCK_K, False)
-        acc = tl.dot(x.to(dtype), a.to(dtype).T, acc, input_precision="ieee")
+        acc = tl.dot(
+            tail_tile(x.to(dtype), dtype), tail_tile(a, dtype).T, acc,
+            input_precision=tail_precision(dtype),
+        )  # fmt: skip
     finish = True
     if SPLIT_K > 1:
         SIZE: tl.constexpr = BLOCK_M * BLOCK_R
@@ -251,7 +265,7 @@ def _lora_shrink_kernel(
             for other in tl.range(SPLIT_K):
                 acc += tl.load(block_ptr + other * SIZE + in_acc, cache_modifier=".cg")
     if finish:
-        s = (acc * (tl.load(scale_ptr) * inverse_keep).to(tl.float32)).to(dtype)
+        s = tail_tile(acc * (tl.load(scale_ptr) * inverse_keep).to(tl.float32), dtype)
         s_out = s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :]
         tl.store(s_out, s, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
 
@@ -267,7 +281,7 @@ def lora_shrink(
 ) -> Tensor:
     m, k = x.shape
     r = lora_a.shape[0]
-    s = torch.empty(m, r, dtype=x.dtype, device=x.device)
+    s = torch.empty(m, r, dtype=tail_dtype(x.dtype), device=x.device)
     if m == 0:
         return s
     rank = block_r(config, r)
@@ -379,7 +393,7 @@ def gemm_with_tail(
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     in_loop = s is None
     if s is None:
-        s = torch.empty(m, r, dtype=x.dtype, device=x.device)
+        s = torch.empty(m, r, dtype=tail_dtype(x.dtype), device=x.device)
     if m == 0:
         return y, s
     block_m, block_n, split_k = config.block_m, config.block_n, config.split_k

@@ -25,8 +25,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..config import Config, block_r
-from ..reference import dropout_threshold
-from .common import counters, dropout_keep, last_to_arrive, tile_order
+from ..reference import dropout_threshold, tail_dtype
+from .common import (
+    counters,
+    dropout_keep,
+    last_to_arrive,
+    tail_precision,
+    tail_tile,
+    tile_order,
+)
 from .linear_fwd import base_operands, load_tile, load_weight, store_result
 
 # int32: the flags, which many poll, have other cache lines than the ticket.
@@ -116,9 +123,12 @@ def _lora_linear_producer_kernel(
                     keep = dropout_keep(rng_ptr, row, k, threshold, BLOCK_M, BLOCK_K)
                     x_tile = tl.where(keep, x_tile, 0.0).to(dtype)
                 a_tile = load_tile(a, 0, k, R, K, stride_ar, stride_ak, BLOCK_R, BLOCK_K, False)
-                s_acc = tl.dot(x_tile, a_tile.to(dtype).T, s_acc, input_precision="ieee")
+                s_acc = tl.dot(
+                    tail_tile(x_tile, dtype), tail_tile(a_tile, dtype).T, s_acc,
+                    input_precision=tail_precision(dtype),
+                )  # fmt: skip
             s_ptrs, mask_s = tile_of_s(s_ptr, row, M, R, stride_sm, BLOCK_M, BLOCK_R)
-            tl.store(s_ptrs, (s_acc * scale).to(dtype), mask=mask_s)
+            tl.store(s_ptrs, tail_tile(s_acc * scale, dtype), mask=mask_s)
             publish(flag_ptr)
         else:
             for k in tl.range(0, K, BLOCK_K):
@@ -131,16 +141,17 @@ def _lora_linear_producer_kernel(
                 acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
             wait_for(flag_ptr)
 
-        b_t = load_tile(b, 0, col, R, N, stride_br, stride_bn, BLOCK_R, BLOCK_N, False).to(dtype)
+        b_t = load_tile(b, 0, col, R, N, stride_br, stride_bn, BLOCK_R, BLOCK_N, False)
+        b_t = tail_tile(b_t, dtype)
         # Not from this multiprocessor's cache: another one may have written it.
         s_ptrs, mask_s = tile_of_s(s_ptr, row, M, R, stride_sm, BLOCK_M, BLOCK_R)
         s = tl.load(s_ptrs, mask=mask_s, other=0.0, cache_modifier=".cg")
         if MASK_TAIL:
-            tail = tl.dot(s, b_t, input_precision="ieee")
+            tail = tl.dot(s, b_t, input_precision=tail_precision(dtype))
             keep = dropout_keep(rng_ptr, row, col, threshold, BLOCK_M, BLOCK_N)
             acc += tl.where(keep, tail, 0.0)
         else:
-            acc = tl.dot(s, b_t, acc, input_precision="ieee")
+            acc = tl.dot(s, b_t, acc, input_precision=tail_precision(dtype))
         offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
         rows, inside = offs_m.to(tl.int64), offs_m < M
         store_result(
@@ -211,7 +222,7 @@ def _launch(
     """x [M, K], w [N, K], a [R, K], b [N, R]; of the masks at most one."""
     (m, k), n, r = x.shape, w.shape[0], a.shape[0]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    s = torch.empty(m, r, dtype=x.dtype, device=x.device)
+    s = torch.empty(m, r, dtype=tail_dtype(x.dtype), device=x.device)
     if m == 0:
         return y, s
     num_m, num_n = -(-m // config.block_m), -(-n // config.block_n)

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dropout_keep_rows
+from ..reference import tail_dtype
+from .common import dropout_keep_rows, tail_precision, tail_tile
 
 
 @triton.jit
@@ -85,7 +86,8 @@ def rank_tile(
     ptr, offs, inside, offs_r, rank, R, stride, stride_r, dtype: tl.constexpr,
     RANK_LAST: tl.constexpr,
 ):  # fmt: skip
-    """ptr[offs, offs_r] transposed, [rank, offs]: zero beyond the live rank, whatever lies there.
+    """ptr[offs, offs_r] transposed, [rank, offs], as the tail of rows of ``dtype`` has it: zero
+    beyond the live rank, whatever lies there.
 
     Where the rank lies along memory, a mask that cuts at any element would make every load one of
     single elements: vectors of 16 bytes are loaded or not, and what is too much is dropped in
@@ -100,18 +102,18 @@ def rank_tile(
     else:
         ptrs = ptr + offs_r.to(tl.int64)[:, None] * stride_r + offs.to(tl.int64)[None, :] * stride
         tile = tl.load(ptrs, mask=(offs_r < rank)[:, None] & inside[None, :], other=0.0)
-    return tile.to(dtype)
+    return tail_tile(tile, dtype)
 
 
 @triton.jit
 def expand_tile(
     s_ptr, b_ptr, rows, inside, offs_n, N, rank, R,
     stride_sm, stride_sr, stride_bn, stride_br,
+    dtype: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, RANK_LAST: tl.constexpr,
     STAGES: tl.constexpr = None,
 ):  # fmt: skip
-    """sum_r s[rows, r] b[offs_n, r] over the live rank, in float32."""
-    dtype = s_ptr.dtype.element_ty
+    """sum_r s[rows, r] b[offs_n, r] over the live rank, in float32, for a result of ``dtype``."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for first_r in tl.range(0, rank, BLOCK_R, num_stages=STAGES):
         offs_r = first_r + tl.arange(0, BLOCK_R)
@@ -119,7 +121,7 @@ def expand_tile(
         b = rank_tile(
             b_ptr, offs_n, offs_n < N, offs_r, rank, R, stride_bn, stride_br, dtype, RANK_LAST
         )
-        acc = tl.dot(s.T, b, acc, input_precision="ieee")
+        acc = tl.dot(s.T, b, acc, input_precision=tail_precision(dtype))
     return acc
 
 
@@ -127,6 +129,7 @@ def expand_tile(
 def tails_of_tile(
     s_ptr, b_ptrs, rng_ptr, table, start, stop, slots, rows, inside, j, offs_n, col, width, R,
     stride_sm, stride_sj, strides_bt, stride_bn, stride_br, threshold,
+    dtype: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     SLICES: tl.constexpr, PACKED: tl.constexpr, SUM_SLICES: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +161,7 @@ def tails_of_tile(
                 # miscompiled where their left operand is in registers.
                 tail = expand_tile(
                     s_ptr + i * stride_sj, b_ptr, rows, inside, offs_n, width, rank, R,
-                    stride_sm, 1, stride_bn, stride_br, BLOCK_M, BLOCK_N, BLOCK_R, False, 1,
+                    stride_sm, 1, stride_bn, stride_br, dtype, BLOCK_M, BLOCK_N, BLOCK_R, False, 1,
                 )  # fmt: skip
                 keep = own
                 if HAS_MASK:
@@ -168,7 +171,7 @@ def tails_of_tile(
             b_ptr = matrix_of_slot(b_ptrs, strides_bt, slot, j, SLICES)
             tail = expand_tile(
                 s_ptr + j * stride_sj, b_ptr, rows, inside, offs_n, width, rank, R,
-                stride_sm, 1, stride_bn, stride_br, BLOCK_M, BLOCK_N, BLOCK_R, True, 1,
+                stride_sm, 1, stride_bn, stride_br, dtype, BLOCK_M, BLOCK_N, BLOCK_R, True, 1,
             )  # fmt: skip
             acc += tl.where(own, tail, 0.0)
         place = following
@@ -202,13 +205,14 @@ class Stacks(NamedTuple):
         return len(self.slots)
 
 
-def stacks_of(stacks: Sequence[Tensor], dtype: torch.dtype, packed: int = 0) -> Stacks:
-    """One stack for each slice, with the dtype and the strides within a slot that the kernels
-    take once for all of them; stacks that differ in these are copied."""
+def stacks_of(stacks: Sequence[Tensor], rows: torch.dtype, packed: int = 0) -> Stacks:
+    """One stack for each slice, with the dtype and the strides within a slot that the kernels take
+    once for all of them; stacks that differ in these are copied, as rows of dtype ``rows`` take
+    them."""
     first = stacks[0]
     tensors = (first,) * packed if packed else tuple(stacks)
     if any(t.dtype != first.dtype or t.stride()[1:] != first.stride()[1:] for t in tensors):
-        tensors = tuple(t.to(dtype).contiguous() for t in tensors)
+        tensors = tuple(t.to(tail_dtype(rows)).contiguous() for t in tensors)
     row, last = tensors[0].stride()[1:]
     return Stacks(tensors, tuple(t.stride(0) for t in tensors), row, last, packed > 0)
 

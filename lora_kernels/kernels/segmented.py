@@ -23,8 +23,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..config import Config, block_r
-from ..reference import dropout_threshold
-from .common import counters, dropout_keep_rows, last_to_arrive, partials
+from ..reference import dropout_threshold, tail_dtype
+from .common import (
+    counters,
+    dropout_keep_rows,
+    last_to_arrive,
+    partials,
+    tail_precision,
+    tail_tile,
+)
 from .mixed import (
     Stacks,
     expand_tile,
@@ -64,7 +71,8 @@ def shrink_tile(
         a = rank_tile(
             a_ptr, offs_k, mask_k, offs_r, rank, R, stride_ak, stride_ar, dtype, RANK_LAST
         )
-        acc = tl.dot(x.to(dtype), a.T, acc, input_precision="ieee")
+        x = tail_tile(x.to(dtype), dtype)
+        acc = tl.dot(x, a.T, acc, input_precision=tail_precision(dtype))
     return acc
 
 
@@ -121,7 +129,7 @@ def _segmented_shrink_kernel(
                     acc += tl.load(tile_ptr + other * SIZE + in_acc, cache_modifier=".cg")
     if finish:
         scale = tl.load(table[1] + slot, mask=slot >= 0, other=0.0) * inverse_keep
-        s = (acc * scale.to(tl.float32)).to(s_ptr.dtype.element_ty)
+        s = tail_tile(acc * scale.to(tl.float32), x_ptr.dtype.element_ty)
         # The product is zero beyond the live rank, where the scale may be anything.
         s = tl.where((offs_r < rank)[None, :], s, 0.0)
         s_out = s_ptr + rows[:, None] * stride_sm + j * stride_sj + offs_r[None, :]
@@ -141,6 +149,7 @@ def _segmented_expand_kernel(
     SLICES: tl.constexpr, PACKED: tl.constexpr, RANK_LAST: tl.constexpr,
     ADD: tl.constexpr, SUM_SLICES: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
+    dtype = y_ptr.dtype.element_ty
     block = tl.program_id(0)
     slot, rank = slot_of_block(block, blocks, table)
     if (slot < 0) & (block < blocks):
@@ -160,7 +169,8 @@ def _segmented_expand_kernel(
                 b_ptr += (j * rank).to(tl.int64) * stride_br
             tail = expand_tile(
                 s_ptr + j * stride_sj, b_ptr, rows, inside, offs_n, width, rank, R,
-                stride_sm, stride_sr, stride_bn, stride_br, BLOCK_M, BLOCK_N, BLOCK_R, RANK_LAST,
+                stride_sm, stride_sr, stride_bn, stride_br, dtype,
+                BLOCK_M, BLOCK_N, BLOCK_R, RANK_LAST,
             )  # fmt: skip
             if HAS_MASK:
                 keep = dropout_keep_rows(rng_ptr, j, logical, col, threshold, BLOCK_M, BLOCK_N)
@@ -173,7 +183,8 @@ def _segmented_expand_kernel(
         b_ptr = matrix_of_slot(b_ptrs, strides_bt, slot, j, SLICES)
         acc = expand_tile(
             s_ptr + j * stride_sj, b_ptr, rows, inside, offs_n, width, rank, R,
-            stride_sm, stride_sr, stride_bn, stride_br, BLOCK_M, BLOCK_N, BLOCK_R, RANK_LAST,
+            stride_sm, stride_sr, stride_bn, stride_br, dtype,
+            BLOCK_M, BLOCK_N, BLOCK_R, RANK_LAST,
         )  # fmt: skip
     store_rows(y_ptr, acc, rows, inside, first, offs_n, width, stride_ym, stride_yn, ADD)
 
@@ -193,7 +204,7 @@ def _shrink(
     """S [M, n, r] of x and a [S, r, K], or ([S, N_j, r], transposed) of dY and B: then every slice
     has columns of its own, else ``shared`` ones."""
     m, n = x.shape[0], a.slices
-    s = torch.empty(m, n, r, dtype=x.dtype, device=x.device)
+    s = torch.empty(m, n, r, dtype=tail_dtype(x.dtype), device=x.device)
     columns = tuple(0 if shared else sum(widths[:j]) for j in range(n))
     rank, split = block_r(config, r), config.split_k
     blocks, parts = row_blocks(table, m, config.block_m, fill=True), -(-r // rank)
@@ -280,7 +291,7 @@ def segmented_expand_(
     y: Tensor, s: Tensor, lora_b: Sequence[Tensor], table: Sequence[Tensor], *, config: Config
 ) -> None:
     widths = [t.shape[1] for t in lora_b]
-    _expand(y, s, stacks_of(lora_b, s.dtype), table, widths, True, False, None, 0.0, config)
+    _expand(y, s, stacks_of(lora_b, y.dtype), table, widths, True, False, None, 0.0, config)
 
 
 def segmented_lora(
@@ -295,7 +306,10 @@ def segmented_lora(
     config: Config,
 ) -> tuple[Tensor, Tensor]:
     s = segmented_shrink(x, lora_a, table, packed_slices, rng, dropout_p, config=config)
-    return segmented_expand(s, lora_b, table, config=config), s
+    widths = [t.shape[1] for t in lora_b]
+    y, b = x.new_empty(x.shape[0], sum(widths)), stacks_of(lora_b, x.dtype)
+    _expand(y, s, b, table, widths, False, False, None, 0.0, config)
+    return y, s
 
 
 def segmented_lora_(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import Config, block_r
 from ..reference import dropout_threshold
-from .common import dropout_keep_rows
+from .common import dropout_keep_rows, tail_precision, tail_tile
 from .mixed import pick, rank_tile, slice_of_block
 
 
@@ -29,7 +29,7 @@ def _slot_sum(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """sum over the rows of z[row, column + col ...]^T t[row, first_r ...] [BLOCK_C, BLOCK_R]."""
-    dtype = t_ptr.dtype.element_ty
+    dtype = z_ptr.dtype.element_ty
     offs_c, offs_r = col + tl.arange(0, BLOCK_C), first_r + tl.arange(0, BLOCK_R)
     acc = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.float32)
     for place in tl.range(start, stop, BLOCK_M):
@@ -46,7 +46,8 @@ def _slot_sum(
             keep = dropout_keep_rows(rng_ptr, stream, logical, col, threshold, BLOCK_M, BLOCK_C)
             z = tl.where(keep, z, 0.0)
         t = rank_tile(t_ptr, rows, inside, offs_r, rank, R, stride_tm, stride_tr, dtype, True)
-        acc = tl.dot(z.to(dtype).T, t.T, acc, input_precision="ieee")
+        z = tail_tile(z.to(dtype), dtype)
+        acc = tl.dot(z.T, t.T, acc, input_precision=tail_precision(dtype))
     return acc
 
 

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..config import Config, block_r
-from .common import counters, last_to_arrive
+from ..reference import tail_dtype
+from .common import counters, last_to_arrive, tail_precision, tail_tile
 from .mixed import (
     Stacks,
     matrix_of_slot,
@@ -45,7 +46,7 @@ def _sum_of_shares(
         acc += tl.load(
             tile_ptr + other * SIZE + in_tile, mask=mask, other=0.0, cache_modifier=".cg"
         )
-    return tl.where(mask, acc * scale, 0.0).to(dtype)
+    return tail_tile(tl.where(mask, acc * scale, 0.0), dtype)
 
 
 @triton.jit
@@ -105,7 +106,7 @@ def _segmented_decode_kernel(
             offs_n = col + tl.arange(0, BLOCK_N)
             mask_n = offs_n < width
             b = rank_tile(b_ptr, offs_n, mask_n, offs_r, rank, R, stride_bn, stride_br, dtype, True)
-            acc = tl.dot(s, b, input_precision="ieee")
+            acc = tl.dot(s, b, input_precision=tail_precision(dtype))
             if PARTS > 1:
                 for first_r in tl.range(BLOCK_R, rank, BLOCK_R):
                     more_r = first_r + offs_r
@@ -116,7 +117,7 @@ def _segmented_decode_kernel(
                     b = rank_tile(
                         b_ptr, offs_n, mask_n, more_r, rank, R, stride_bn, stride_br, dtype, True
                     )
-                    acc = tl.dot(more_s, b, acc, input_precision="ieee")
+                    acc = tl.dot(more_s, b, acc, input_precision=tail_precision(dtype))
             store_rows(y_ptr, acc, rows, inside, first, offs_n, width, stride_ym, stride_yn, ADD)
         if HAS_S:  # noqa: SIM102 - known when it is compiled, the other is not
             # Of the chunks one brings it.
@@ -184,7 +185,9 @@ def _of_stacks(
 ) -> Tensor | None:
     a, b = stacks_of(lora_a, x.dtype, packed_slices), stacks_of(lora_b, x.dtype)
     widths, r = [t.shape[1] for t in lora_b], lora_b[0].shape[2]
-    s = x.new_empty(x.shape[0], len(widths), r) if with_s else None
+    s = None
+    if with_s:
+        s = x.new_empty(x.shape[0], len(widths), r, dtype=tail_dtype(x.dtype))
     _decode(y, s, x, a, b, table, widths, r, add, config)
     return s
 
