@@ -129,5 +129,5 @@ build/ready-no-venv: $(BUILD_INPUTS)
 	@mkdir -p build && touch $@
 
 # pip hides what a build says.
-SAY_CPU_KERNELS = $(PY) -c 'from lora_kernels import _native; \
-    print("CPU kernels:", _native.load() or "none, the reference answers: " + _native.why_not())'
+SAY_CPU_KERNELS = $(PY) -c 'from lora_kernels.spec import native; \
+    print("CPU kernels:", native.load() or "none, the reference answers: " + native.why_not())'

@@ -1,8 +1,8 @@
 """Builds the CPU extensions: one per instruction set, from the same sources, none of them required.
 
 Everything declarative is in pyproject.toml. What could not be built, and why, is written to
-`lora_kernels/_build_info.json`, which `lora_kernels._native` reads: a machine without a compiler
-installs the package all the same and the reference answers.
+`lora_kernels/_build_info.json`, which `lora_kernels.spec.native` reads: on a machine without a
+compiler the package installs all the same, and the reference answers.
 """
 
 import hashlib

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_kernels as lk
-from lora_kernels import _native, cpu
-from lora_kernels.testing import Inputs
+from lora_kernels.backends import cpu
+from lora_kernels.spec import native
+from lora_kernels.testing.linear import Inputs
 
 from .cases import Setting
 
@@ -327,7 +328,7 @@ def _unpacked_reason(setting: Setting, device: str) -> str | None:
         return "weights are packed for the CPU's kernels only"
     if cpu.packs(torch.empty(0, dtype=getattr(torch, setting.dtype))):
         return None
-    return f"no weight is packed here: {_native.why_not() or setting.dtype}"
+    return f"no weight is packed here: {native.why_not() or setting.dtype}"
 
 
 VARIANTS: dict[str, type[Variant]] = {

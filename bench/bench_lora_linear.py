@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import lora_kernels as lk
-from lora_kernels.testing import Inputs
+from lora_kernels.testing.linear import Inputs
 
 from . import checks
 from .baselines import VARIANTS, Ours, Variant

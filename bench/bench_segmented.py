@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import lora_kernels as lk
-from lora_kernels import testing
-from lora_kernels.config import MIXED_LINEAR_OPS
+from lora_kernels.planning.config import MIXED_LINEAR_OPS
+from lora_kernels.testing import linear as testing
 
 from .checks import rows_to_check
 from .measure import CapturedStep, Outputs, Rounds, Step, quartiles

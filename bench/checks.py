@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import lora_kernels as lk
-from lora_kernels import testing
+from lora_kernels.testing import linear as testing
 
 from .baselines import Variant
 from .cases import Setting

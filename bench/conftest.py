@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels.device import facts
+from lora_kernels.planning.device import facts
 
 from . import cases, peers, report, segmented_cases
 from .baselines import VARIANTS, Variant, version

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels import cpu
-from lora_kernels.device import facts
-from lora_kernels.functional import packed_linear
-from lora_kernels.packed import PackedWeight
+from lora_kernels.backends import cpu
+from lora_kernels.functional.linear import packed_linear
+from lora_kernels.layers.packed import PackedWeight
+from lora_kernels.planning.device import facts
 
 from .baselines import Variant
 from .memory import SavedTensors, step_peak

@@ -10,7 +10,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from lora_kernels.testing import Inputs
+from lora_kernels.testing.linear import Inputs
 
 from . import peers
 from .baselines import Variant

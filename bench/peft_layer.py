@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lora_kernels as lk
-from lora_kernels.device import facts
-from lora_kernels.testing import assert_within_budget
+from lora_kernels.planning.device import facts
+from lora_kernels.testing.linear import assert_within_budget
 
 from .report import piped
 

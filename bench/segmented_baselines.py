@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_kernels as lk
-from lora_kernels import _native, cpu
-from lora_kernels.config import Config, invalid_reason
-from lora_kernels.device import facts
-from lora_kernels.packed import PackedWeight
-from lora_kernels.problem import Problem
+from lora_kernels.backends import cpu
+from lora_kernels.layers.packed import PackedWeight
+from lora_kernels.planning.config import Config
+from lora_kernels.planning.device import facts
+from lora_kernels.planning.validity import invalid_reason
+from lora_kernels.spec import native
+from lora_kernels.spec.problem import Problem
 
 from .segmented_cases import MixedInputs, MixedSetting
 
@@ -116,7 +118,7 @@ class PackedBase(Ours):
             return "weights are packed for the CPU's kernels only"
         if cpu.packs(torch.empty(0, dtype=getattr(torch, setting.dtype))):
             return None
-        return f"no weight is packed here: {_native.why_not() or setting.dtype}"
+        return f"no weight is packed here: {native.why_not() or setting.dtype}"
 
 
 class Fused(MixedVariant):

@@ -36,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 import lora_kernels as lk
-from lora_kernels.device import facts
+from lora_kernels.planning.device import facts
 
 from .memory import Resident, SavedTensors, step_peak
 from .report import piped

@@ -1,4 +1,4 @@
-// lora_linear with its node of the autograd graph in C++: functional.py's _LoRALinear, for calls
+// lora_linear with its node of the autograd graph in C++: functional/linear.py's _LoRALinear, for calls
 // that the native plan answers.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -20,7 +20,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// What plan.py shares, int64 [2]: whether somebody asks who answers (or forces an answer), and
+// What answers.py shares, int64 [2]: whether somebody asks who answers (or forces an answer), and
 // whether a node has answered since an operator did. Nobody shares it: it is as if somebody asked.
 std::atomic<int64_t>* shared = nullptr;
 
@@ -241,7 +241,7 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(lora_kernels_cpu, m) {
-  // For a frozen weight, of operands that functional.py has checked.
+  // For a frozen weight, of operands that functional/linear.py has checked.
   m.def(
       "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scale, "
       "Tensor? bias, Tensor? rng, float dropout_p, bool fan_in_fan_out, ScalarType dtype, "

@@ -1,18 +1,24 @@
 """LoRA layers that cost what the frozen linear costs: one operator for ``x W^T + s (x A^T) B^T``,
 forward and backward."""
 
-from .functional import lora_linear
-from .integrations.peft import load_adapter, save_adapter
+from .functional.linear import lora_linear
+from .functional.segmented import (
+    segmented_expand,
+    segmented_linear,
+    segmented_lora,
+    segmented_shrink,
+)
 from .integrations.peft_swap import accelerate_peft, restore_peft
-from .models import LoRAConfig, LoRAReport, apply_lora, lora_report
-from .multi_lora import MultiLoRAEmbedding, MultiLoRALinear
-from .nn import FusedLoRALinear
-from .plan import Answer, batch_invariant, force_plan, last_plan, record_plans
-from .segmented import segmented_expand, segmented_linear, segmented_lora, segmented_shrink
-from .segments import SegmentTable
-from .serving import AdapterStore, UnknownAdapterError
-from .unloading import disable_adapter, merge_adapter, unload, unmerge_adapter
-from .warming import warmup
+from .layers.fused import FusedLoRALinear
+from .layers.multi import MultiLoRAEmbedding, MultiLoRALinear
+from .models.apply import LoRAConfig, LoRAReport, apply_lora, lora_report
+from .models.checkpoints import load_adapter, save_adapter
+from .models.unloading import disable_adapter, merge_adapter, unload, unmerge_adapter
+from .models.warming import warmup
+from .planning.answers import Answer, last_plan, record_plans
+from .planning.plan import batch_invariant, force_plan
+from .serving.store import AdapterStore, UnknownAdapterError
+from .spec.segments import SegmentTable
 
 __version__ = "0.1.0"
 __all__ = [

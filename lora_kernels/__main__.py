@@ -11,11 +11,16 @@ import sys
 
 import torch
 
-from . import __version__, _native, compare, plan, tune
-from .config import PLANS, Config, invalid_reason
-from .device import facts
-from .ops import OPERATORS, SEGMENTED_OPERATORS
-from .problem import Problem, dtype_name
+from . import __version__
+from .backends import tune
+from .functional.ops import OPERATORS, SEGMENTED_OPERATORS
+from .integrations import compare
+from .planning import plan, tables
+from .planning.config import PLANS, Config
+from .planning.device import facts
+from .planning.validity import invalid_reason
+from .spec import native
+from .spec.problem import Problem, dtype_name
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
@@ -36,15 +41,13 @@ def report() -> str:
         lines.append(
             f"{package} {version}" if version else f"{package} is not installed: {without}"
         )
-    native = _native.load()
+    isa = native.load()
     lines.append(
-        f"native CPU kernels: {native}"
-        if native
-        else f"native CPU kernels: none, {_native.why_not()}"
+        f"native CPU kernels: {isa}" if isa else f"native CPU kernels: none, {native.why_not()}"
     )
     if not torch.cuda.is_available():
         lines.append(f"GPU: none that torch {torch.__version__} can use")
-    lines.append(f"tuned plans of the user: {plan.cache_directory()}")
+    lines.append(f"tuned plans of the user: {tables.cache_directory()}")
     for device in _devices():
         lines += ["", *_device_report(device)]
     return "\n".join(lines)
@@ -52,7 +55,7 @@ def report() -> str:
 
 def _device_report(device: str) -> list[str]:
     known = facts(device)
-    lines = [f"{device}: {known.name} ({known.arch}), {len(plan.table(known))} tuned plans"]
+    lines = [f"{device}: {known.name} ({known.arch}), {len(tables.table(known))} tuned plans"]
     for name in DTYPES:
         answers: dict[str, list[str]] = {}
         for op in (*OPERATORS, *SEGMENTED_OPERATORS):

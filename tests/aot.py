@@ -45,11 +45,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_kernels import cuda
-from lora_kernels.config import Config, invalid_reason, tiled_configs
-from lora_kernels.device import DeviceFacts
-from lora_kernels.problem import Problem
-from lora_kernels.reference import tail_dtype
+from lora_kernels.backends import cuda
+from lora_kernels.planning.config import Config, tiled_configs
+from lora_kernels.planning.device import DeviceFacts
+from lora_kernels.planning.validity import invalid_reason
+from lora_kernels.spec.problem import Problem
+from lora_kernels.spec.reference import tail_dtype
 from tests import aot_segmented
 
 REPORT = Path(__file__).with_name("aot_report.md")

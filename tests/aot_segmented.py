@@ -18,19 +18,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_kernels.config import (
+from lora_kernels.functional.ops import SEGMENTED_OPERATORS
+from lora_kernels.planning.config import (
     DECODE_OPS,
     MIXED_LINEAR_OPS,
     SMALL_M,
     Config,
-    invalid_reason,
     tiled_configs,
 )
-from lora_kernels.device import DeviceFacts
-from lora_kernels.ops import SEGMENTED_OPERATORS
-from lora_kernels.problem import Problem
-from lora_kernels.reference import tail_dtype
-from lora_kernels.segments import SegmentTable
+from lora_kernels.planning.device import DeviceFacts
+from lora_kernels.planning.validity import invalid_reason
+from lora_kernels.spec.problem import Problem
+from lora_kernels.spec.reference import tail_dtype
+from lora_kernels.spec.segments import SegmentTable
 
 WIDTHS = (2048, 512, 512)
 SLOTS = 8

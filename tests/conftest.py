@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_kernels import _native
+from lora_kernels.spec import native
 
 HAS_GPU = torch.cuda.is_available()
 DEVICES = ["cpu"] + ["cuda"] * HAS_GPU
@@ -18,8 +18,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
-        if "native" in item.keywords and _native.load() is None:
-            item.add_marker(pytest.mark.skip(reason=f"no CPU extension: {_native.why_not()}"))
+        if "native" in item.keywords and native.load() is None:
+            item.add_marker(pytest.mark.skip(reason=f"no CPU extension: {native.why_not()}"))
 
 
 @pytest.fixture(params=DEVICES)

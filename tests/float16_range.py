@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lora_kernels.plan import record_plans
-from lora_kernels.testing import RESULTS, Case, _dab_of_given, naive, poisoned_memory
-from lora_kernels.testing_segmented import SegmentedCase
-from lora_kernels.testing_segmented import naive as naive_segmented
+from lora_kernels.planning.answers import record_plans
+from lora_kernels.testing.linear import RESULTS, Case, _dab_of_given, naive, poisoned_memory
+from lora_kernels.testing.segmented import SegmentedCase
+from lora_kernels.testing.segmented import naive as naive_segmented
 
 FLOAT16 = torch.float16
 # Nearer to the end a result within the budget may be beyond it.

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 import lora_kernels as lk
-from lora_kernels import ops, reference
-from lora_kernels.segments import SegmentTable
-from lora_kernels.testing import assert_within_budget, poisoned_memory
+from lora_kernels.functional import ops
+from lora_kernels.spec import reference
+from lora_kernels.spec.segments import SegmentTable
+from lora_kernels.testing.linear import assert_within_budget, poisoned_memory
 
 NAN = float("nan")
 MOST_WEIGHT = 5_000_000

@@ -197,11 +197,11 @@ if os.environ.get(_ACCOUNT):
     from peft.tuners.tuners_utils import BaseTuner
 
     import lora_kernels as lk
-    from lora_kernels.integrations import peft_layers, peft_swap
+    from lora_kernels.integrations import peft_calls, peft_layers
 
     # One account for all models of this process.
-    _calls = peft_swap.Calls()
-    peft_swap.Calls = lambda: _calls  # type: ignore[misc,assignment]
+    _calls = peft_calls.Calls()
+    peft_calls.Calls = lambda: _calls  # type: ignore[misc,assignment]
     _answered: Counter[str] = Counter()
     _tests_with_calls: set[str] = set()
 

@@ -16,17 +16,17 @@ import torch
 triton = pytest.importorskip("triton")
 
 # Below the skip: nothing of Triton's is imported where it is missing.
-from lora_kernels import vendor  # noqa: E402
-from lora_kernels.config import MIXED_LINEAR_OPS, Config  # noqa: E402
+from lora_kernels.backends import vendor  # noqa: E402
 from lora_kernels.kernels import (  # noqa: E402
     linear_fwd,
-    mixed,
+    rows,
     segmented,
     segmented_bwd,
     segmented_decode,
     segmented_linear,
 )
-from lora_kernels.testing_segmented import SegmentedCase, check_segmented  # noqa: E402
+from lora_kernels.planning.config import MIXED_LINEAR_OPS, Config  # noqa: E402
+from lora_kernels.testing.segmented import SegmentedCase, check_segmented  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -69,7 +69,7 @@ LINEAR_CONFIGS = {
 RANKS = (33, 0, 1, 8, 41, 16)
 SIZE = SegmentedCase(150, 43, (37, 70, 16), RANKS, device=DEVICE)
 
-MODULES = (mixed, segmented, segmented_bwd, segmented_decode, linear_fwd, segmented_linear)
+MODULES = (rows, segmented, segmented_bwd, segmented_decode, linear_fwd, segmented_linear)
 
 
 def launch(op, config, modules=MODULES):
@@ -121,7 +121,7 @@ def assert_red(mistake, config, case, tmp_path, monkeypatch):
         said += sound in source
         path = tmp_path / Path(module.__file__).name
         source = source.replace(sound, broken)
-        for other in ("segmented", "mixed", "linear_fwd"):
+        for other in ("segmented", "rows", "linear_fwd"):
             source = source.replace(f"from .{other} import", f"from .broken_{other} import")
         path.write_text(source)
         name = f"lora_kernels.kernels.broken_{path.stem}"

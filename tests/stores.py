@@ -6,8 +6,8 @@ import models
 import torch
 
 import lora_kernels as lk
-from lora_kernels import config
-from lora_kernels.device import facts
+from lora_kernels.planning import config
+from lora_kernels.planning.device import facts
 
 NATIVE = facts("cpu").native not in ("", "baseline")
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.models import lora_layers
+from lora_kernels.models.apply import lora_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

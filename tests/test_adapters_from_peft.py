@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.integrations.peft import EXPERT_NAMES
-from lora_kernels.models import lora_layers
+from lora_kernels.models.apply import lora_layers
+from lora_kernels.models.checkpoints import EXPERT_NAMES
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -15,7 +15,7 @@ from test_model_state import Shared
 
 import lora_kernels as lk
 from lora_kernels import FusedLoRALinear
-from lora_kernels.models import lora_layers
+from lora_kernels.models.apply import lora_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -302,7 +302,7 @@ def test_an_overwritten_adapter_is_never_half_written(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(lk.integrations.peft, "save_file", full)
+    monkeypatch.setattr(lk.models.checkpoints, "save_file", full)
     with pytest.raises(OSError, match="no space"):
         lk.save_adapter(models.draw_adapter(ours, seed=8), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

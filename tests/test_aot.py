@@ -12,8 +12,10 @@ import aot
 import pytest
 import torch
 
-from lora_kernels import config, cuda, ops
-from lora_kernels.problem import Problem
+from lora_kernels.backends import cuda
+from lora_kernels.functional import ops
+from lora_kernels.planning import config, validity
+from lora_kernels.spec.problem import Problem
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET"):
@@ -90,7 +92,7 @@ def test_every_shipped_tile_is_compiled(arch):
             for aligned in (True, False):
                 problem = problem._replace(aligned=aligned)
                 for tile in config.tiled_configs(problem, aot.FACTS[arch]):
-                    if config.invalid_reason(tile, problem, aot.FACTS[arch]) is None:
+                    if validity.invalid_reason(tile, problem, aot.FACTS[arch]) is None:
                         assert any(
                             (c.config.plan, c.config.block_m, c.config.block_n, c.config.block_k)
                             == (tile.plan, tile.block_m, tile.block_n, tile.block_k)
@@ -121,7 +123,7 @@ def test_every_tile_of_a_mixed_batch_is_compiled(arch):
         for dtype, aligned in itertools.product(aot.DTYPES, (True, False)):
             problem = Problem(op, 50, 3072, 4096, 256, dtype, dtype, aligned=aligned, slots=8)
             for tile in config.tiled_configs(problem._replace(slices=3), aot.FACTS[arch]):
-                if config.invalid_reason(tile, problem, aot.FACTS[arch]) is None:
+                if validity.invalid_reason(tile, problem, aot.FACTS[arch]) is None:
                     halves = tile.plan == "grouped" and op in config.DECODE_OPS
                     assert halves or any(
                         (c.config.plan, c.config.block_n, c.config.block_k, c.config.num_warps)

@@ -21,8 +21,8 @@ from bench.segmented_cases import (
     row_counts,
     slots_of,
 )
-from lora_kernels.config import Config
-from lora_kernels.problem import Problem
+from lora_kernels.planning.config import Config
+from lora_kernels.spec.problem import Problem
 
 SMALL = MixedSetting("T2", "qkv", 70, 96, (64, 48), 8, "modulo", 5, "float32")
 

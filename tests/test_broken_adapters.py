@@ -339,11 +339,11 @@ def test_a_broken_adapter_leaves_an_adapted_model_as_it_was(tmp_path, case):
     model = lk.apply_lora(build("llama"), r=4, target_modules=["q_proj"], lora_alpha=3)
     models.draw_adapter(model, seed=8)
     before = models.Snapshot(model)
-    config = lk.models.applied(model).config
+    config = lk.models.apply.applied(model).config
     with pytest.raises(case[1], match=case[2]):
         lk.load_adapter(model, tmp_path / "adapter")
     before.assert_unchanged()
-    assert lk.models.applied(model).config is config
+    assert lk.models.apply.applied(model).config is config
 
 
 @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ ENDLESS = {
 
 @pytest.mark.parametrize(("field", "value"), ENDLESS.items(), ids=ENDLESS)
 def test_a_pattern_that_never_ends_is_refused(tmp_path, monkeypatch, field, value):
-    monkeypatch.setattr(lk.integrations.lora_config, "_PATTERN_SECONDS", 3.0)
+    monkeypatch.setattr(lk.models.config, "_PATTERN_SECONDS", 3.0)
     broken_adapter(tmp_path / "adapter", (with_config(**{field: value}),))
     message = f"{CONFIG}: matching {field} .* took more than 3 s"
     model = build("llama")

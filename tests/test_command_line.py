@@ -9,7 +9,9 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels import __main__ as cli
-from lora_kernels import device, ops, plan, tune
+from lora_kernels.backends import tune
+from lora_kernels.functional import ops
+from lora_kernels.planning import device, plan, tables
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +53,7 @@ def test_a_reader_that_goes_away_while_it_measures():
         assert "tuning on" in running.stdout.readline()
         running.stdout.close()
         assert running.stderr.read() == ""
-    assert plan.read_table(tune.table_path("cpu"))
+    assert tables.read_table(tune.table_path("cpu"))
 
 
 def test_the_report_says_what_answers_and_why(capsys, monkeypatch):
@@ -70,7 +72,7 @@ def test_tune_from_the_command_line(capsys):
     text = capsys.readouterr().out
     assert "lora_linear_fwd" in text
     assert str(tune.table_path("cpu")) in text
-    assert len(plan.read_table(tune.table_path("cpu"))) == len(ops.OPERATORS)
+    assert len(tables.read_table(tune.table_path("cpu"))) == len(ops.OPERATORS)
 
 
 def test_tune_mixed_batches_from_the_command_line(capsys):
@@ -78,7 +80,7 @@ def test_tune_mixed_batches_from_the_command_line(capsys):
     chosen = ["--slots", "2", "--ops", "segmented_lora_,segmented_linear_fwd"]
     assert cli.main(["tune", *options, *chosen]) == 0
     assert "N 11 slots 2 slices 2" in capsys.readouterr().out
-    assert len(plan.read_table(tune.table_path("cpu"))) == 4
+    assert len(tables.read_table(tune.table_path("cpu"))) == 4
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from lora_kernels import accelerate_peft, compare, compare_model
+from lora_kernels import accelerate_peft
 from lora_kernels.__main__ import main
+from lora_kernels.integrations import compare, compare_model
 
 
 @pytest.fixture(autouse=True)

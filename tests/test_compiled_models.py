@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from training import HOWS, assert_answered, assert_close, tiny, trainable
 
 import lora_kernels as lk
-from lora_kernels.models import lora_layers
+from lora_kernels.models.apply import lora_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.device import facts
 from lora_kernels.integrations.continuous_batching import adapt_requests
+from lora_kernels.planning.device import facts
 
 transformers = pytest.importorskip("transformers")
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lora_kernels import _native
-from lora_kernels.segments import SegmentTable
+from lora_kernels.spec import native
+from lora_kernels.spec.segments import SegmentTable
 
 NAN = float("nan")
 
@@ -12,7 +12,7 @@ NAN = float("nan")
 @pytest.fixture(params=["native", "torch"], autouse=True)
 def scheduler(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(_native, "load", lambda: None)
+        monkeypatch.setattr(native, "load", lambda: None)
 
 
 def check(seg, slot_of_row):

@@ -20,14 +20,15 @@ from linear_calls import LEAVES, call, require_grad
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels import _native, ops
-from lora_kernels.batches import Adapter, Batch, Owner, activate
-from lora_kernels.reference import tail_dtype
-from lora_kernels.testing import naive
+from lora_kernels.functional import ops
+from lora_kernels.layers.batches import Adapter, Batch, Owner, activate
+from lora_kernels.spec import native
+from lora_kernels.spec.reference import tail_dtype
+from lora_kernels.testing.linear import naive
 
 peft = pytest.importorskip("peft")
 
-PLANS = ["reference", "vendor"] + ["native"] * (_native.load() is not None)
+PLANS = ["reference", "vendor"] + ["native"] * (native.load() is not None)
 SHAPES = {
     "plain": {},
     "dropout": {"dropout_p": 0.3},

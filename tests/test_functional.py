@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
-from lora_kernels.testing import Case, assert_within_budget, naive, poisoned_memory
+from lora_kernels.testing.linear import Case, assert_within_budget, naive, poisoned_memory
 
 GRADIENTS = {"x": "dx", "lora_a": "da", "lora_b": "db", "bias": "dbias"}
 

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels import ops
-from lora_kernels.config import MIXED_LINEAR_OPS, candidates
-from lora_kernels.device import facts
-from lora_kernels.problem import PROBLEM_OF
-from lora_kernels.segments import SegmentTable
-from lora_kernels.testing import Case, assert_within_budget, check, naive
-from lora_kernels.testing_segmented import SegmentedCase, check_segmented
-from lora_kernels.testing_segmented import naive as naive_segmented
+from lora_kernels.functional import ops
+from lora_kernels.planning.config import MIXED_LINEAR_OPS
+from lora_kernels.planning.device import facts
+from lora_kernels.planning.validity import candidates
+from lora_kernels.spec.problem import PROBLEM_OF
+from lora_kernels.spec.segments import SegmentTable
+from lora_kernels.testing.linear import Case, assert_within_budget, check, naive
+from lora_kernels.testing.segmented import SegmentedCase, check_segmented
+from lora_kernels.testing.segmented import naive as naive_segmented
 
 pytestmark = pytest.mark.gpu
 

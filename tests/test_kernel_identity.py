@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels import _native, plan
+from lora_kernels.planning import tables
+from lora_kernels.spec import native
 
 CHECKOUT = Path(lk.__file__).parents[1]
 
@@ -32,7 +33,7 @@ def test_a_table_of_a_checkout_holds_for_an_installed_copy(tmp_path):
     script = "from lora_kernels import plan; print(plan.__file__, plan.kernel_sources_hash())"
     file, found = python(script, tmp_path).split()
     assert Path(file).is_relative_to(tmp_path)
-    assert found == plan.kernel_sources_hash()
+    assert found == tables.kernel_sources_hash()
 
 
 @pytest.mark.parametrize("changed", ["csrc", "torch", "nothing built", "not installed"])
@@ -47,21 +48,21 @@ def test_tables_of_other_cpu_kernels_are_ignored(changed, tmp_path, monkeypatch)
 
     def hash_of(info):
         (tmp_path / "_build_info.json").write_text(json.dumps(info))
-        plan.kernel_sources_hash.cache_clear()
-        return plan.kernel_sources_hash()
+        tables.kernel_sources_hash.cache_clear()
+        return tables.kernel_sources_hash()
 
-    monkeypatch.setattr(_native, "DIRECTORY", tmp_path)
+    monkeypatch.setattr(native, "DIRECTORY", tmp_path)
     try:
         usual = hash_of(built)
         assert hash_of(built | {"compiler": "another"}) == usual
         if changed == "not installed":
             (tmp_path / "_build_info.json").unlink()
-            plan.kernel_sources_hash.cache_clear()
-            assert plan.kernel_sources_hash() != usual
+            tables.kernel_sources_hash.cache_clear()
+            assert tables.kernel_sources_hash() != usual
         else:
             assert hash_of(built | changes[changed]) != usual
     finally:
-        plan.kernel_sources_hash.cache_clear()
+        tables.kernel_sources_hash.cache_clear()
 
 
 @pytest.mark.skipif(not (CHECKOUT / "csrc").is_dir(), reason="the package is installed: no csrc")
@@ -83,6 +84,6 @@ def test_the_build_hashes_sources_and_flags(tmp_path):
     assert hash_with(lambda setup: setup) != usual
 
 
-@pytest.mark.skipif(_native.load() is None, reason=f"no CPU extension: {_native.why_not()}")
+@pytest.mark.skipif(native.load() is None, reason=f"no CPU extension: {native.why_not()}")
 def test_the_build_records_the_hash():
-    assert len(_native.built_from()) == 16
+    assert len(native.built_from()) == 16

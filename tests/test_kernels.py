@@ -20,18 +20,14 @@ triton = pytest.importorskip("triton")
 
 # Below the skip: nothing of Triton's is imported where it is missing.
 import lora_kernels as lk  # noqa: E402
-from lora_kernels import cuda, vendor  # noqa: E402
-from lora_kernels.config import SKINNY_OPS, Config, is_valid  # noqa: E402
-from lora_kernels.device import DeviceFacts, facts  # noqa: E402
-from lora_kernels.kernels import (  # noqa: E402
-    common,
-    linear_bwd,
-    linear_fwd,
-    linear_producer,
-)
-from lora_kernels.ops import OPERATORS  # noqa: E402
-from lora_kernels.problem import PROBLEM_OF  # noqa: E402
-from lora_kernels.testing import LAYOUTS, MUTATIONS, Case, check, mutation_case  # noqa: E402
+from lora_kernels.backends import cuda, vendor  # noqa: E402
+from lora_kernels.functional.ops import OPERATORS  # noqa: E402
+from lora_kernels.kernels import common, linear_bwd, linear_fwd, linear_producer  # noqa: E402
+from lora_kernels.planning.config import SKINNY_OPS, Config  # noqa: E402
+from lora_kernels.planning.device import DeviceFacts, facts  # noqa: E402
+from lora_kernels.planning.validity import is_valid  # noqa: E402
+from lora_kernels.spec.problem import PROBLEM_OF  # noqa: E402
+from lora_kernels.testing.linear import LAYOUTS, MUTATIONS, Case, check, mutation_case  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

@@ -20,10 +20,10 @@ from float16_range import (
 from segmented_kernels import CONFIGS, DEVICE, INTERPRETED, LINEAR_CONFIGS
 from test_kernels import GEMMS, launch, skinny
 
-from lora_kernels import vendor
-from lora_kernels.config import DECODE_OPS, MIXED_LINEAR_OPS
+from lora_kernels.backends import vendor
+from lora_kernels.functional.ops import SEGMENTED_OPERATORS
 from lora_kernels.kernels import common
-from lora_kernels.ops import SEGMENTED_OPERATORS
+from lora_kernels.planning.config import DECODE_OPS, MIXED_LINEAR_OPS
 
 pytestmark = segmented_kernels.SKIPS
 

@@ -23,14 +23,17 @@ from segmented_kernels import (
 )
 
 import lora_kernels as lk
-from lora_kernels import cuda, ops, reference, segmented
-from lora_kernels.config import DECODE_OPS, MIXED_LINEAR_OPS, Config, is_valid
-from lora_kernels.device import DeviceFacts, facts
+from lora_kernels.backends import cuda
+from lora_kernels.functional import ops, segmented
 from lora_kernels.kernels import segmented as forward
 from lora_kernels.kernels import segmented_decode
-from lora_kernels.problem import PROBLEM_OF
-from lora_kernels.segments import SegmentTable
-from lora_kernels.testing_segmented import check_segmented
+from lora_kernels.planning.config import DECODE_OPS, MIXED_LINEAR_OPS, Config
+from lora_kernels.planning.device import DeviceFacts, facts
+from lora_kernels.planning.validity import is_valid
+from lora_kernels.spec import reference
+from lora_kernels.spec.problem import PROBLEM_OF
+from lora_kernels.spec.segments import SegmentTable
+from lora_kernels.testing.segmented import check_segmented
 
 pytestmark = segmented_kernels.SKIPS
 
@@ -202,7 +205,7 @@ def test_the_functional_layer_trains_through_the_kernels(monkeypatch):
 
     def step():
         x, *rest = leaves
-        y = lk.segmented.segmented_lora(
+        y = lk.segmented_lora(
             x, rest[:3], rest[3:], inputs.seg, dropout_p=0.2, training=True, rng=inputs.rng
         )
         return y, *torch.autograd.grad(y, leaves, inputs.dy)

@@ -23,14 +23,17 @@ from segmented_kernels import (
 )
 
 import lora_kernels as lk
-from lora_kernels import cuda, reference, segmented, vendor
-from lora_kernels import plan as planner
-from lora_kernels.config import MIXED_LINEAR_OPS, Config, is_valid
-from lora_kernels.device import DeviceFacts, facts
+from lora_kernels.backends import cuda, vendor
+from lora_kernels.functional import segmented
 from lora_kernels.kernels import linear_fwd
-from lora_kernels.problem import PROBLEM_OF
-from lora_kernels.segments import SegmentTable
-from lora_kernels.testing_segmented import SegmentedCase, check_segmented
+from lora_kernels.planning import plan as planner
+from lora_kernels.planning.config import MIXED_LINEAR_OPS, Config
+from lora_kernels.planning.device import DeviceFacts, facts
+from lora_kernels.planning.validity import is_valid
+from lora_kernels.spec import reference
+from lora_kernels.spec.problem import PROBLEM_OF
+from lora_kernels.spec.segments import SegmentTable
+from lora_kernels.testing.segmented import SegmentedCase, check_segmented
 
 pytestmark = segmented_kernels.SKIPS
 

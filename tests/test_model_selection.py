@@ -12,7 +12,7 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels import FusedLoRALinear
-from lora_kernels.models import lora_layers
+from lora_kernels.models.apply import lora_layers
 
 
 @pytest.fixture(autouse=True)

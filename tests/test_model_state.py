@@ -11,7 +11,7 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels import FusedLoRALinear
-from lora_kernels.models import lora_layers
+from lora_kernels.models.apply import lora_layers
 
 
 @pytest.fixture(autouse=True)
@@ -190,7 +190,7 @@ def test_an_error_midway_leaves_the_model_as_it_was(monkeypatch, where, call):
     elif where == "freezing":
         fail_at(monkeypatch, nn.Module, "requires_grad_", 1)
     else:
-        fail_at(monkeypatch, lk.models, "LoRAReport", 1)
+        fail_at(monkeypatch, lk.models.apply, "LoRAReport", 1)
     with pytest.raises(MemoryError):
         lk.apply_lora(model)
     monkeypatch.undo()

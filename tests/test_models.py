@@ -9,8 +9,8 @@ import torch
 from models import CONFIG, FAMILIES, GENERATING, adapt, build, trainable
 
 import lora_kernels as lk
-from lora_kernels.models import lora_layers
-from lora_kernels.testing import error_and_budget
+from lora_kernels.models.apply import lora_layers
+from lora_kernels.testing.linear import error_and_budget
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_kernels as lk
-from lora_kernels.batches import Adapter, Batch, Owner, activate
-from lora_kernels.testing import assert_within_budget
+from lora_kernels.layers.batches import Adapter, Batch, Owner, activate
+from lora_kernels.testing.linear import assert_within_budget
 
 SLOTS, MAX_RANK, WIDTH = 4, 20, 150
 # Slot 2 is unused, and slot 3 without this layer.

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_kernels import _native
+from lora_kernels.spec import native
 
 needs_extension = pytest.mark.skipif(
-    _native.load() is None, reason=f"no CPU extension is loaded: {_native.why_not()}"
+    native.load() is None, reason=f"no CPU extension is loaded: {native.why_not()}"
 )
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -111,14 +111,14 @@ def test_masked_known_answers(counter, key, result):
 
 @needs_extension
 def test_masked_instruction_set():
-    isa, product = _native.load(), torch.ops.lora_kernels_cpu.bfloat16_product()
+    isa, product = native.load(), torch.ops.lora_kernels_cpu.bfloat16_product()
     extension = "avx512" if isa in ("avx512_bf16", "brgemm") else isa
     assert torch.ops.lora_kernels_cpu.isa() == extension
     assert product == {"avx512_bf16": "dot", "brgemm": "brgemm"}.get(isa, "float")
     # Unforced, the widest; but brgemm only where it is AMX.
-    choices = [isa for isa in _native.available() if isa != "brgemm" or has_amx()]
-    assert isa == (os.environ.get(_native.VARIABLE) or choices[-1])
-    assert _native.why_not() is None
+    choices = [isa for isa in native.available() if isa != "brgemm" or has_amx()]
+    assert isa == (os.environ.get(native.VARIABLE) or choices[-1])
+    assert native.why_not() is None
 
 
 def has_amx():
@@ -226,7 +226,7 @@ def test_masked_wrong_calls(x, rng, p, error, says):
 
 
 @needs_extension
-@pytest.mark.parametrize("isa", [isa for isa in _native.available() if isa != _native.load()])
+@pytest.mark.parametrize("isa", [isa for isa in native.available() if isa != native.load()])
 def test_every_instruction_set(isa):
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     others = ("test_native_linear.py", "test_native_segmented.py")
@@ -234,7 +234,7 @@ def test_every_instruction_set(isa):
     done = subprocess.run(
         [*tests, *files, "-k", "test_masked or test_native_linear or test_native_segmented"],
         # glibc then hands out no memory that is zero: the kernels' own scratch is not torch's.
-        env={**os.environ, _native.VARIABLE: isa, "MALLOC_PERTURB_": "1"},
+        env={**os.environ, native.VARIABLE: isa, "MALLOC_PERTURB_": "1"},
         capture_output=True,
         text=True,
     )
@@ -244,7 +244,7 @@ def test_every_instruction_set(isa):
 
 def load_in_new_process(statement, **environment):
     """What `statement`, run in a process of its own, leaves in `said`."""
-    before = "import json, torch\nfrom lora_kernels import _native\n"
+    before = "import json, torch\nfrom lora_kernels.spec import native\n"
     code = f"{before}{statement}\nprint(json.dumps(said))"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -265,14 +265,14 @@ def test_threads_that_load_together():
     said = load_in_new_process(
         "from concurrent.futures import ThreadPoolExecutor\n"
         "with ThreadPoolExecutor(8) as pool:\n"
-        "    said = list(pool.map(lambda _: _native.load(), range(32)))"
+        "    said = list(pool.map(lambda _: native.load(), range(32)))"
     )
-    assert said == [_native.load()] * 32
+    assert said == [native.load()] * 32
 
 
 def test_forced_off():
     said = load_in_new_process(
-        "said = [_native.load(), _native.why_not(), hasattr(torch.ops.lora_kernels_cpu, 'isa')]",
+        "said = [native.load(), native.why_not(), hasattr(torch.ops.lora_kernels_cpu, 'isa')]",
         LORA_KERNELS_CPU_ISA="none",
     )
     assert said == [None, "turned off by LORA_KERNELS_CPU_ISA=none", False]
@@ -286,22 +286,22 @@ def install(directory, built=(), failed=None, torch_version=torch.__version__):
 def test_unknown_name_raises(tmp_path):
     install(tmp_path)
     with pytest.raises(ValueError, match="LORA_KERNELS_CPU_ISA='sse9'.*baseline.*none"):
-        _native._load(tmp_path, "sse9")
+        native._load(tmp_path, "sse9")
 
 
 def test_instruction_set_the_cpu_lacks_raises(tmp_path, monkeypatch):
     install(tmp_path, ["baseline", "avx2", "avx512"])
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert _native._supported() == ("baseline", "avx2")
+    assert native._supported() == ("baseline", "avx2")
     for forced in ("avx512", "avx512_bf16", "brgemm"):
         with pytest.raises(ValueError, match=f"{forced}.*choice of baseline, avx2, none"):
-            _native._load(tmp_path, forced)
+            native._load(tmp_path, forced)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert _native._supported() == ("baseline", "avx2", "avx512")
+    assert native._supported() == ("baseline", "avx2", "avx512")
     for forced in ("avx512_bf16", "brgemm"):
         with pytest.raises(ValueError, match=f"{forced}.*choice of baseline, avx2, avx512, none"):
-            _native._load(tmp_path, forced)
+            native._load(tmp_path, forced)
 
 
 class OfACpu:
@@ -348,7 +348,7 @@ def of_a_cpu(monkeypatch):
 def test_unforced_the_extension_says_what_it_computes_with(tmp_path, of_a_cpu, products, isa):
     install(tmp_path, ["baseline", "avx2", "avx512"])
     operators = of_a_cpu(*products)
-    assert _native._load(tmp_path, None) == (isa, None)
+    assert native._load(tmp_path, None) == (isa, None)
     assert operators.path == str(tmp_path / "_C_avx512.so")
 
 
@@ -358,7 +358,7 @@ def test_unforced_the_extension_says_what_it_computes_with(tmp_path, of_a_cpu, p
 def test_forced_product(tmp_path, of_a_cpu, forced, product):
     install(tmp_path, ["baseline", "avx2", "avx512"])
     operators = of_a_cpu("float", "dot", "brgemm")
-    assert _native._load(tmp_path, forced) == (forced, None)
+    assert native._load(tmp_path, forced) == (forced, None)
     assert operators.product == product
 
 
@@ -366,40 +366,40 @@ def test_forced_product_that_the_extension_refuses(tmp_path, of_a_cpu):
     install(tmp_path, ["avx512"])
     of_a_cpu("float")
     with pytest.raises(ValueError, match="LORA_KERNELS_CPU_ISA='avx512_bf16'.*no AVX512-BF16"):
-        _native._load(tmp_path, "avx512_bf16")
+        native._load(tmp_path, "avx512_bf16")
 
 
 def test_second_import_does_not_change_the_product(tmp_path, of_a_cpu):
     install(tmp_path, ["baseline", "avx2", "avx512"])
     operators = of_a_cpu("float", "dot", loaded=True)
-    assert _native._load(tmp_path, None) == ("avx512_bf16", None)
-    assert _native._load(tmp_path, "avx512_bf16") == ("avx512_bf16", None)
-    isa, reason = _native._load(tmp_path, "avx512")
+    assert native._load(tmp_path, None) == ("avx512_bf16", None)
+    assert native._load(tmp_path, "avx512_bf16") == ("avx512_bf16", None)
+    isa, reason = native._load(tmp_path, "avx512")
     assert isa is None and "avx512_bf16 extension is loaded" in reason
     assert operators.product == "dot"
 
 
 def test_an_install_with_a_compiler_built_them_all():
-    info = _native._build_info(_native.DIRECTORY)
+    info = native._build_info(native.DIRECTORY)
     if not info.get("compiler"):
         pytest.skip("lora_kernels was installed without a C++ compiler")
     assert info["failed"] == {} and info["torch"] == torch.__version__
 
 
 def test_reason_never_installed(tmp_path):
-    isa, reason = _native._load(tmp_path, None)
+    isa, reason = native._load(tmp_path, None)
     assert isa is None and "never installed" in reason
 
 
 def test_reason_recorded_by_the_install(tmp_path):
-    install(tmp_path, failed=dict.fromkeys(_native.ISAS, "no C++ compiler was found"))
-    assert _native._load(tmp_path, None) == (None, "no C++ compiler was found")
-    assert _native._load(tmp_path, "baseline") == (None, "no C++ compiler was found")
+    install(tmp_path, failed=dict.fromkeys(native.ISAS, "no C++ compiler was found"))
+    assert native._load(tmp_path, None) == (None, "no C++ compiler was found")
+    assert native._load(tmp_path, "baseline") == (None, "no C++ compiler was found")
 
 
 def test_reason_built_for_another_torch(tmp_path):
     install(tmp_path, ["baseline"], torch_version="2.0.0")
-    isa, reason = _native._load(tmp_path, None)
+    isa, reason = native._load(tmp_path, None)
     assert isa is None and "built for torch 2.0.0" in reason and torch.__version__ in reason
     assert "pip install --no-build-isolation --force-reinstall --no-deps" in reason
 
@@ -409,7 +409,7 @@ def test_one_warning_where_no_extension_answers(tmp_path, forced):
     install(tmp_path, ["baseline"], torch_version="2.0.0")
     said = load_in_new_process(
         "import pathlib, warnings\n"
-        f"_native.DIRECTORY = pathlib.Path({str(tmp_path)!r})\n"
+        f"native.DIRECTORY = pathlib.Path({str(tmp_path)!r})\n"
         "import lora_kernels as lk\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"
@@ -423,14 +423,14 @@ def test_one_warning_where_no_extension_answers(tmp_path, forced):
 
 def test_reason_instruction_set_not_built(tmp_path):
     install(tmp_path)
-    assert _native._load(tmp_path, "baseline") == (None, "baseline was not built")
+    assert native._load(tmp_path, "baseline") == (None, "baseline was not built")
 
 
 def test_library_that_does_not_load(tmp_path):
     install(tmp_path, ["baseline"])
     (tmp_path / "_C_baseline.so").write_bytes(b"not a library")
     said = load_in_new_process(
-        f"import pathlib; said = _native._load(pathlib.Path({str(tmp_path)!r}), None)"
+        f"import pathlib; said = native._load(pathlib.Path({str(tmp_path)!r}), None)"
     )
     assert said[0] is None and "_C_baseline.so" in said[1]
 
@@ -446,15 +446,15 @@ def test_next_best_is_loaded_where_the_best_is_broken(tmp_path, monkeypatch):
             raise OSError("cannot open")
         return extension
 
-    monkeypatch.setattr(_native, "_load_extension", load_extension)
-    assert _native._load(tmp_path, None) == ("avx2", None)
+    monkeypatch.setattr(native, "_load_extension", load_extension)
+    assert native._load(tmp_path, None) == ("avx2", None)
     assert tried == ["avx512", "avx2"]
 
 
 @needs_extension
 def test_second_import_of_the_package_shares_the_library():
-    directory, loaded = _native.DIRECTORY, _native.load()
-    assert _native._load(directory, loaded) == (loaded, None)
-    for other in (isa for isa in _native.available() if isa != loaded):
-        isa, reason = _native._load(directory, other)
+    directory, loaded = native.DIRECTORY, native.load()
+    assert native._load(directory, loaded) == (loaded, None)
+    for other in (isa for isa in native.available() if isa != loaded):
+        isa, reason = native._load(directory, other)
         assert isa is None and f"{loaded} extension is loaded" in reason

@@ -4,13 +4,13 @@ computed."""
 import pytest
 import torch
 
-from lora_kernels import _native
-from lora_kernels.testing import Case
+from lora_kernels.spec import native
+from lora_kernels.testing.linear import Case
 
 pytestmark = pytest.mark.skipif(
-    _native.load() is None, reason=f"no CPU extension is loaded: {_native.why_not()}"
+    native.load() is None, reason=f"no CPU extension is loaded: {native.why_not()}"
 )
-native = torch.ops.lora_kernels_cpu
+cpu_ops = torch.ops.lora_kernels_cpu
 
 
 def wrong_calls():
@@ -27,9 +27,9 @@ def wrong_calls():
         ({"weight": weight.bfloat16()}, TypeError, "weight is BFloat16"),
         ({"lora_a": a[0]}, ValueError, "two dimensions"),
         ({"lora_b": b[:, :3]}, ValueError, r"\[40, 4\], got \[40, 3\]"),
-        ({"packed": native.pack(weight)[:-1]}, ValueError, "packed"),
-        ({"packed": native.pack(weight.bfloat16())}, ValueError, "packed"),
-        ({"packed": native.pack(weight).repeat(2)[::2]}, ValueError, "packed"),
+        ({"packed": cpu_ops.pack(weight)[:-1]}, ValueError, "packed"),
+        ({"packed": cpu_ops.pack(weight.bfloat16())}, ValueError, "packed"),
+        ({"packed": cpu_ops.pack(weight).repeat(2)[::2]}, ValueError, "packed"),
         ({"out_scale": torch.ones(39)}, ValueError, r"out_scale must be \[40\], got \[39\]"),
         ({"out_scale": torch.ones(5, 1)}, ValueError, r"out_scale must be \[40\], got \[5, 1\]"),
         ({"out_scale": torch.ones(1)}, ValueError, r"out_scale must be \[40\], got \[1\]"),
@@ -88,12 +88,12 @@ def wrong_calls():
 
 
 @pytest.mark.parametrize(
-    ("op", "arguments", "change", "error", "says"), list(wrong_calls()) if _native.load() else []
+    ("op", "arguments", "change", "error", "says"), list(wrong_calls()) if native.load() else []
 )
 def test_wrong_calls(op, arguments, change, error, says):
-    getattr(native, op)(**arguments)
+    getattr(cpu_ops, op)(**arguments)
     with pytest.raises(error, match=says):
-        getattr(native, op)(**(arguments | change))
+        getattr(cpu_ops, op)(**(arguments | change))
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,6 @@ def test_wrong_calls(op, arguments, change, error, says):
     ],
 )
 def test_wrong_calls_of_pack(b, error, says):
-    for call in (native.pack, lambda b: native.is_packed(b, torch.zeros(16))):
+    for call in (cpu_ops.pack, lambda b: cpu_ops.is_packed(b, torch.zeros(16))):
         with pytest.raises(error, match=says):
             call(b)

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels import _native, ops, reference
-from lora_kernels.testing import LAYOUTS, Case, check, poisoned_memory
+from lora_kernels.functional import ops
+from lora_kernels.spec import native, reference
+from lora_kernels.testing.linear import LAYOUTS, Case, check, poisoned_memory
 
 pytestmark = pytest.mark.skipif(
-    _native.load() is None, reason=f"no CPU extension is loaded: {_native.why_not()}"
+    native.load() is None, reason=f"no CPU extension is loaded: {native.why_not()}"
 )
-native = torch.ops.lora_kernels_cpu
+cpu_ops = torch.ops.lora_kernels_cpu
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = torch.float32, torch.bfloat16, torch.float16
 
@@ -107,7 +108,7 @@ def test_no_columns(op, dtype, m, width):
     # Memory that the kernels are likely to be handed next.
     torch.full((5 * m, 64), float("nan"))
     with poisoned_memory():
-        results = tensors(getattr(native, op)(**arguments))
+        results = tensors(getattr(cpu_ops, op)(**arguments))
     expected = tensors(getattr(reference, op)(**arguments))
     for ours, theirs in zip(results, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -126,9 +127,9 @@ def test_strides(op, operand, m, n, k, r, dtype, how):
     """Strides change where values are read, and nothing else: the same bits as of a plain copy."""
     arguments = Case(m, n, k, r, dtype, dropout_p=0.2).draw().arguments(op)
     laid = STRIDES[how](arguments[operand])
-    expected = getattr(native, op)(**(arguments | {operand: laid.contiguous()}))
+    expected = getattr(cpu_ops, op)(**(arguments | {operand: laid.contiguous()}))
     with poisoned_memory():
-        results = getattr(native, op)(**(arguments | {operand: laid}))
+        results = getattr(cpu_ops, op)(**(arguments | {operand: laid}))
     assert_same_bits(results, expected)
 
 
@@ -156,8 +157,8 @@ def test_tails_of_another_dtype(dtype, tail_dtype):
     arguments = Case(40, 77, 90, 35, dtype).draw().arguments("lora_linear_dab")
     given = {name: arguments[name].to(tail_dtype) for name in ("s", "d")}
     rounded = {name: given[name].to(BFLOAT16 if dtype == BFLOAT16 else FLOAT32) for name in given}
-    results = native.lora_linear_dab(**(arguments | given))
-    assert_same_bits(results, native.lora_linear_dab(**(arguments | rounded)))
+    results = cpu_ops.lora_linear_dab(**(arguments | given))
+    assert_same_bits(results, cpu_ops.lora_linear_dab(**(arguments | rounded)))
 
 
 @dataclass(frozen=True)
@@ -189,10 +190,10 @@ def test_bias_and_out_scale_of_any_dtype(dtype, vector_dtype, strided):
 def test_the_tail_is_made_of_the_rounded_s(m, dtype):
     """Of the S that is returned, which is the one that dB will be made of."""
     inputs = Case(m, 77, 90, 33, dtype, zero_weight=True).draw()
-    y, s = native.lora_linear_fwd(**inputs.arguments("lora_linear_fwd"))
+    y, s = cpu_ops.lora_linear_fwd(**inputs.arguments("lora_linear_fwd"))
     zeros, eye = torch.zeros(77, 33, dtype=s.dtype), torch.eye(33, dtype=s.dtype)
     one = torch.tensor(1.0)
-    again, same = native.lora_linear_fwd(s, zeros, eye, inputs.lora_b, one, inputs.bias)
+    again, same = cpu_ops.lora_linear_fwd(s, zeros, eye, inputs.lora_b, one, inputs.bias)
     assert_same_bits((again.to(dtype), same), (y, s))
 
 
@@ -229,12 +230,12 @@ def test_masks_bit_by_bit(m, k, origin, dtype):
     picked = torch.zeros(len(columns), k, dtype=dtype)
     picked[torch.arange(len(columns)), columns] = 1
     with poisoned_memory():
-        s = native.lora_shrink(ones(m, k), picked, scale, rng, p)
-        dx, d = native.lora_linear_dx(
+        s = cpu_ops.lora_shrink(ones(m, k), picked, scale, rng, p)
+        dx, d = cpu_ops.lora_linear_dx(
             ones(m, 1), torch.zeros(1, k, dtype=dtype), ones(1, k), ones(1, 1), scale, rng, p
         )
         one_row_each = torch.eye(m, dtype=dtype)
-        da, *_ = native.lora_linear_dab(
+        da, *_ = cpu_ops.lora_linear_dab(
             ones(m, 1), ones(m, k), None, one_row_each, rng, p, da_dtype=dtype
         )
     assert torch.equal(s, mask[:, columns].to(dtype))
@@ -252,13 +253,13 @@ def test_dropped_elements_do_not_leak(m, value, dtype):
     dirty = replace(inputs, x=inputs.x.where(mask, value))
     for op in ("lora_shrink", "lora_linear_dab"):
         arguments = inputs.arguments(op)
-        clean = getattr(native, op)(**arguments)
-        assert_same_bits(getattr(native, op)(**(arguments | {"x": dirty.x})), clean)
+        clean = getattr(cpu_ops, op)(**arguments)
+        assert_same_bits(getattr(cpu_ops, op)(**(arguments | {"x": dirty.x})), clean)
     arguments = inputs.arguments("lora_linear_dx")
-    clean, _ = native.lora_linear_dx(**arguments)
+    clean, _ = cpu_ops.lora_linear_dx(**arguments)
     lora_a = inputs.lora_a.clone()
     lora_a[:, 40] = value
-    dx, _ = native.lora_linear_dx(**(arguments | {"lora_a": lora_a}))
+    dx, _ = cpu_ops.lora_linear_dx(**(arguments | {"lora_a": lora_a}))
     touched = mask.clone()
     touched[:, :40] = touched[:, 41:] = False
     assert not dx[touched].isfinite().any()
@@ -279,7 +280,7 @@ def test_a_row_does_not_depend_on_the_others(dtype, dropout_p):
             arguments["rng"] = inputs.rng + torch.tensor([0, 0, begin, 0])
         operand = "dy" if op == "lora_linear_dx" else "x"
         arguments[operand] = arguments[operand][begin:end]
-        return getattr(native, op)(**arguments)
+        return getattr(cpu_ops, op)(**arguments)
 
     for op, counts in (
         ("lora_linear_fwd", [*range(2, 101), 192, 193, 500]),
@@ -306,7 +307,7 @@ def test_threads_do_not_show(op, dtype, m, n, k, r):
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(getattr(native, op)(**arguments))
+            results.append(getattr(cpu_ops, op)(**arguments))
     finally:
         torch.set_num_threads(threads)
     assert_same_bits(results[0], results[1])
@@ -318,14 +319,14 @@ def test_threads_do_not_show(op, dtype, m, n, k, r):
 def test_nothing_stays_of_an_earlier_call(op, dtype):
     """Threads keep their scratch memory: what a call leaves there must not reach the next."""
     arguments = Case(37, 77, 91, 19, dtype, dropout_p=0.2).draw().arguments(op)
-    clean = getattr(native, op)(**arguments)
+    clean = getattr(cpu_ops, op)(**arguments)
     before = {k: v.clone() for k, v in arguments.items() if isinstance(v, torch.Tensor)}
     larger = Case(300, 600, 600, 90, dtype, dropout_p=0.2).draw().arguments(op)
     for name in larger.keys() & {"x", "dy", "weight", "lora_a", "lora_b", "s", "d"}:
         larger[name].fill_(float("nan"))
-    getattr(native, op)(**larger)
+    getattr(cpu_ops, op)(**larger)
     with poisoned_memory():
-        results = getattr(native, op)(**arguments)
+        results = getattr(cpu_ops, op)(**arguments)
     assert_same_bits(results, clean)
     assert all(result.is_contiguous() for result in tensors(results))
     assert all(torch.equal(arguments[name], value) for name, value in before.items())
@@ -339,7 +340,7 @@ def test_nothing_stays_of_an_earlier_call(op, dtype):
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_each_gradient_alone(wanted, out_scale, dtype):
     arguments = Case(70, 81, 67, 17, dtype, out_scale=out_scale).draw().arguments("lora_linear_dab")
-    whole = native.lora_linear_dab(**arguments)
+    whole = cpu_ops.lora_linear_dab(**arguments)
     da, db, dbias = wanted
     part = arguments | {
         "x": arguments["x"] if da else None,
@@ -349,7 +350,7 @@ def test_each_gradient_alone(wanted, out_scale, dtype):
         "db_dtype": dtype if db else None,
         "dbias_dtype": dtype if dbias else None,
     }
-    results = native.lora_linear_dab(**part)
+    results = cpu_ops.lora_linear_dab(**part)
     expected = [
         result if asked else result.new_empty(0)
         for result, asked in zip(whole, wanted, strict=True)
@@ -362,8 +363,8 @@ def test_each_gradient_alone(wanted, out_scale, dtype):
 def test_gradients_are_rounded_once(dtype, gradient_dtype):
     arguments = Case(70, 81, 67, 17, dtype).draw().arguments("lora_linear_dab")
     names = ("da_dtype", "db_dtype", "dbias_dtype")
-    exact = native.lora_linear_dab(**(arguments | dict.fromkeys(names, FLOAT32)))
-    results = native.lora_linear_dab(**(arguments | dict.fromkeys(names, gradient_dtype)))
+    exact = cpu_ops.lora_linear_dab(**(arguments | dict.fromkeys(names, FLOAT32)))
+    results = cpu_ops.lora_linear_dab(**(arguments | dict.fromkeys(names, gradient_dtype)))
     assert_same_bits(results, [result.to(gradient_dtype) for result in exact])
 
 
@@ -382,34 +383,36 @@ def inner_first(weight, op, fan_in_fan_out):
 )
 def test_packed_weight(op, m, n, k, fan_in_fan_out, dtype):
     inputs = Case(m, n, k, 6, dtype, fan_in_fan_out=fan_in_fan_out, dropout_p=0.2).draw()
-    arguments, run = inputs.arguments(op), getattr(native, op)
+    arguments, run = inputs.arguments(op), getattr(cpu_ops, op)
     weight = inner_first(inputs.weight, op, fan_in_fan_out)
     with poisoned_memory():
-        packed = native.pack(weight)
+        packed = cpu_ops.pack(weight)
     assert packed.isfinite().all() and packed.is_contiguous()
     assert_same_bits(run(**arguments, packed=packed), run(**arguments))
-    assert native.is_packed(weight, packed)
+    assert cpu_ops.is_packed(weight, packed)
     # The packed weight is what is read, not the other.
     zeros = torch.zeros_like(inputs.weight)
     assert_same_bits(run(**(arguments | {"weight": zeros}), packed=packed), run(**arguments))
     for layout in ("transposed", "sliced", "strided"):
-        assert_same_bits(native.pack(LAYOUTS[layout](weight)), packed)
+        assert_same_bits(cpu_ops.pack(LAYOUTS[layout](weight)), packed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (65, 130), (513, 70), (64, 1024), (1037, 81)])
 def test_is_packed(shape, dtype):
     weight = torch.randn(shape).to(dtype)
-    packed = native.pack(weight)
-    assert native.is_packed(weight, packed)
-    assert native.is_packed(LAYOUTS["transposed"](weight), packed)
-    assert not native.is_packed(weight + 1, packed)
-    assert not native.is_packed(weight.flip(0) + weight.flip(1), packed)
+    packed = cpu_ops.pack(weight)
+    assert cpu_ops.is_packed(weight, packed)
+    assert cpu_ops.is_packed(LAYOUTS["transposed"](weight), packed)
+    assert not cpu_ops.is_packed(weight + 1, packed)
+    assert not cpu_ops.is_packed(weight.flip(0) + weight.flip(1), packed)
     other = next(d for d in DTYPES if d != dtype and (dtype == BFLOAT16) != (d == BFLOAT16))
-    assert not native.is_packed(weight.to(other), packed)
-    assert not native.is_packed(weight, packed[:-1])
-    assert not native.is_packed(weight, packed.repeat(2)[::2])
-    assert not native.is_packed(weight[:0], packed) and not native.is_packed(weight[:, :0], packed)
+    assert not cpu_ops.is_packed(weight.to(other), packed)
+    assert not cpu_ops.is_packed(weight, packed[:-1])
+    assert not cpu_ops.is_packed(weight, packed.repeat(2)[::2])
+    assert not cpu_ops.is_packed(weight[:0], packed) and not cpu_ops.is_packed(
+        weight[:, :0], packed
+    )
 
 
 # K and N that are read where they lie, and some that are packed for a remainder.
@@ -426,8 +429,8 @@ def test_few_rows_have_the_bits_of_many(k, n, fan_in_fan_out, dtype):
     for op, packed in (("lora_linear_fwd", operand), ("lora_linear_dx", operand.t())):
         arguments = inputs.arguments(op)
         rows = "x" if op == "lora_linear_fwd" else "dy"
-        run = getattr(native, op)
-        whole = run(**(arguments | {"packed": native.pack(packed)}))
+        run = getattr(cpu_ops, op)
+        whole = run(**(arguments | {"packed": cpu_ops.pack(packed)}))
         assert_same_bits(run(**arguments), whole)
         for m in range(1, 10):
             few = run(**(arguments | {rows: arguments[rows][:m]}))

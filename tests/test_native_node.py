@@ -11,10 +11,11 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import lora_kernels as lk
-from lora_kernels import _native, ops
-from lora_kernels.testing import Case
+from lora_kernels.functional import ops
+from lora_kernels.spec import native
+from lora_kernels.testing.linear import Case
 
-pytestmark = pytest.mark.skipif(_native.load() is None, reason="no CPU extension")
+pytestmark = pytest.mark.skipif(native.load() is None, reason="no CPU extension")
 
 CPP = "CppNode"
 

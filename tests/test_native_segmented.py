@@ -12,16 +12,17 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels import _native, ops
-from lora_kernels.packed import PackedWeight
-from lora_kernels.segments import SegmentTable
-from lora_kernels.testing import poisoned_memory
-from lora_kernels.testing_segmented import SegmentedCase, check_segmented
+from lora_kernels.functional import ops
+from lora_kernels.layers.packed import PackedWeight
+from lora_kernels.spec import native
+from lora_kernels.spec.segments import SegmentTable
+from lora_kernels.testing.linear import poisoned_memory
+from lora_kernels.testing.segmented import SegmentedCase, check_segmented
 
 pytestmark = pytest.mark.skipif(
-    _native.load() is None, reason=f"no CPU extension is loaded: {_native.why_not()}"
+    native.load() is None, reason=f"no CPU extension is loaded: {native.why_not()}"
 )
-native = torch.ops.lora_kernels_cpu
+cpu_ops = torch.ops.lora_kernels_cpu
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = torch.float32, torch.bfloat16, torch.float16
 LINEAR = ("segmented_linear_fwd", "segmented_linear_dx")
@@ -53,7 +54,7 @@ def tensors(results):
 
 def run(op, arguments):
     """The results of a native call; of one in place, the tensor that it wrote."""
-    results = getattr(native, op)(**arguments)
+    results = getattr(cpu_ops, op)(**arguments)
     return tensors(arguments["y"] if results is None else results)
 
 
@@ -113,7 +114,7 @@ def test_packed_weight(op, m, k, widths, fan_in_fan_out, dtype):
     inputs = replace(case, fan_in_fan_out=fan_in_fan_out).draw()
     arguments = inputs.arguments(op)
     inner_first = (op == "segmented_linear_fwd") != fan_in_fan_out
-    packed = native.pack(inputs.weight.t() if inner_first else inputs.weight)
+    packed = cpu_ops.pack(inputs.weight.t() if inner_first else inputs.weight)
     with poisoned_memory():
         results = run(op, arguments | {"packed": packed})
     assert_same_bits(results, run(op, arguments))
@@ -127,7 +128,7 @@ def test_a_modules_packed_weight(dtype):
     inputs = replace(SIZE, dtype=dtype, bias=True, m=40).draw()
     held = PackedWeight()
     packed = (held.get(inputs.weight, False), held.get(inputs.weight, False, for_dx=True))
-    if _native.load() != "baseline":
+    if native.load() != "baseline":
         assert all(p is not None for p in packed)
 
     def results(packed):
@@ -289,8 +290,8 @@ def wrong_calls():
         ({"weight": weight.t()}, ValueError, r"weight must be \[33, 30\], got \[30, 33\]"),
         ({"fan_in_fan_out": True}, ValueError, r"weight must be \[30, 33\], got \[33, 30\]"),
         ({"weight": weight.half()}, TypeError, "the rows are Float and weight is Half"),
-        ({"packed": native.pack(weight)[:-1]}, ValueError, "packed"),
-        ({"packed": native.pack(weight.bfloat16())}, ValueError, "packed"),
+        ({"packed": cpu_ops.pack(weight)[:-1]}, ValueError, "packed"),
+        ({"packed": cpu_ops.pack(weight.bfloat16())}, ValueError, "packed"),
     ]
     fwd = [
         ({"x": x[:, :29]}, ValueError, r"x must be \[M, 30\], got \[9, 29\]"),
@@ -321,12 +322,12 @@ def wrong_calls():
 
 
 @pytest.mark.parametrize(
-    ("inputs", "op", "change", "error", "says"), list(wrong_calls()) if _native.load() else []
+    ("inputs", "op", "change", "error", "says"), list(wrong_calls()) if native.load() else []
 )
 def test_wrong_calls(inputs, op, change, error, says):
     run(op, inputs.arguments(op))
     arguments = inputs.arguments(op) | change
     before = arguments["y"].clone() if "y" in arguments else None
     with pytest.raises(error, match=says):
-        getattr(native, op)(**arguments)
+        getattr(cpu_ops, op)(**arguments)
     assert before is None or torch.equal(arguments["y"], before)

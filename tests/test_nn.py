@@ -12,7 +12,7 @@ from adapted_layers import FORMATS, adapted, base_layer, explicit
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.testing import Case, assert_within_budget, naive
+from lora_kernels.testing.linear import Case, assert_within_budget, naive
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -8,9 +8,19 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels import cpu, ops, reference, vendor
-from lora_kernels.device import facts
-from lora_kernels.testing import LAYOUTS, MUTATIONS, RESULTS, Case, check, mutation_case, naive
+from lora_kernels.backends import cpu, vendor
+from lora_kernels.functional import ops
+from lora_kernels.planning.device import facts
+from lora_kernels.spec import reference
+from lora_kernels.testing.linear import (
+    LAYOUTS,
+    MUTATIONS,
+    RESULTS,
+    Case,
+    check,
+    mutation_case,
+    naive,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -104,7 +114,7 @@ def test_a_broken_backend_turns_the_check_red(op, mutation, plan, dtype, device,
     case = mutation_case(dtype, device)
     backend = "reference" if plan == "reference" else device
     module = {"vendor": vendor, "reference": reference}.get(plan)
-    sound = cpu.native(op) if plan == "native" else getattr(module, op)
+    sound = cpu.kernel(op) if plan == "native" else getattr(module, op)
     with lk.force_plan(plan):
         check(op, operator(op), case, backend=backend)
         arguments = case.draw().arguments(op)
@@ -173,8 +183,8 @@ def test_lora_linear_dab_computes_only_what_is_asked(kept, device):
         assert torch.equal(result, expected if keep else expected.new_empty(0))
 
 
-# opcheck differentiates on purpose what only functional.py makes differentiable; torch then warns,
-# as it should.
+# opcheck differentiates on purpose what only functional/linear.py makes differentiable; torch
+# then warns, as it should.
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize(
@@ -203,7 +213,7 @@ def test_no_graph_and_no_autocast_reach_inside(op, device):
         results, expected = (results,), (expected,)
     assert len(results) == len(RESULTS[op])
     # What torch puts there to warn whoever differentiates an operator without going through
-    # functional.py.
+    # functional/linear.py.
     assert {result.grad_fn.name() for result in results} == {"torch::autograd::WarnNotImplemented"}
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 

@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import lora_kernels as lk
-from lora_kernels import cpu, ops
-from lora_kernels.packed import PackedWeight
-from lora_kernels.testing import Case, assert_within_budget, naive
+from lora_kernels.backends import cpu
+from lora_kernels.functional import ops
+from lora_kernels.layers.packed import PackedWeight
+from lora_kernels.testing.linear import Case, assert_within_budget, naive
 
 pytestmark = pytest.mark.skipif(
     not cpu.packs(torch.ones(1)),
@@ -45,9 +46,9 @@ def packs(monkeypatch):
 def used(monkeypatch):
     """The packed operands that the operators were given."""
     given = []
-    sound = cpu.native
+    sound = cpu.kernel
 
-    def native(op):
+    def kernel(op):
         def call(*args, **kwargs):
             if op == "lora_linear":
                 # The node has both for its operators.
@@ -59,7 +60,7 @@ def used(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(cpu, "native", native)
+    monkeypatch.setattr(cpu, "kernel", kernel)
     return given
 
 

@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import lora_kernels as lk
-from lora_kernels import _native, reference
-from lora_kernels.functional import draw_rng
+from lora_kernels.functional.linear import draw_rng
 from lora_kernels.integrations.peft_layers import FusedLinear
-from lora_kernels.testing import assert_within_budget, poisoned_memory
+from lora_kernels.spec import native, reference
+from lora_kernels.testing.linear import assert_within_budget, poisoned_memory
 
 # Two tiles and a remainder of everything, and ranks that are no powers of two.
 IN, OUT, RANKS = 136, 200, {"a": 5, "b": 19, "c": 12}
@@ -661,13 +661,13 @@ def test_switched_off_casts_are_respected():
 
 def not_sampled(weight):
     """A column in whose first element the weight may change without its packed copy's noticing."""
-    assert _native.load()
-    native = torch.ops.lora_kernels_cpu
-    packed = native.pack(weight.t())
+    assert native.load()
+    cpu_ops = torch.ops.lora_kernels_cpu
+    packed = cpu_ops.pack(weight.t())
     for column in range(weight.shape[1]):
         changed = weight.detach().clone()
         changed[0, column] += 1
-        if native.is_packed(changed.t(), packed):
+        if cpu_ops.is_packed(changed.t(), packed):
             return column
     raise AssertionError("every element is looked at")
 

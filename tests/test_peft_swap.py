@@ -21,7 +21,7 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels.integrations.peft_layers import FusedLinear
-from lora_kernels.testing import assert_within_budget
+from lora_kernels.testing.linear import assert_within_budget
 
 TARGETS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels import config, device, ops, plan, tune
-from lora_kernels.config import Config, candidates, invalid_reason, is_valid
-from lora_kernels.device import DeviceFacts
-from lora_kernels.problem import Problem, suits_descriptor
-from lora_kernels.testing import Case
+from lora_kernels.backends import tune
+from lora_kernels.functional import ops
+from lora_kernels.planning import config, device, plan, tables
+from lora_kernels.planning.config import Config
+from lora_kernels.planning.device import DeviceFacts
+from lora_kernels.planning.validity import candidates, invalid_reason, is_valid
+from lora_kernels.spec.problem import Problem, suits_descriptor
+from lora_kernels.testing.linear import Case
 
 CPU = DeviceFacts("cpu", "some cpu", "avx2", processors=8)
 HOPPER = DeviceFacts(
@@ -32,6 +35,12 @@ VOLTA = DeviceFacts("cuda", "NVIDIA V100", "sm_70", processors=80, shared_memory
 NO_TRITON = DeviceFacts("cuda", "NVIDIA H200", "sm_90", triton=False)
 GPUS = [HOPPER, AMPERE, INSTINCT, TOMORROW, VOLTA, NO_TRITON]
 UNKNOWN = DeviceFacts("xpu", "an accelerator of tomorrow", "unknown")
+
+
+def write_table(path, facts, measured):
+    """Write it, and let the next call read it."""
+    tables.write_table(path, facts, measured)
+    plan.forget_tables()
 
 
 @pytest.fixture(autouse=True)
@@ -178,20 +187,20 @@ def test_keys_round_m_and_r_and_keep_the_rest():
 
 
 def test_a_measured_table_decides():
-    path = plan.cache_directory() / plan.table_name(CPU)
+    path = tables.cache_directory() / tables.table_name(CPU)
     key = problem().bucketed().key()
-    plan.write_table(path, CPU, {key: {"config": Config("reference"), "median_us": 1.0}})
+    write_table(path, CPU, {key: {"config": Config("reference"), "median_us": 1.0}})
     assert plan.plan(problem(), CPU).plan == "reference"
     assert plan.plan(problem(m=400), CPU).plan == "reference", "the same bucket"
     assert plan.plan(problem(m=600), CPU).plan == "vendor"
-    plan.write_table(path, CPU, {"another": {"config": Config("vendor"), "median_us": 1.0}})
+    write_table(path, CPU, {"another": {"config": Config("vendor"), "median_us": 1.0}})
     assert plan.plan(problem(), CPU).plan == "reference", "writing keeps the other keys"
 
 
 def test_a_table_cannot_make_an_invalid_plan_answer():
-    path = plan.cache_directory() / plan.table_name(CPU)
+    path = tables.cache_directory() / tables.table_name(CPU)
     key = problem().bucketed().key()
-    plan.write_table(path, CPU, {key: {"config": Config("in_loop", block_m=128), "median_us": 1.0}})
+    write_table(path, CPU, {key: {"config": Config("in_loop", block_m=128), "median_us": 1.0}})
     assert plan.plan(problem(), CPU).plan == "vendor"
 
 
@@ -199,8 +208,8 @@ def test_a_table_cannot_make_an_invalid_plan_answer():
     ("field", "value"), [("versions", {"torch": "1.0", "triton": "none"}), ("kernels", "0" * 16)]
 )
 def test_a_table_of_other_versions_or_kernels_is_ignored(field, value, recwarn):
-    path = plan.cache_directory() / plan.table_name(CPU)
-    plan.write_table(path, CPU, {problem().bucketed().key(): {"config": Config("reference")}})
+    path = tables.cache_directory() / tables.table_name(CPU)
+    write_table(path, CPU, {problem().bucketed().key(): {"config": Config("reference")}})
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {field: value}))
     plan.forget_tables()
@@ -212,9 +221,9 @@ def test_a_table_of_other_versions_or_kernels_is_ignored(field, value, recwarn):
     "text", ["", "{", "[]", "null", "\x00\x01", '{"plans": {}}', "unknown field", "truncated"]
 )
 def test_a_broken_table_warns_and_is_ignored(text):
-    path = plan.cache_directory() / plan.table_name(CPU)
+    path = tables.cache_directory() / tables.table_name(CPU)
     key = problem().bucketed().key()
-    plan.write_table(path, CPU, {key: {"config": Config("reference")}})
+    write_table(path, CPU, {key: {"config": Config("reference")}})
     whole = path.read_text()
     if text == "unknown field":
         text = whole.replace("block_m", "block_q")
@@ -225,13 +234,13 @@ def test_a_broken_table_warns_and_is_ignored(text):
     with pytest.warns(UserWarning, match="cannot be read"):
         assert plan.plan(problem(), CPU).plan == "vendor"
     with pytest.warns(UserWarning, match="cannot be read"):
-        plan.write_table(path, CPU, {key: {"config": Config("reference")}})
+        write_table(path, CPU, {key: {"config": Config("reference")}})
     assert plan.plan(problem(), CPU).plan == "reference"
 
 
 def test_writing_a_table_leaves_no_other_file():
-    path = plan.cache_directory() / plan.table_name(CPU)
-    plan.write_table(path, CPU, {})
+    path = tables.cache_directory() / tables.table_name(CPU)
+    write_table(path, CPU, {})
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -329,7 +338,7 @@ def test_the_base_of_a_mixed_batch_is_the_librarys_only_with_our_kernels_on_it()
         part = asked._replace(op=f"segmented_linear_{op}", fan_in_fan_out=True).adapters()
         assert part == asked._replace(op=alone)
         with lk.force_plan("vendor"):
-            assert plan.unforced(part, HOPPER).plan in config.SEGMENTED_PLANS
+            assert plan.plan_ignoring_force(part, HOPPER).plan in config.SEGMENTED_PLANS
 
 
 def test_a_tail_is_dearer_the_more_slots_a_tile_holds():
@@ -344,7 +353,9 @@ def test_a_tail_is_dearer_the_more_slots_a_tile_holds():
 def test_batch_invariance_pins_one_plan_for_the_base_as_well():
     def chosen():
         found = [mixed(op="segmented_linear_fwd", m=m) for m in (1, 16, 64, 65, 300, 8192)]
-        return {(plan.plan(p, HOPPER), plan.unforced(p.adapters(), HOPPER)) for p in found}
+        return {
+            (plan.plan(p, HOPPER), plan.plan_ignoring_force(p.adapters(), HOPPER)) for p in found
+        }
 
     assert len(chosen()) > 1
     with lk.batch_invariant(True):
@@ -357,9 +368,9 @@ def test_batch_invariance_pins_one_plan():
     def chosen():
         return {plan.plan(mixed(m=m), HOPPER) for m in (1, 16, 64, 65, 300, 8192)}
 
-    path = plan.cache_directory() / plan.table_name(HOPPER)
+    path = tables.cache_directory() / tables.table_name(HOPPER)
     measured = Config("decode", 32, 128, 64, split_k=2, num_warps=4, num_stages=3, chunk=512)
-    plan.write_table(path, HOPPER, {mixed(m=16).bucketed().key(): {"config": measured}})
+    write_table(path, HOPPER, {mixed(m=16).bucketed().key(): {"config": measured}})
     assert measured in chosen()
     assert {c.plan for c in chosen()} == {"decode", "grouped"}
     with lk.batch_invariant(True):
@@ -409,7 +420,7 @@ def test_tuning_measures_every_candidate_and_writes_the_best(op, dropout_p):
     assert measurement.best.plan in ("native", "vendor", "reference")
     assert measurement.problem.dropout == (dropout_p > 0)
     assert plan.plan(measurement.problem, facts) == measurement.best
-    assert plan.read_table(tune.table_path("cpu"))[measurement.problem.bucketed().key()]
+    assert tables.read_table(tune.table_path("cpu"))[measurement.problem.bucketed().key()]
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
@@ -430,7 +441,7 @@ def test_tuning_a_mixed_batch(op, dropout_p):
     assert asked.dropout == (dropout_p > 0 and draws)
     assert set(measurement.medians_us) == set(candidates(asked, facts))
     assert plan.plan(asked, facts) == measurement.best
-    assert plan.read_table(tune.table_path("cpu"))[asked.bucketed().key()]
+    assert tables.read_table(tune.table_path("cpu"))[asked.bucketed().key()]
 
 
 def test_what_a_tensor_descriptor_can_read():

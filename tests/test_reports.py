@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.reports import grouped
+from lora_kernels.models.reports import grouped
 
 E = 16
 
@@ -267,7 +267,7 @@ def test_a_configuration_of_pefts_is_taken(values, as_keyword):
     for name, (a, b, scaling, _) in expected.items():
         assert (found[name][0].shape, found[name][1].shape) == (a.shape, b.shape)
         assert found[name][2] == pytest.approx(scaling)
-    layer = next(iter(lk.models.lora_layers(model).values()))
+    layer = next(iter(lk.models.apply.lora_layers(model).values()))
     assert layer.lora_dropout == config.lora_dropout
 
 
@@ -277,7 +277,7 @@ def test_a_configuration_of_our_own_is_taken_and_not_kept():
     config.r = 99
     assert model._lora_kernels_applied.config.r == 3
     assert not model._lora_kernels_applied.config.autocast_adapter_dtype
-    assert {layer.r for layer in lk.models.lora_layers(model).values()} == {3}
+    assert {layer.r for layer in lk.models.apply.lora_layers(model).values()} == {3}
 
 
 @pytest.mark.parametrize(

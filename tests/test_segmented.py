@@ -7,10 +7,11 @@ import torch
 from mixed_batches import NAN, Mixed, check
 
 import lora_kernels as lk
-from lora_kernels import _native, ops
-from lora_kernels.device import facts
-from lora_kernels.segmented import segmented_expand, segmented_lora, segmented_shrink
-from lora_kernels.segments import BLOCK_ROWS, SegmentTable
+from lora_kernels.functional import ops
+from lora_kernels.functional.segmented import segmented_expand, segmented_lora, segmented_shrink
+from lora_kernels.planning.device import facts
+from lora_kernels.spec import native
+from lora_kernels.spec.segments import BLOCK_ROWS, SegmentTable
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -298,7 +299,7 @@ def test_a_table_refilled_before_the_backward_is_an_error():
 @pytest.mark.parametrize("how", ["native", "torch"])
 def test_the_table(how, seed, monkeypatch):
     if how == "torch":
-        monkeypatch.setattr(_native, "load", lambda: None)
+        monkeypatch.setattr(native, "load", lambda: None)
     generator = torch.Generator().manual_seed(seed)
     for m, slots in itertools.product((0, 1, 31, 32, 33, 500), (1, 3, 40)):
         ranks = torch.randint(0, 5, (slots,), generator=generator)

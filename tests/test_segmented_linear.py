@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels import ops
-from lora_kernels.device import facts
-from lora_kernels.testing_segmented import SegmentedCase, check_segmented, naive
+from lora_kernels.functional import ops
+from lora_kernels.planning.device import facts
+from lora_kernels.testing.segmented import SegmentedCase, check_segmented, naive
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPERATORS = ("segmented_linear_fwd", "segmented_linear_dx")

@@ -61,7 +61,7 @@ def test_checkpoints_of_ones_own(use_reentrant):
     with pytest.raises(RuntimeError, match=says), store.batch(["b", "a"]):
         y.sum().backward()
     store, x, y = blocks_store(
-        lambda block, x: checkpoint(lk.batches.bind(block), x, use_reentrant=use_reentrant)
+        lambda block, x: checkpoint(lk.layers.batches.bind(block), x, use_reentrant=use_reentrant)
     )
     with store.batch(["b"]):
         y.sum().backward()
@@ -74,7 +74,7 @@ def test_checkpoints_of_ones_own(use_reentrant):
 
 def test_a_recomputation_without_its_adapters_is_an_error():
     store, _, y = blocks_store(
-        lambda block, x: checkpoint(lk.batches.bind(block), x, use_reentrant=False)
+        lambda block, x: checkpoint(lk.layers.batches.bind(block), x, use_reentrant=False)
     )
     store.load("a", store.state_dict("b"), config={"r": 3, "target_modules": r"blocks\.\d"})
     with pytest.raises(RuntimeError, match="adapter 'a' has left its slot"):

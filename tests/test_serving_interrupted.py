@@ -12,9 +12,14 @@ from test_serving_holds import load, new_store, values
 import lora_kernels as lk
 
 FILES = {
-    str(Path(lk.__file__).parent / f"{name}.py")
-    for name in ("serving", "running", "slots", "slotted_model", "transfers", "batches")
+    str(Path(lk.__file__).parent / file)
+    for file in (
+        "layers/batches.py",
+        *(f"serving/{name}.py" for name in ("store", "running", "slots")),
+        *(f"serving/{name}.py" for name in ("slotted_model", "transfers")),
+    )
 }
+assert all(Path(file).is_file() for file in FILES)
 
 
 class Interrupted(BaseException):

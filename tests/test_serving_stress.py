@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.slots import Resident, Slots
+from lora_kernels.serving.slots import Resident, Slots
 
 THREADS, OPERATIONS, LIMIT_S = 4, 1000, 45
 WIDTH, SLOTS = 24, 5

@@ -13,7 +13,7 @@ from stores import answered_by, plan_of
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.testing import error_and_budget
+from lora_kernels.testing.linear import error_and_budget
 
 NAMES = ["a", "b", None, "a", "c", "b"]
 OPERATORS = ("segmented_linear_fwd", "segmented_linear_dx", "segmented_lora_dab")

@@ -20,9 +20,9 @@ from sglang_stand_ins import (
 )
 
 import lora_kernels as lk
-from lora_kernels.device import facts
 from lora_kernels.integrations import sglang as plugin
-from lora_kernels.testing import assert_within_budget, poisoned_memory
+from lora_kernels.planning.device import facts
+from lora_kernels.testing.linear import assert_within_budget, poisoned_memory
 
 NAN = float("nan")
 # Slot 1 is that of the base model, slot 4 is loaded and in no batch but those that name it.

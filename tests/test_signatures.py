@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch._library.simple_registry import singleton
 
-from lora_kernels import _native, cpu, kernels, ops, reference, vendor
-from lora_kernels.problem import PROBLEM_OF
+from lora_kernels import kernels
+from lora_kernels.backends import cpu, vendor
+from lora_kernels.functional import ops
+from lora_kernels.spec import native, reference
+from lora_kernels.spec.problem import PROBLEM_OF
 
 EVERY = (*ops.OPERATORS, *ops.SEGMENTED_OPERATORS)
 REQUIRED = inspect.Parameter.empty
@@ -50,11 +53,11 @@ def test_vendor():
         assert of_function(getattr(vendor, op)) == schema_of(op), op
 
 
-@pytest.mark.skipif(_native.load() is None, reason=f"no CPU extension: {_native.why_not()}")
+@pytest.mark.skipif(native.load() is None, reason=f"no CPU extension: {native.why_not()}")
 @pytest.mark.parametrize("op", EVERY)
 def test_native(op):
-    native = getattr(torch.ops.lora_kernels_cpu, op).default
-    assert of_schema(native._schema.arguments) == schema_of(op)
+    cpu_ops = getattr(torch.ops.lora_kernels_cpu, op).default
+    assert of_schema(cpu_ops._schema.arguments) == schema_of(op)
 
 
 def test_launchers():
@@ -72,7 +75,7 @@ def test_launchers():
         assert of_function(getattr(module, op)) == schema_of(op), (op, module.__name__)
 
 
-@pytest.mark.skipif(_native.load() is None, reason=f"no CPU extension: {_native.why_not()}")
+@pytest.mark.skipif(native.load() is None, reason=f"no CPU extension: {native.why_not()}")
 def test_the_node_in_cpp():
     node = torch.ops.lora_kernels_cpu.lora_linear.default
     names = [argument.name for argument in node._schema.arguments]

@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import lora_kernels as lk
-from lora_kernels import reference
-from lora_kernels.testing import Case
+from lora_kernels.spec import reference
+from lora_kernels.testing.linear import Case
 
 
 def twin(layer):

@@ -9,7 +9,7 @@ from models import adapt, build, logits
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.models import lora_layers
+from lora_kernels.models.apply import lora_layers
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from vllm_stand_ins import (
 
 import lora_kernels as lk
 from lora_kernels.integrations import vllm as plugin
-from lora_kernels.testing import assert_within_budget, poisoned_memory
+from lora_kernels.testing.linear import assert_within_budget, poisoned_memory
 
 NAN = float("nan")
 IDS = [7, None, 3, 9, 12]

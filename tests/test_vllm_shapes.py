@@ -6,7 +6,7 @@ from vllm_stand_ins import served
 
 import lora_kernels as lk
 from lora_kernels.integrations import vllm as plugin
-from lora_kernels.testing import assert_within_budget
+from lora_kernels.testing.linear import assert_within_budget
 
 NAN = float("nan")
 

@@ -11,8 +11,8 @@ import transformers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 import lora_kernels as lk
-from lora_kernels import _native
-from lora_kernels.testing import error_and_budget
+from lora_kernels.spec import native
+from lora_kernels.testing.linear import error_and_budget
 
 # Ways to have a model's linear layers computed by this package.
 HOWS = [
@@ -86,7 +86,7 @@ def assert_answered(answers, *, forwards, backwards, entered=False, name="llama"
     """Every call was answered by our kernels, as often as layers times passes; ``entered`` where a
     gradient goes on to the embedding's output."""
     plans = {(answer.backend, answer.plan) for answer in answers}
-    assert plans == {("cpu", "native" if _native.load() else "vendor")}, f"answered by {plans}"
+    assert plans == {("cpu", "native" if native.load() else "vendor")}, f"answered by {plans}"
     layers, first = blocks * FAMILIES[name][2], FAMILIES[name][3]
     into = layers if entered else layers - first
     counts = {op: sum(answer.op == op for answer in answers) for op in {a.op for a in answers}}

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import torch
 from engine_sources import load
 
-from lora_kernels.device import facts
 from lora_kernels.integrations import vllm as plugin
+from lora_kernels.planning.device import facts
 
 
 @dataclass

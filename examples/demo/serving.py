@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import lora_kernels as lk
-from lora_kernels.testing import error_and_budget
+from lora_kernels.testing.linear import error_and_budget
 
 from .settings import PEFT, Settings
 from .training import has_peft, load_model, load_tokenizer, rows_of, token_ids, with_peft_adapter

@@ -37,7 +37,7 @@ from transformers import (
 import lora_kernels as lk
 from bench.memory import SavedTensors
 from bench.turns import Turns, UserError
-from lora_kernels.device import facts
+from lora_kernels.planning.device import facts
 
 from .settings import OURS, Settings
 

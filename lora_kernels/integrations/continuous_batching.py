@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..multi_lora import SlottedLayer
+from ..layers.multi import SlottedLayer
 
 AdapterOf = Callable[[str], "str | None"]
 BatchOf = Callable[["list[str | None]"], AbstractContextManager[Any]]

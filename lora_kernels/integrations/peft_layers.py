@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import replacing
-from ..functional import NOT_PACKED, Call, Packed, checked_lora_linear, scale_tensor
-from ..ops import PLAIN, autocast_enabled
-from ..packed import PackedWeight, gathered_by_fsdp
-from ..segmented import segmented_linear
-from ..segments import SegmentTable
-from .peft_swap import Calls
-from .transformers import is_dispatched, offload_reason
+from ..functional.linear import NOT_PACKED, Call, Packed, checked_lora_linear, scale_tensor
+from ..functional.ops import PLAIN, autocast_enabled
+from ..functional.segmented import segmented_linear
+from ..layers import replacing
+from ..layers.packed import PackedWeight, gathered_by_fsdp
+from ..models.foreign import is_dispatched, offload_reason
+from ..spec.segments import SegmentTable
+from .peft_calls import Calls
 
 _DTYPES = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])
 _KNOWN_ARGUMENTS = frozenset(["adapter_names", "alora_offsets"])

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..reference import tail_dtype
-from ..segments import SegmentTable
+from ..functional import ops
+from ..spec.reference import tail_dtype
+from ..spec.segments import SegmentTable
 
 BACKEND = "lora_kernels"
 

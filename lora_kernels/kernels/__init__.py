@@ -1,1 +1,4 @@
-"""Triton kernels and their launchers. Nothing here asks where it runs or decides anything."""
+"""Triton kernels, each with its launcher below it: allocate, make the grid, launch.
+
+No policy, no question about the device, no autograd. Imports planning (Config) and spec.
+"""

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import is_hip, is_hip_cdna3
 
-from ..reference import dropout_threshold
+from ..spec.reference import dropout_threshold
 
 
 @triton.constexpr_function

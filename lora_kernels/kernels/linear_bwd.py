@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..config import Config, block_r
-from ..reference import dropout_threshold, tail_dtype
+from ..planning.config import Config, block_r
+from ..spec.reference import dropout_threshold, tail_dtype
 from .common import counters, dropout_keep, last_to_arrive, partials, tail_precision, tail_tile
 
 

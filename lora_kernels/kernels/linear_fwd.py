@@ -30,8 +30,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..config import Config, block_r
-from ..reference import dropout_threshold, tail_dtype
+from ..planning.config import Config, block_r
+from ..spec.reference import dropout_threshold, tail_dtype
 from .common import (
     counters,
     dropout_keep,
@@ -41,7 +41,7 @@ from .common import (
     tail_tile,
     tile_order,
 )
-from .mixed import Stacks, blocks_of_slices, pick, slice_of_block, tails_of_tile
+from .rows import Stacks, blocks_of_slices, pick, slice_of_block, tails_of_tile
 
 
 @triton.jit

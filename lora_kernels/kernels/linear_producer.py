@@ -24,16 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..config import Config, block_r
-from ..reference import dropout_threshold, tail_dtype
-from .common import (
-    counters,
-    dropout_keep,
-    last_to_arrive,
-    tail_precision,
-    tail_tile,
-    tile_order,
-)
+from ..planning.config import Config, block_r
+from ..spec.reference import dropout_threshold, tail_dtype
+from .common import counters, dropout_keep, last_to_arrive, tail_precision, tail_tile, tile_order
 from .linear_fwd import base_operands, load_tile, load_weight, store_result
 
 # int32: the flags, which many poll, have other cache lines than the ticket.

@@ -22,17 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..config import Config, block_r
-from ..reference import dropout_threshold, tail_dtype
-from .common import (
-    counters,
-    dropout_keep_rows,
-    last_to_arrive,
-    partials,
-    tail_precision,
-    tail_tile,
-)
-from .mixed import (
+from ..planning.config import Config, block_r
+from ..spec.reference import dropout_threshold, tail_dtype
+from .common import counters, dropout_keep_rows, last_to_arrive, partials, tail_precision, tail_tile
+from .rows import (
     Stacks,
     expand_tile,
     matrix_of_slot,

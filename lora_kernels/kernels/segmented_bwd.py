@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..config import Config, block_r
-from ..reference import dropout_threshold
+from ..planning.config import Config, block_r
+from ..spec.reference import dropout_threshold
 from .common import dropout_keep_rows, tail_precision, tail_tile
-from .mixed import pick, rank_tile, slice_of_block
+from .rows import pick, rank_tile, slice_of_block
 
 
 @triton.jit

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..config import Config, block_r
-from ..reference import tail_dtype
+from ..planning.config import Config, block_r
+from ..spec.reference import tail_dtype
 from .common import counters, last_to_arrive, tail_precision, tail_tile
-from .mixed import (
+from .rows import (
     Stacks,
     matrix_of_slot,
     pick,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..config import Config
+from ..planning.config import Config
 from .linear_fwd import gemm_with_tail
-from .mixed import stacks_of
+from .rows import stacks_of
 from .segmented import dx_shrink, segmented_shrink
 
 

@@ -1,0 +1,126 @@
+"""The CUDA (and ROCm) backend."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..planning import answers, plan
+from ..planning.config import (
+    MIXED_LINEAR_OPS,
+    SEGMENTED_PLANS,
+    SKINNY_OPS,
+    TILED_PLANS,
+    Config,
+    tiled_configs,
+)
+from ..planning.device import DeviceFacts, facts
+from ..spec import reference
+from ..spec.problem import PROBLEM_OF, Problem
+from . import vendor
+
+
+def answer(op: str, *args: Any, **kwargs: Any) -> Any:
+    """Run one operator on CUDA tensors, by the plan that ``plan.plan`` chooses for its problem."""
+    device = next(t.device for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+    problem = PROBLEM_OF[op](*args, **kwargs)
+    config = plan.plan(problem, facts(device))
+    # Launches go to the tensors' device, whichever is current.
+    with torch.cuda.device(device):
+        if config.plan == "reference":
+            answers.record("reference", config, problem)
+            return getattr(reference, op)(*args, **kwargs)
+        answers.record("cuda", config, problem)
+        if config.plan == "vendor" and problem.slots:
+            onto = adapters_onto(problem.adapters(), facts(device))
+            return getattr(vendor, op)(*args, **kwargs, onto=onto)
+        if config.plan == "vendor":
+            return getattr(vendor, op)(*args, **kwargs, masked=masked)
+        return run_kernel(op, config, problem, facts(device), *args, **kwargs)
+
+
+def masked(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
+    """``mask * x`` as ``reference.masked`` defines it, in one launch where there is Triton."""
+    if not facts(x.device).triton:
+        return reference.masked(x, rng, dropout_p)
+    from ..kernels import common
+
+    return common.masked(x, rng, dropout_p)
+
+
+def adapters_onto(problem: Problem, known: DeviceFacts) -> Callable[..., Tensor]:
+    """What adds the adapters of a mixed batch to the library's result, by the plan that they would
+    have without it."""
+    from ..kernels import segmented, segmented_decode
+
+    config = plan.plan_ignoring_force(problem, known)
+    if config.plan not in SEGMENTED_PLANS:
+        config = Config("grouped")
+    config = with_numbers(config, problem, known)
+    if problem.op == "segmented_lora_dx":
+        return functools.partial(segmented.dx_onto, config=config)
+    module = segmented_decode if config.plan == "decode" else segmented
+    return functools.partial(module.lora_onto, config=config)
+
+
+def run_kernel(
+    op: str, config: Config, problem: Problem, known: DeviceFacts, *args: Any, **kwargs: Any
+) -> Any:
+    """Launch the kernel of ``op`` with ``config``; a plan by its name alone gets the planner's
+    numbers."""
+    # Triton is imported by the first launch, not by importing the package.
+    from ..kernels import (
+        linear_bwd,
+        linear_fwd,
+        linear_producer,
+        segmented,
+        segmented_bwd,
+        segmented_decode,
+        segmented_linear,
+    )
+
+    config = with_numbers(config, problem, known)
+    if op in MIXED_LINEAR_OPS:
+        shrink = with_numbers(Config("grouped"), problem.adapters(), known)
+        return getattr(segmented_linear, op)(*args, **kwargs, config=config, shrink=shrink)
+    if problem.slots:
+        module = segmented_decode if config.plan == "decode" else segmented
+        module = segmented_bwd if op == "segmented_lora_dab" else module
+        return getattr(module, op)(*args, **kwargs, config=config)
+    if op in SKINNY_OPS:
+        kernel = linear_fwd.lora_shrink if op == "lora_shrink" else linear_bwd.lora_linear_dab
+        return kernel(*args, **kwargs, config=config)
+    if config.plan == "producer":
+        return getattr(linear_producer, op)(*args, **kwargs, config=config)
+    rows = Problem(
+        "lora_shrink",
+        problem.m,
+        problem.r,
+        problem.inner,
+        problem.r,
+        problem.dtype,
+        problem.adapter_dtype,
+        problem.dropout and op == "lora_linear_fwd",
+    )
+    shrink = with_numbers(Config("skinny"), rows, known)
+    return getattr(linear_fwd, op)(*args, **kwargs, config=config, shrink=shrink)
+
+
+@functools.lru_cache(maxsize=4096)
+def with_numbers(config: Config, problem: Problem, known: DeviceFacts) -> Config:
+    if config.block_m or config.plan not in TILED_PLANS:
+        return config
+    valid = [
+        c
+        for c in tiled_configs(problem, known)
+        if c.plan == config.plan and plan.is_valid(c, problem, known)
+    ]
+    if not valid:
+        raise ValueError(f"no tile of plan {config.plan!r} can compute {problem} on {known.name}")
+    if problem.slots and problem.op not in MIXED_LINEAR_OPS:
+        return valid[0]
+    return min(valid, key=lambda c: plan.estimate_us(c, problem, known))

@@ -1,0 +1,199 @@
+"""A frozen weight in the layout of the CPU's kernels: packed once, dropped when it has changed; and
+the linear layer that keeps it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backends import cpu
+from ..functional.linear import Packed, packed_linear
+from ..functional.ops import PLAIN, autocast_enabled, is_transformed
+
+PACK_WEIGHT = ("eval", "always", "never")
+
+
+class _Copy(NamedTuple):
+    weight: weakref.ref[Tensor]
+    data_ptr: int
+    version: int
+    fan_in_fan_out: bool
+    # The weight with its inner axis first, as it was packed: a view, made once.
+    operand: Tensor
+    panels: Tensor
+
+
+class PackedWeight:
+    """The packed copies of one module's frozen weight, each as large as the weight: one for
+    ``x W^T`` and one for ``dY W``.
+
+    The module drops them when it does something to the weight. They are checked on every use as
+    well, against the weight's identity, address and version, and, since a write through
+    ``Tensor.data`` leaves no trace in these, against some 64 of its values. A copy or a pickle of
+    the module starts without them.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[bool, _Copy] = {}
+        # Whether a call of the layer has asked for copies, and whether a compiler has traced one.
+        self.called = self.traced = False
+
+    def get(self, weight: Tensor, fan_in_fan_out: bool, *, for_dx: bool = False) -> Tensor | None:
+        """The packed weight, made now if there is none that holds; None where it cannot be packed:
+        not on a CPU with native kernels, not float32 or bfloat16, not frozen, or no plain tensor
+        (fake, sharded, being traced)."""
+        if not _is_plain(weight) or weight.requires_grad or not cpu.packs(weight):
+            # Copies of what it was before would never be read.
+            self.drop()
+            return None
+        held = self._copies.get(for_dx)
+        if (
+            held is not None
+            and held.weight() is weight
+            and held.data_ptr == weight.data_ptr()
+            and held.version == weight._version
+            and held.fan_in_fan_out == fan_in_fan_out
+            and torch.ops.lora_kernels_cpu.is_packed(held.operand, held.panels)
+        ):
+            return held.panels
+        # Gone before its successor comes, not after.
+        held = None
+        self._copies.pop(for_dx, None)
+        # The inner axis first: [K, N] for the forward, [N, K] for dX.
+        operand = weight.detach() if fan_in_fan_out != for_dx else weight.detach().t()
+        panels = torch.ops.lora_kernels_cpu.pack(operand)
+        self._copies[for_dx] = _Copy(
+            weakref.ref(weight),
+            weight.data_ptr(),
+            weight._version,
+            fan_in_fan_out,
+            operand,
+            panels,
+        )
+        return panels
+
+    def drop(self) -> None:
+        """Forget the copies: the weight has changed, or will not be used for a while."""
+        self._copies.clear()
+
+    def __len__(self) -> int:
+        return len(self._copies)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of the copies."""
+        return sum(held.panels.nbytes for held in self._copies.values())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
+        return PackedWeight()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedWeight, ()
+
+
+def gathered_by_fsdp(module: nn.Module) -> bool:
+    """Whether the parameters of ``module`` are whole for one call at a time: a packed copy would
+    hold what sharding frees, and be made anew by every call.
+
+    FSDP1 and FSDP2 leave this mark on every module they manage.
+    """
+    return "_is_fsdp_managed_module" in module.__dict__
+
+
+def _is_plain(weight: Tensor) -> bool:
+    # An inference tensor has no version to compare.
+    return type(weight) in PLAIN and not weight.is_inference()
+
+
+def check_pack_weight(value: str) -> None:
+    if value not in PACK_WEIGHT:
+        raise ValueError(f"pack_weight must be one of {', '.join(PACK_WEIGHT)}, not {value!r}")
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer with a frozen weight, and packed copies of it while ``pack_weight`` allows.
+
+    A subclass sets ``fan_in_fan_out`` (the weight is stored as [in, out]) and calls
+    :meth:`_init_packing`.
+    """
+
+    fan_in_fan_out: bool
+
+    def _init_packing(self) -> None:
+        self._pack_weight = "eval"
+        self._packed = PackedWeight()
+
+    @property
+    def pack_weight(self) -> str:
+        """When the weight is packed for the CPU's kernels: "eval", "always" or "never"."""
+        return self._pack_weight
+
+    @pack_weight.setter
+    def pack_weight(self, value: str) -> None:
+        check_pack_weight(value)
+        self._pack_weight = value
+        self.drop_packed()
+
+    def drop_packed(self) -> None:
+        """Forget the packed copies of the weight; the next call that wants one makes it anew.
+
+        For whoever writes to ``weight`` in a way that leaves no trace, such as through
+        ``weight.data`` at a few places.
+        """
+        if "_packed" in self.__dict__:
+            self._packed.drop()
+
+    def _packed_copies(self, input: Tensor) -> Packed:
+        wanted = self._pack_weight == "always" or (
+            self._pack_weight == "eval" and not self.training
+        )
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            self._note_trace()
+        else:
+            self._packed.called = True
+        if wanted and gathered_by_fsdp(self):
+            self.drop_packed()
+            return None, None
+        # A traced call would make its copy a constant of the graph.
+        traced = compiling or torch.jit.is_tracing() or is_transformed()
+        if not wanted or traced or type(input) not in PLAIN:
+            return None, None
+        device_type = input.device.type
+        cast = autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if cast else input.dtype
+        if dtype != self.weight.dtype:
+            return None, None
+        packed = self._packed.get(self.weight, self.fan_in_fan_out)
+        packed_dx = None
+        if self.training and torch.is_grad_enabled():
+            packed_dx = self._packed.get(self.weight, self.fan_in_fan_out, for_dx=True)
+        return packed, packed_dx
+
+    def _note_trace(self) -> None:
+        self._packed.traced = True
+
+    # Dynamo runs it while it traces and puts nothing of it into the graph.
+    _note_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def reached(self) -> tuple[bool, bool]:
+        """Whether a call computed with this layer, and whether a compiler traced one: its code may
+        also serve equal layers that it did not trace."""
+        return self._packed.called, self._packed.traced
+
+    def _base_forward(self, input: Tensor) -> Tensor:
+        """``x W^T + bias`` with the weight as it is."""
+        differentiable = torch.is_grad_enabled() and (
+            input.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        )
+        # A wrong call is left to F.linear and its message.
+        fits = input.dim() > 0 and input.shape[-1] == self.in_features
+        if fits and not differentiable and input.device == self.weight.device:
+            packed, _ = self._packed_copies(input)
+            if packed is not None:
+                return packed_linear(input, self.weight, self.bias, self.fan_in_fan_out, packed)
+        return F.linear(input, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)

@@ -1,0 +1,158 @@
+"""Which modules a layer with an adapter can replace, and what it takes over from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..functional.linear import is_foreign
+from .packed import PackedLinear
+
+# Classes that hold their weight as [in, out], recognised by predicates that the integrations add
+# (transformers' Conv1D).
+TRANSPOSED_LINEARS: list[Callable[[nn.Module], bool]] = []
+
+# Subclasses of nn.Linear whose own forward is nn.Linear's in other words, recognised likewise.
+PLAIN_LINEARS: list[Callable[[nn.Module], bool]] = []
+
+# Forwards that a library sets on a module object and that the replacement gets too (accelerate's
+# device_map): what recognises them, and what gives the second module those of the first.
+CARRIED_FORWARDS: list[Callable[[nn.Module], bool]] = []
+CARRIERS: list[Callable[[nn.Module, nn.Module], None]] = []
+
+# What a replacement takes over from the module it replaces: the very dicts, so that handles still
+# remove their hooks.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+# Methods that a subclass may have of its own without another result or another state.
+_HARMLESS = frozenset(
+    ["__init__", "__new__", "__init_subclass__", "__repr__", "_get_name", "extra_repr"]
+    + ["reset_parameters", "__annotate__", "__annotate_func__", "_compiled_call_impl"]
+)
+
+# As they were when this was imported: a class may be given others at any time.
+_LINEAR_FORWARD = nn.Linear.forward
+
+_BASE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def unsupported_reason(module: nn.Module) -> str | None:
+    """Why no layer of ours can replace the linear layer ``module``, or None if one can."""
+    kind = type(module).__name__
+    if isinstance(module, PackedLinear):
+        return f"is a {kind} already"
+    transposed = any(matches(module) for matches in TRANSPOSED_LINEARS)
+    if not isinstance(module, nn.Linear) and not transposed:
+        return f"is a {kind}, neither nn.Linear nor transformers' Conv1D"
+    plain = type(module).forward is _LINEAR_FORWARD or any(same(module) for same in PLAIN_LINEARS)
+    if not transposed and not plain:
+        return f"is a {kind}, a linear layer with a forward of its own"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "its forward is never called: nn.MultiheadAttention reads its weight"
+    if isinstance(module.weight, nn.UninitializedParameter):
+        return "is lazy: its weight has no shape yet"
+    return _weight_reason(module) or own_behaviour(module)
+
+
+def own_behaviour(module: nn.Module) -> str | None:
+    """What ``module`` does besides the forward of its class, which a replacement by its weight and
+    bias would lose, as a reason to leave it; or None."""
+    kind = type(module)
+    overridden: list[str] = []
+    for cls in kind.__mro__:
+        if "forward" in vars(cls):
+            break
+        overridden += _methods(vars(cls))
+    if overridden:
+        return f"is a {kind.__name__}, which overrides {_some(overridden)}"
+    set_on_it = _methods(vars(module))
+    if "forward" in set_on_it and is_forward_of_class(module):
+        set_on_it.remove("forward")
+    if set_on_it:
+        return f"computes in its own way: {_some(set_on_it)} was set on the module object"
+    held = (*module._parameters, *module._buffers, *module._modules)
+    more = [name for name in held if name not in ("weight", "bias")]
+    if more:
+        return f"holds more than weight and bias: {_some(more)}"
+    # These hold the module that they were made for.
+    if any(getattr(h, "with_module", False) for h in module._load_state_dict_pre_hooks.values()):
+        return "has a load_state_dict pre-hook of its own"
+    return None
+
+
+def _methods(names: Mapping[str, Any]) -> list[str]:
+    """Those of ``names`` that stand in for a method of ``nn.Module``."""
+    return [
+        name
+        for name, value in names.items()
+        if name not in _HARMLESS
+        and (callable(value) or isinstance(value, (property, classmethod, staticmethod)))
+        and hasattr(nn.Module, name)
+    ]
+
+
+def is_forward_of_class(module: nn.Module) -> bool:
+    """Whether a call runs the forward of the module's class, perhaps inside one that is carried
+    along."""
+    forward = vars(module).get("forward")
+    own = forward is None or getattr(forward, "__func__", None) is type(module).forward
+    return own or any(is_carried(module) for is_carried in CARRIED_FORWARDS)
+
+
+def _weight_reason(module: nn.Module) -> str | None:
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 2:
+        return "its weight is no 2-D Parameter (parametrised, pruned or sharded)"
+    bias = module._parameters.get("bias")
+    if bias is None and module.bias is not None:
+        return "its bias is no Parameter (parametrised or pruned)"
+    for name, parameter in module.named_parameters(recurse=False):
+        if is_foreign(parameter):
+            kind = type(parameter).__name__
+            return f"has a {name} of {kind}, no plain Parameter (PEFT adapts quantised layers)"
+        if parameter.layout is not torch.strided or parameter.is_nested:
+            return f"its {name} is sparse or nested"
+    if weight.dtype not in _BASE_DTYPES:
+        return f"its weight is {weight.dtype}"
+    return None
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def share_linear(layer: PackedLinear, module: nn.Module) -> None:
+    """Give ``layer`` the Parameters and the hooks of ``module``, an ``nn.Linear`` or Conv1D."""
+    layer.fan_in_fan_out = any(matches(module) for matches in TRANSPOSED_LINEARS)
+    weight = cast(nn.Parameter, module.weight)
+    shape = weight.shape[::-1] if layer.fan_in_fan_out else weight.shape
+    layer.out_features, layer.in_features = shape
+    layer.weight, layer.bias = weight, cast(nn.Parameter, module.bias)
+    share_hooks(layer, module)
+
+
+def share_hooks(layer: nn.Module, module: nn.Module) -> None:
+    for name in _HOOKS:
+        setattr(layer, name, getattr(module, name))
+
+
+def carry(module: nn.Module, layer: nn.Module) -> None:
+    """Give ``layer``, which is complete, the forwards that a library set on ``module``."""
+    for carrier in CARRIERS:
+        carrier(module, layer)

@@ -1,0 +1,363 @@
+"""Adapters of whole models in PEFT's format: ``save_adapter``, ``load_adapter``, and the writing of
+the files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import uuid
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..functional.linear import is_dtensor
+from ..layers.fused import FusedLoRALinear
+from ..layers.merging import write_obstacle
+from .apply import (
+    Applied,
+    applied,
+    insert,
+    lora_layers,
+    lost_layers,
+    select,
+    unwrap,
+    warn_of_lost_layers,
+)
+from .config import LoRAConfig, exact_patterns
+from .foreign import stored_value
+from .on_disk import (
+    CONFIG_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    Layer,
+    names_of,
+    places_of,
+    read_adapter,
+    some,
+)
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+# Names of layers that PEFT takes for experts, by transformers' name of the kind of mixture: before
+# transformers 5 the experts' own layers were called so.
+EXPERT_NAMES = {
+    "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
+    "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
+}
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write the adapter of ``model`` as PEFT does, so that ``PeftModel.from_pretrained`` reads it.
+
+    The directory is made if it is missing; each of the two files is replaced whole. Biases that
+    train, ``modules_to_save`` and embeddings that ``load_adapter`` brought go along. A scaling that
+    was set by hand is saved as an alpha of its layer. A warning says what PEFT reads otherwise.
+
+    Raises:
+        ValueError: the model has no LoRA layers of this package.
+        RuntimeError: the adapter was folded in by ``merge_adapter(model, keep_base=False)``, or its
+            values are on the meta device.
+        TypeError: the model is sharded (``fully_shard``, tensor parallelism).
+    """
+    root = unwrap(model)
+    record = applied(root)
+    layers = lora_layers(root)
+    if any(layer.lora_A is None for layer in layers.values()):
+        raise RuntimeError(
+            "merge_adapter(model, keep_base=False) removed the adapter: there is nothing to save"
+        )
+    warn_of_lost_layers(root)
+    if not layers:
+        raise ValueError(f"{type(root).__name__} has no LoRA layers left: there is nothing to save")
+    _warn_of_shared(root, layers)
+    tensors = _tensors(root, record, layers)
+    empty = [key for key, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise RuntimeError(
+            f"{some(empty)} on the meta device, without values: offloaded weights come back with "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True), others by loading them"
+        )
+    sharded = [key for key, tensor in tensors.items() if is_dtensor(tensor)]
+    if sharded:
+        raise TypeError(
+            f"the model is sharded ({some(sharded)}): gather it with get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint."
+            "state_dict, load that into a model of one process and save this one"
+        )
+    write_adapter(
+        Path(directory),
+        root,
+        record.config,
+        {name: (layer.r, layer.scaling) for name, layer in layers.items()},
+        tensors,
+        fan_in_fan_out=all(layer.fan_in_fan_out for layer in layers.values()),
+        saved=record.report.modules_to_save,
+    )
+
+
+def load_adapter(
+    model: ModelT, directory: str | os.PathLike[str], *, load_embedding_layers: bool = True
+) -> ModelT:
+    """Load an adapter that :func:`save_adapter` or PEFT wrote, and return the model.
+
+    On a model without LoRA layers the adapter's own configuration is applied first; on one that has
+    them, layers and ranks must agree, and the file's alpha decides the scaling. Local directories
+    and safetensors only.
+
+    Args:
+        load_embedding_layers: embeddings and an output head that were saved along (PEFT's
+            ``save_embedding_layers``) replace the values of the model's; False leaves these as
+            they are.
+
+    Raises:
+        FileNotFoundError: the directory or one of its two files is missing.
+        ValueError: a file is corrupt, of another method than LoRA, or uses what
+            :class:`FusedLoRALinear` does not compute (DoRA, a bias on lora_B, ...); tensors are
+            missing, left over, or of the wrong shape (a resized vocabulary too). The message names
+            the file and the modules, and the model is as it was.
+    """
+    root = unwrap(model)
+    folder = Path(directory)
+    files = read_adapter(folder, root)
+    config = files.config
+    layers = lora_layers(root)
+    if layers:
+        selection = None
+        warn_of_lost_layers(root)
+        present = applied(root).config
+        if config.bias != present.bias:
+            raise ValueError(
+                f"{folder / CONFIG_NAME}: bias is {config.bias!r}, the model was adapted with "
+                f"bias={present.bias!r}"
+            )
+        removed = [name for name, layer in layers.items() if layer.lora_A is None]
+        if removed:
+            raise ValueError(
+                f"merge_adapter(model, keep_base=False) removed the adapter of {some(removed)}"
+            )
+        wanted = {n: Layer(m.r, m.in_features, m.out_features) for n, m in layers.items()}
+        saved = {name: root.get_submodule(name) for name in applied(root).report.modules_to_save}
+    else:
+        config.modules_to_save = files.modules_to_save(root) or None
+        selection = select(root, config)
+        wanted = {}
+        for module, names in selection.targets.items():
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            transposed = not isinstance(module, nn.Linear)
+            out_features, in_features = weight.shape[::-1] if transposed else weight.shape
+            wanted[names[0]] = Layer(config.rank(names[0]), in_features, out_features)
+        saved = selection.modules_to_save
+    pairs = files.take_pairs(root, wanted)
+    for name, layer in layers.items():
+        obstacle = write_obstacle(layer, ("lora_A", "lora_B"))
+        if obstacle is not None:
+            raise ValueError(f"no adapter can be loaded into {name}: {obstacle}")
+    others, embeddings = files.match_rest(
+        root, saved, wanted.keys(), load_embedding_layers=load_embedding_layers
+    )
+    if selection is None:
+        config.warn_of_unmatched(wanted.keys(), names_of(root), stacklevel=3)
+    else:
+        insert(root, config, selection)
+        layers = lora_layers(root)
+        _warn_of_shared(root, layers)
+    with torch.no_grad():
+        for parameter, tensor in others.values():
+            parameter.copy_(tensor)
+    # After the base weights: a merged layer merges again.
+    for name, (lora_a, lora_b) in pairs.items():
+        alpha, use_rslora = config.alpha(name), config.use_rslora
+        layers[name].set_lora(lora_a, lora_b, lora_alpha=alpha, use_rslora=use_rslora)
+    # Which layers there are, and how they train, stays what it was.
+    record = applied(root)
+    record.config = replace(
+        record.config,
+        lora_alpha=config.lora_alpha,
+        alpha_pattern=config.alpha_pattern,
+        use_rslora=config.use_rslora,
+    )
+    record.embeddings = sorted({*record.embeddings, *embeddings})
+    return model
+
+
+def _warn_of_shared(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> None:
+    adapted = set(layers.values())
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in adapted and name not in layers:
+            warnings.warn(
+                f"{name} is one module with another place of the model, and its adapter works at "
+                "both; PEFT applies it at the first place only",
+                stacklevel=3,
+            )
+
+
+def _tensors(
+    model: nn.Module, record: Applied, layers: dict[str, FusedLoRALinear]
+) -> dict[str, Tensor]:
+    config = record.config
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        assert layer.lora_A is not None and layer.lora_B is not None
+        tensors[f"{name}.lora_A.weight"] = stored_value(layer, "lora_A")
+        tensors[f"{name}.lora_B.weight"] = stored_value(layer, "lora_B")
+        if config.bias != "none" and layer.bias is not None:
+            tensors[f"{name}.base_layer.bias"] = stored_value(layer, "bias")
+    if config.bias == "all":
+        for name, _ in model.named_parameters():
+            owner, _, last = name.rpartition(".")
+            if last == "bias" and owner not in layers:
+                tensors[name] = stored_value(model.get_submodule(owner), last)
+    for name in record.report.modules_to_save:
+        for key, tensor in model.get_submodule(name).state_dict().items():
+            owner, _, last = f"{name}.{key}".rpartition(".")
+            if tensor.is_meta:
+                tensor = stored_value(model.get_submodule(owner), last)
+            tensors[f"{name}.{key}"] = tensor
+    if record.embeddings:
+        places = places_of(model, layers)
+        tensors |= {key: places[key] for key in record.embeddings}
+    return tensors
+
+
+def write_adapter(
+    folder: Path,
+    model: nn.Module,
+    config: LoRAConfig,
+    layers: Mapping[str, tuple[int, float]],
+    tensors: Mapping[str, Tensor],
+    *,
+    fan_in_fan_out: bool,
+    saved: Collection[str] = (),
+) -> None:
+    """Write both files as PEFT does, each whole or not at all.
+
+    ``layers``: rank and scaling of the adapted layers, by name; ``tensors`` by their paths in the
+    model; ``saved``: the modules trained in full.
+    """
+    content = _content(model, config, layers, fan_in_fan_out)
+    content["modules_to_save"], more = _modules_to_save(model, config, layers, saved)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    # Tied parameters may appear under two keys; safetensors wants storage of their own.
+    unique = {
+        PREFIX + key: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for key, tensor in {**more, **tensors}.items()
+    }
+    _replace(folder / WEIGHTS_NAME, lambda path: save_file(unique, path, metadata={"format": "pt"}))
+    _replace(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _content(
+    model: nn.Module,
+    config: LoRAConfig,
+    layers: Mapping[str, tuple[int, float]],
+    fan_in_fan_out: bool,
+) -> dict[str, Any]:
+    content = asdict(config)
+    del content["autocast_adapter_dtype"]
+    taken = _taken_for_experts(model, layers)
+    if taken:
+        warnings.warn(
+            f"PEFT takes {some(sorted({name.rpartition('.')[2] for name in taken}))} of this model "
+            f"for its fused experts, and does not find the adapters of {some(taken)} in this file; "
+            "lora_kernels.load_adapter does. For PEFT, adapt the model without them "
+            "(exclude_modules)",
+            stacklevel=4,
+        )
+    if taken or config.all_linear or config.layers_to_transform is not None or lost_layers(model):
+        # Resolved: "all" is another set of layers in PEFT, it finds no index in "layers.0.x", and
+        # of a mixture it takes a regular expression for the last names that match.
+        content["target_modules"] = _targets(model, layers)
+        content["layers_to_transform"] = content["layers_pattern"] = None
+    alphas = {}
+    for name, (rank, scaling) in layers.items():
+        alpha = scaling * (math.sqrt(rank) if config.use_rslora else rank)
+        own = config.alpha(name)
+        alphas[name] = rank, own if math.isclose(alpha, own, rel_tol=1e-12) else alpha
+    return (
+        content
+        | exact_patterns(config, alphas)
+        | {
+            "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+            "fan_in_fan_out": fan_in_fan_out,
+            "inference_mode": True,
+            "peft_type": "LORA",
+            "task_type": None,
+        }
+    )
+
+
+def _taken_for_experts(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """The layers that PEFT does not look for where it reads their names."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if not isinstance(model_type, str):
+        return []
+    try:
+        from transformers.conversion_mapping import (
+            _MODEL_TO_CONVERSION_PATTERN,
+            get_checkpoint_conversion_mapping,
+        )
+    except ImportError:
+        # No transformers, or one from before it fused experts.
+        return []
+    if get_checkpoint_conversion_mapping(model_type) is None:
+        return []
+    kinds = {"mixtral": "mixtral"} | _MODEL_TO_CONVERSION_PATTERN
+    names = EXPERT_NAMES.get(kinds.get(model_type, ""), ())
+    return [name for name in layers if name.rpartition(".")[2] in names]
+
+
+def _modules_to_save(
+    model: nn.Module, config: LoRAConfig, adapted: Collection[str], saved: Collection[str]
+) -> tuple[list[str] | None, dict[str, Tensor]]:
+    """Entries by which PEFT finds the modules ``saved``, and the tensors of others that it then
+    looks for too: it takes every module whose name ends in an entry."""
+    if not saved:
+        return None, {}
+    names = names_of(model)
+    entries = config.modules_to_save or []
+    if {name for name in names if name.endswith(tuple(entries))} != set(saved):
+        entries = sorted(saved)
+    others = [name for name in names if name.endswith(tuple(entries)) and name not in saved]
+    more: dict[str, Tensor] = {}
+    for name in others:
+        if any(f"{layer}.".startswith(f"{name}.") for layer in adapted):
+            warnings.warn(
+                f"PEFT reads modules_to_save={entries} as {name} too, which has an adapter: it "
+                "cannot load this file",
+                stacklevel=4,
+            )
+            continue
+        state = model.get_submodule(name).state_dict()
+        more |= {f"{name}.{key}": tensor for key, tensor in state.items()}
+    return entries, more
+
+
+def _targets(model: nn.Module, layers: Collection[str]) -> list[str] | str:
+    """What selects these layers and no other: their last names, their whole names (which may end
+    others), or a regular expression."""
+    names = [name for name, _ in model.named_modules()]
+    for entries in {name.rpartition(".")[2] for name in layers}, set(layers):
+        config = LoRAConfig(target_modules=sorted(entries))
+        if {name for name in names if config.is_target(name)} == set(layers):
+            return sorted(entries)
+    return "|".join(re.escape(name) for name in sorted(layers))
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Write beside ``path`` and move into place, so that a reader never sees half a file."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

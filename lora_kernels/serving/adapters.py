@@ -1,0 +1,307 @@
+"""One adapter in the host's memory: read in PEFT's format and checked against a model, or drawn
+anew; and written back."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.fused import default_scaling
+from ..layers.multi import MultiLoRALinear, unsupported_embedding_reason
+from ..layers.replacing import unsupported_reason
+from ..models.checkpoints import write_adapter
+from ..models.config import LoRAConfig
+from ..models.on_disk import AdapterFiles, Layer, from_state_dict, names_of, read_adapter
+
+Source = str | os.PathLike[str] | Mapping[str, Tensor]
+
+
+@dataclass
+class Weights:
+    """A and B of one layer as its slots hold them: a [r, in] and b [out, r]; of an embedding a is
+    [V, r]."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.b.shape[1]
+
+
+@dataclass(eq=False)
+class HostAdapter:
+    """An adapter by the paths of its layers."""
+
+    config: LoRAConfig
+    layers: dict[str, Weights]
+
+    @functools.cached_property
+    def ranks_and_scales(self) -> dict[str, tuple[int, float]]:
+        return {path: (w.rank, w.scale) for path, w in self.layers.items()}
+
+
+def read(name: str, source: Source, config: Any, model: nn.Module) -> AdapterFiles:
+    """An adapter of ``model`` in a directory or a state dict.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`lora_kernels.load_adapter`.
+        TypeError: a state dict without ``config``, or a directory with one.
+    """
+    if isinstance(source, Mapping):
+        label = f"the state dict of {name!r}"
+        if config is None:
+            raise TypeError(f"{label} needs config=: what its adapter_config.json would say")
+        for key, tensor in source.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{label}: {key} is a {type(tensor).__name__}, no tensor")
+        return from_state_dict(source, _fields(config), model, label)
+    if config is not None:
+        raise TypeError("a directory has its own adapter_config.json: config= is for state dicts")
+    return read_adapter(Path(source), model)
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """A mapping, a LoRAConfig or one of PEFT's as the contents of PEFT's file."""
+    if isinstance(config, LoRAConfig):
+        content = {f.name: getattr(config, f.name) for f in fields(config)} | {"peft_type": "LORA"}
+    elif isinstance(config, Mapping):
+        content = {"peft_type": "LORA", **config}
+    elif hasattr(config, "to_dict"):
+        content = config.to_dict()
+    else:
+        raise TypeError(f"config must be a mapping or a LoRAConfig, not {type(config).__name__}")
+    return {k: sorted(v) if isinstance(v, (set, frozenset)) else v for k, v in content.items()}
+
+
+class Places:
+    """The layers of a model that an adapter may have, by every path that leads to them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        open: bool,
+        refused: Mapping[str, str],
+    ) -> None:
+        """``layers``: those that have slots already; ``open``: others may get them, but for those
+        in ``refused``, by path with the reason."""
+        self.model, self.layers, self.open, self._refused = model, layers, open, refused
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._first = {module: path for path, module in model.named_modules()}
+
+    def resolve(self, path: str) -> tuple[str, nn.Module]:
+        """The first path of the layer at ``path``, and the layer.
+
+        Raises:
+            ValueError: there is none, or it has no slots and cannot get them.
+        """
+        module = self._modules.get(path)
+        if module is None:
+            raise ValueError(f"the model has no layer {path!r}")
+        first = self._first[module]
+        if first in self.layers:
+            return first, module
+        if not self.open:
+            raise ValueError(f"{path!r} is not among the store's target_modules")
+        reason = self._reason(module)
+        if reason is not None:
+            raise ValueError(f"{path!r} {reason}")
+        return first, module
+
+    def named_by(self, config: LoRAConfig) -> set[str]:
+        """The layers with slots, and those that could get them, that ``config`` names."""
+        saved = [f".{name}." for name in config.modules_to_save or []]
+        return {
+            self._first[module]
+            for path, module in self._modules.items()
+            if not config.all_linear
+            and config.is_target(path)
+            and config.is_in_layers(path)
+            and not config.is_excluded(path)
+            and not any(s in f".{path}." for s in saved)
+            and (self._first[module] in self.layers or (self.open and self._reason(module) is None))
+        }
+
+    def _reason(self, module: nn.Module) -> str | None:
+        """Why a module without slots cannot get them, or None."""
+        if isinstance(module, nn.Embedding):
+            return unsupported_embedding_reason(module)
+        return self._refused.get(self._first[module]) or unsupported_reason(module)
+
+
+class Room(NamedTuple):
+    """What the slots hold: their ranks, their dtypes by path of the layer (else the weight's), and
+    whether copies into them want pinned memory."""
+
+    max_rank: int
+    dtypes: Mapping[str, torch.dtype]
+    pinned: bool
+
+    def weights(self, path: str, module: nn.Module, a: Tensor, b: Tensor, scale: float) -> Weights:
+        """In memory of their own: the caller's tensors, or a file that is mapped, may be written
+        again."""
+        dtype = self.dtypes.get(path, _weight(module).dtype)
+        own = [
+            torch.empty(t.shape, dtype=dtype, device="cpu", pin_memory=self.pinned) for t in (a, b)
+        ]
+        for there, here in zip(own, (a, b), strict=True):
+            there.copy_(here.detach())
+        return Weights(own[0], own[1], scale)
+
+
+def match(
+    places: Places, files: AdapterFiles, room: Room, load_embedding_layers: bool
+) -> HostAdapter:
+    """The adapter that ``files`` are.
+
+    Raises:
+        ValueError: tensors are missing, left over, not floating or of the wrong shape; a rank is
+            above ``max_rank`` or not the configuration's.
+    """
+    config, label = files.config, files.label
+    names = names_of(places.model)
+    found: dict[str, str] = {}
+    wanted: dict[str, Layer] = {}
+    try:
+        for path in files.paths(names):
+            first, module = places.resolve(path)
+            if first in found:
+                raise ValueError(
+                    f"{path!r} is the same layer as {found[first]!r}, which it has too"
+                )
+            found[first] = path
+            wanted[path] = _layer(path, module, config, room)
+        config.modules_to_save = files.modules_to_save(places.model) or None
+        for first in sorted(places.named_by(config) - found.keys()):
+            _, module = places.resolve(first)
+            wanted[first] = _layer(first, module, config, room)
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error
+    if not wanted:
+        raise ValueError(f"{label} holds no lora_A and lora_B")
+    layers = {}
+    for path, (a, b) in files.take_pairs(places.model, wanted).items():
+        first, module = places.resolve(path)
+        scale = default_scaling(config.alpha(path), b.shape[1], config.use_rslora)
+        a = a.t() if wanted[path].is_embedding else a
+        layers[first] = room.weights(first, module, a, b, scale)
+    files.match_rest(
+        places.model,
+        {name: places.model.get_submodule(name) for name in config.modules_to_save or []},
+        wanted.keys(),
+        load_embedding_layers=load_embedding_layers,
+        shared_base=True,
+    )
+    config.warn_of_unmatched(wanted.keys(), names)
+    return HostAdapter(config, layers)
+
+
+def _layer(path: str, module: nn.Module, config: LoRAConfig, room: Room) -> Layer:
+    """What the adapter's A and B must fit at ``path``."""
+    rank = config.rank(path)
+    _check_rank(path, rank, room.max_rank)
+    return Layer(rank, *_sizes(module), isinstance(module, nn.Embedding))
+
+
+def _check_rank(path: str, rank: int, max_rank: int) -> None:
+    if rank > max_rank:
+        raise ValueError(f"the rank {rank} of {path!r} is above the store's max_rank={max_rank}")
+
+
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module.weight, Tensor)
+    return module.weight
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """in_features (of an embedding: its entries) and out_features."""
+    rows, columns = _weight(module).shape
+    transposed = (
+        module.fan_in_fan_out
+        if isinstance(module, MultiLoRALinear)
+        else not isinstance(module, nn.Linear)
+    )
+    return (rows, columns) if transposed else (columns, rows)
+
+
+def draw(
+    places: Places,
+    config: LoRAConfig,
+    paths: Collection[str],
+    room: Room,
+) -> HostAdapter:
+    """An untrained adapter on the layers at ``paths``, as ``init_lora_weights`` says.
+
+    Raises:
+        ValueError: there are none, or a rank is above ``max_rank``.
+    """
+    if not paths:
+        raise ValueError(f"target_modules={config.target_modules!r} names no layer of the store")
+    layers = {}
+    for path in sorted(paths):
+        _, module = places.resolve(path)
+        rank = config.rank(path)
+        _check_rank(path, rank, room.max_rank)
+        in_features, out_features = _sizes(module)
+        embedding = isinstance(module, nn.Embedding)
+        a = torch.zeros(rank, in_features, device="cpu")
+        b = torch.zeros(out_features, rank, device="cpu")
+        if embedding:
+            # PEFT's choice: what is looked up is zero, so that B trains second.
+            nn.init.normal_(b)
+        elif config.init_lora_weights == "gaussian":
+            nn.init.normal_(a, std=1 / rank)
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if config.init_lora_weights is False:
+            nn.init.kaiming_uniform_(a if embedding else b, a=math.sqrt(5))
+        scale = default_scaling(config.alpha(path), rank, config.use_rslora)
+        layers[path] = room.weights(path, module, a.t() if embedding else a, b, scale)
+    config.warn_of_unmatched(layers, names_of(places.model))
+    return HostAdapter(config, layers)
+
+
+def peft_tensors(adapter: HostAdapter, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Copies by PEFT's keys, without ``base_model.model.``."""
+    tensors = {}
+    for path, weights in adapter.layers.items():
+        embedding = isinstance(layers[path], nn.Embedding)
+        key_a, key_b = Layer(weights.rank, *_sizes(layers[path]), embedding).shapes(path)
+        a = weights.a.t() if embedding else weights.a
+        tensors[key_a] = a.clone(memory_format=torch.contiguous_format)
+        tensors[key_b] = weights.b.clone()
+    return tensors
+
+
+def write(
+    model: nn.Module, adapter: HostAdapter, layers: Mapping[str, nn.Module], folder: Path
+) -> None:
+    """Write ``adapter`` as PEFT does."""
+    write_adapter(
+        folder,
+        model,
+        # Resolved: which layers a number of a layer means is not the same everywhere.
+        replace(
+            adapter.config,
+            target_modules=None,
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            bias="none",
+        ),
+        adapter.ranks_and_scales,
+        peft_tensors(adapter, layers),
+        fan_in_fan_out=all(
+            getattr(layers[path], "fan_in_fan_out", False) for path in adapter.layers
+        ),
+    )
