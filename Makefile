@@ -61,10 +61,10 @@ test test-peft: export OMP_WAIT_POLICY ?= PASSIVE
 test: $(READY)
 	$(PY) -m pytest -n $(JOBS) --dist loadgroup tests --doctest-modules lora_kernels
 	@# What is interpreted cannot be compiled, so Triton's interpreter has a process of its own.
-	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup tests/test_kernels*.py
+	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup tests/kernels/test_kernels*.py
 
 test-peft: $(READY)
-	$(PY) tests/peft_suite.py $(if $(PEFT_SOURCE),--source "$(PEFT_SOURCE)")
+	$(PY) tests/integrations/peft_suite.py $(if $(PEFT_SOURCE),--source "$(PEFT_SOURCE)")
 
 # The oldest stack that pyproject.toml promises and the newest there is; each has a copy of its own,
 # since extensions fit one torch.

@@ -133,7 +133,7 @@ def _sanitizer_stages(python: list[str]) -> list[Stage]:
     if tool is None:
         return []
     small = "(one and row or tiny or skinny_kernels) and bfloat16"
-    tests = [*python, "pytest", "tests/test_kernels.py", "-q", "-x", "-k", small]
+    tests = [*python, "pytest", "tests/kernels/test_kernels.py", "-q", "-x", "-k", small]
     return [
         Stage(check, [tool, "--tool", check, "--error-exitcode", "9", *tests], 0.1)
         for check in ("memcheck", "racecheck")

@@ -35,7 +35,7 @@ def fixed_seed():
 @pytest.fixture(scope="module")
 def zoos(tmp_path_factory):
     """Adapters on disk by architecture, see ``stores.Zoo``."""
-    import models
+    import small
     from stores import Zoo
 
     found = {}
@@ -43,7 +43,7 @@ def zoos(tmp_path_factory):
     def zoo(architecture, **changes):
         key = architecture, *changes.items()
         if key not in found:
-            with models.isolated():
+            with small.isolated():
                 directory = tmp_path_factory.mktemp(architecture.replace(" ", "_"))
                 found[key] = Zoo(architecture, directory, **changes)
         return found[key]

@@ -1,8 +1,8 @@
-"""Adapters on disk for the models of ``models.py``, with their merged models; and who answered."""
+"""Adapters on disk for the models of ``small.py``, with their merged models; and who answered."""
 
 import contextlib
 
-import models
+import small
 import torch
 
 import lora_kernels as lk
@@ -37,12 +37,12 @@ class Zoo:
         for i in range(count):
             name = "abcdefghijkl"[i]
             targets = self.some_layers() if i % 3 == 1 else None
-            adapted = models.adapt(architecture, seed=10 + i, r=3 + 4 * i, target_modules=targets)
+            adapted = small.adapt(architecture, seed=10 + i, r=3 + 4 * i, target_modules=targets)
             lk.save_adapter(adapted, directory / name)
-            self.merged[name] = models.merged_by_hand(self.base(), adapted).double()
+            self.merged[name] = small.merged_by_hand(self.base(), adapted).double()
 
     def base(self):
-        return models.build(self.architecture, **self.changes)
+        return small.build(self.architecture, **self.changes)
 
     def some_layers(self):
         """Every second linear layer."""
@@ -65,8 +65,8 @@ class Zoo:
             name = names[i // each]
             for other in {name, names[(i // each + 1) % len(names)]}:
                 inputs = {k: double(v[i : i + 1]) for k, v in batch.items()}
-                exact = models.logits(self.merged[other], inputs)[0].detach()
-                difference = models.relative_difference(row.double(), exact)
+                exact = small.logits(self.merged[other], inputs)[0].detach()
+                difference = small.relative_difference(row.double(), exact)
                 assert (difference < 1e-5) == (other == name), (i, name, other, difference)
 
 
@@ -77,7 +77,7 @@ def double(tensor):
 def state(store):
     """All that a refused call must leave alone."""
     slots = [p.detach().clone() for p in store.parameters()]
-    return store.names, store.resident, store.pinned, slots, models.Snapshot(store.model)
+    return store.names, store.resident, store.pinned, slots, small.Snapshot(store.model)
 
 
 def assert_state(store, before):

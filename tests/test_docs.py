@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-import models
 import pytest
+import small
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -17,7 +17,7 @@ def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": page.stem}
     text = page.read_text()
-    with models.isolated(), torch.random.fork_rng():
+    with small.isolated(), torch.random.fork_rng():
         for block in BLOCK.finditer(text):
             # Lines are the page's in a traceback.
             lines = "\n" * text.count("\n", 0, block.start(1))

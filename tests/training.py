@@ -2,9 +2,9 @@
 
 import warnings
 
-import models
 import peft
 import pytest
+import small
 import tokenizers
 import torch
 import transformers
@@ -52,9 +52,9 @@ def tiny(how, dtype=None, name="llama", *, weights=torch.float32, num_hidden_lay
     """The same weights and the same adapter, whoever computes: "peft" is PEFT as it comes. With
     weights of half precision the adapter is float32, unless a dtype is given for all."""
     size, targets, *_ = FAMILIES[name]
-    model = models.build(name, num_hidden_layers=num_hidden_layers, **size).to(weights)
+    model = small.build(name, num_hidden_layers=num_hidden_layers, **size).to(weights)
     model = adapted(model, how, target_modules=targets, **(LORA | config))
-    return models.draw_adapter(model if dtype is None else model.to(dtype))
+    return small.draw_adapter(model if dtype is None else model.to(dtype))
 
 
 def adapted(model, how, **config):
@@ -73,7 +73,7 @@ def trainable(model):
     """name -> Parameter, by the same names whoever adapted the model."""
     return {
         f"{name} {which}": parameter
-        for name, (a, b, *_) in models.adapters(model).items()
+        for name, (a, b, *_) in small.adapters(model).items()
         for which, parameter in (("A", a), ("B", b))
     }
 
@@ -111,9 +111,9 @@ def assert_close(name, ours, eager, exact):
 def rows(count, length=12, seed=7):
     """Token ids [count, length] that can be learned: every row counts upwards from its start."""
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randint(3, models.VOCABULARY, (count, 1), generator=generator)
+    start = torch.randint(3, small.VOCABULARY, (count, 1), generator=generator)
     step = torch.randint(1, 4, (count, 1), generator=generator)
-    return 3 + (start + step * torch.arange(length)) % (models.VOCABULARY - 3)
+    return 3 + (start + step * torch.arange(length)) % (small.VOCABULARY - 3)
 
 
 class Recorder(TrainerCallback):
@@ -180,7 +180,7 @@ def _for_trl():
     import trl
 
     # One token for each word, for form's sake: what is trained on is given as tokens already.
-    words = {f"w{i}": i for i in range(models.VOCABULARY)}
+    words = {f"w{i}": i for i in range(small.VOCABULARY)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w3")),
         pad_token="w0",

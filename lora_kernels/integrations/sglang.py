@@ -5,7 +5,8 @@ choice of a backend (the command line knows a fixed list of names; an ``Engine``
 
     sglang.Engine(model_path=..., enable_lora=True, lora_backend="lora_kernels")
 
-Written against SGLang 0.5.23; ``tests/test_sglang.py`` holds the signatures to its source.
+Written against SGLang 0.5.23; its source holds the signatures:
+``tests/integrations/test_sglang.py``.
 
     A  [slots, n*max_rank, in], packed by live rank: slice j of a slot of rank r begins in row j*r
     B  [slots, out_total, max_rank], its slices at the layer's output offsets

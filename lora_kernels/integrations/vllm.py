@@ -6,7 +6,7 @@ and worker processes inherit::
     VLLM_PLUGINS=lora_kernels vllm serve ... --enable-lora
 
 (as every use of that variable this leaves out the plug-ins that it does not name). Written against
-vLLM 0.33.0; ``tests/test_vllm.py`` holds the signatures to its source.
+vLLM 0.33.0; ``tests/integrations/test_vllm.py`` holds the signatures to its source.
 
     A  per slice [max_loras, 1, max_rank, in]     B  per slice [max_loras, 1, out, max_rank]
 

@@ -13,7 +13,8 @@ with ``c = scale / (1 - dropout_p)``. Half-precision operands accumulate in floa
 scaled in float32 and rounded once to ``tail_dtype``, in which A and B are taken too: the operand
 dtype, but float32 for float16, whose range S, D, A and B may leave where Y and dX do not. Y and dX
 are rounded once. The functions carry the names and the arguments of the operators in
-``functional/ops.py``, run on any device, and are differentiable where autograd is wanted as an oracle (float64).
+``functional/ops.py``, run on any device, and are differentiable where autograd is wanted as an
+oracle (float64).
 
 The segmented operators are for batches that mix adapters. Row i belongs to slot ``t =
 slot_of_row[i]`` with live rank ``r = rank_of_slot[t]`` and ``c = scale_of_slot[t] / (1 -

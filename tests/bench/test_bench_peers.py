@@ -1,0 +1,340 @@
+"""Others' kernels as baselines: how copies are found, and what becomes of a peer that fails.
+
+What needs the copies is skipped where there are none.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import bench_lora_linear, bench_segmented, gpu, peers
+from bench.baselines import Addmm
+from bench.cases import Setting
+from bench.measure import CpuClock
+from bench.peers_serving import MIXED_PEERS
+from bench.peers_training import TRAINING_PEERS
+from bench.segmented_baselines import Loop
+from bench.segmented_cases import MixedSetting
+
+ROOT = Path(__file__).parents[2]
+SMALL = MixedSetting("T2", "qkv", 10, 96, (64, 48), 8, "modulo", 5, "bfloat16")
+STEP = Setting(16, 64, 64, 8, 16, 0.0, "float32", "training")
+EVERY_PEER = MIXED_PEERS | TRAINING_PEERS
+
+
+@pytest.fixture
+def copies(tmp_path, monkeypatch):
+    """An empty folder of copies; what is loaded from it is forgotten afterwards."""
+    monkeypatch.setattr(peers, "_directory", tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if name.startswith("somebodys"):
+            del sys.modules[name]
+
+
+def write(directory: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_a_peer_without_a_copy_says_so():
+    peers.use(Path("none"))
+    try:
+        for key, found in EVERY_PEER.items():
+            variant: Any = found
+            setting: Any = SMALL if key in MIXED_PEERS else replace(STEP, dtype="bfloat16")
+            assert "GPU" in variant.missing(setting, "cpu")
+            assert "float32" in variant.missing(replace(setting, dtype="float32"), "cuda")
+            assert "bench.peers" in variant.missing(setting, "cuda")
+    finally:
+        peers.use(peers.DEFAULT_DIRECTORY)
+
+
+def test_a_copy_is_imported_without_the_rest_of_its_engine(copies):
+    write(
+        copies / "somebodys",
+        {
+            "PKG-INFO": "Metadata-Version: 2.1\nName: somebodys\nVersion: 1.2.3\n",
+            "somebodys/__init__.py": "raise RuntimeError('the engine starts')",
+            "somebodys/ops/__init__.py": "raise RuntimeError('so does this')",
+            "somebodys/ops/kernel.py": "from somebodys import envs\n"
+            "from somebodys.ops.tool import half\n"
+            "from somebodys.server.all import Server\n"
+            "import an_absent_package.deep as other\n"
+            "def serve(s: Server | None): return Server(s)\n"
+            "four = half(8) if envs.TOLD else None\nnine = other.nine\n",
+            "somebodys/ops/tool.py": "def half(n): return n // 2\n",
+        },
+    )
+    own = {"somebodys.envs": {"TOLD": True}}
+    foreign = {"an_absent_package": {}, "an_absent_package.deep": {"nine": 9}, "torch": {}}
+    kernel: Any
+    (kernel,) = peers.load("somebodys", ["somebodys.ops.kernel"], own, foreign)
+    assert (kernel.four, kernel.nine) == (4, 9)
+    with pytest.raises(peers.MissingPeerError, match="Server is not in the copy"):
+        kernel.serve(None)
+    assert "an_absent_package" not in sys.modules and sys.modules["torch"] is torch
+    assert peers.version("somebodys") == "1.2.3"
+
+
+def test_a_copy_that_does_not_load_is_a_reason_and_is_asked_once(copies):
+    asked = []
+
+    @peers.load_once
+    def load():
+        asked.append(1)
+        return peers.load("somebodys", ["somebodys.kernel"], {}, {})
+
+    write(copies / "somebodys", {"somebodys/kernel.py": "import an_absent_package\n"})
+    for _ in range(2):
+        with pytest.raises(peers.MissingPeerError, match=r"ModuleNotFoundError.*an_absent_package"):
+            load()
+    assert asked == [1]
+
+
+def test_another_of_that_name_is_a_reason(copies, monkeypatch):
+    write(copies / "somebodys", {"somebodys/kernel.py": ""})
+    monkeypatch.setitem(sys.modules, "somebodys", sys)
+    with pytest.raises(peers.MissingPeerError, match="imported already"):
+        peers.load("somebodys", ["somebodys.kernel"], {}, {})
+
+
+class _Raises(Loop):
+    key, peer = "raises", True
+
+    def add(self, x, y):
+        raise ValueError("GPU H9000 not supported\nby these plans")
+
+
+class _OwnAssertion(Loop):
+    key, peer = "own_assertion", True
+
+    def __init__(self, setting, inputs):
+        raise AssertionError("x must be contiguous")
+
+
+class _Wrong(Loop):
+    key, peer = "wrong", True
+
+    def add(self, x, y):
+        super().add(x, y)
+        y[-1] = 0
+
+
+class _NotANumber(_Wrong):
+    key = "not_a_number"
+
+    def add(self, x, y):
+        y.fill_(float("nan"))
+
+
+class _Right(Loop):
+    key, peer = "right", True
+
+
+class _OursRaises(_Raises):
+    peer = False
+
+
+FAILING = {v.key: v for v in (_Raises, _OwnAssertion, _Wrong, _NotANumber, _Right)}
+
+
+class OneSet(CpuClock):
+    def sets(self, weight, result):
+        return 1
+
+
+class FakeSession:
+    """What a row asks of the session; it keeps what the row found."""
+
+    def __init__(self, variants=(), broken=()):
+        self.device, self.clock = "cpu", OneSet()
+        self.variants, self.broken_peers = list(variants), dict(broken)
+        self.warmup, self.warmup_seconds, self.mixed_warmup_seconds = 1, 1.0, 1.0
+
+    def skip_if_late(self):
+        pass
+
+    def mixed_count(self, seconds):
+        return 2
+
+    def rounds_for(self, setting, seconds):
+        return 2
+
+    def add_row(self, *found):
+        self.found = found
+        return {}
+
+
+class FakeBenchmark:
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, target, setup, rounds, iterations):
+        for _ in range(rounds):
+            setup()
+            target()
+
+
+def test_what_fails_in_a_mixed_batch_has_a_reason_and_no_time(monkeypatch):
+    monkeypatch.setattr(bench_segmented, "mixed_peers", lambda device: FAILING)
+    session = FakeSession(broken={"right": "missing: it breaks the process"})
+    bench_segmented.test_segmented_lora(SMALL, FakeBenchmark(), session)
+    _, measured, missing, _ = session.found
+    assert missing["raises"] == "missing: ValueError: GPU H9000 not supported"
+    assert missing["own_assertion"] == "missing: AssertionError: x must be contiguous"
+    assert missing["wrong"].startswith("WRONG") and "over the budget" in missing["wrong"]
+    assert missing["not_a_number"].startswith("WRONG") and "NaN" in missing["not_a_number"]
+    assert missing["right"] == "missing: it breaks the process"
+    assert "segmented" in measured and not set(measured) & set(FAILING)
+    session = FakeSession()
+    bench_segmented.test_segmented_lora(SMALL, FakeBenchmark(), session)
+    _, measured, missing, _ = session.found
+    assert "right" in measured and "right" not in missing
+
+
+def test_what_fails_and_is_no_peer_fails_the_run(monkeypatch):
+    monkeypatch.setattr(bench_segmented, "mixed_peers", lambda device: {"raises": _OursRaises})
+    with pytest.raises(ValueError, match="H9000"):
+        bench_segmented.test_segmented_lora(SMALL, FakeBenchmark(), FakeSession())
+
+
+class _HalfGradients(Addmm):
+    key, peer = "half", True
+
+    def forward(self, x):
+        return super().forward(x.detach() + (x - x.detach()) / 2)
+
+
+class _RaisesBackward(Addmm):
+    key, peer = "backward", True
+
+    def forward(self, x):
+        y = super().forward(x)
+        y.register_hook(lambda dy: dy.no_such_thing)
+        return y
+
+
+def test_what_fails_in_a_training_step_has_a_reason_and_no_time(monkeypatch):
+    failing = {"half": _HalfGradients, "backward": _RaisesBackward}
+    monkeypatch.setattr(bench_lora_linear, "TRAINING_PEERS", failing)
+    session = FakeSession(variants=["plain", *failing, "fused"])
+    bench_lora_linear.test_lora_linear(STEP, FakeBenchmark(), session)
+    _, measured, missing, *_ = session.found
+    assert set(measured) == {"plain", "fused"}
+    assert missing["half"].startswith("WRONG") and " dx: " in missing["half"]
+    assert missing["backward"].startswith("missing: AttributeError")
+
+
+def dies(key, directory, rows):
+    if key == "dies":
+        os._exit(1)
+    if key == "hangs":
+        import time
+
+        time.sleep(60)
+    if key == "breaks":
+        raise RuntimeError(f"{rows[0]}: an illegal memory access")
+
+
+def test_peers_that_end_their_process_are_found(monkeypatch):
+    monkeypatch.setattr(peers, "_SECONDS", 10.0)
+    monkeypatch.setattr(peers, "_LONGEST_ROW_S", 10.0)
+    keys = ("well", "dies", "hangs", "breaks")
+    found = peers.broken_here({key: ["row-1"] for key in keys}, "tests.bench.test_bench_peers:dies")
+    assert set(found) == {"dies", "hangs", "breaks"}
+    assert "exit code 1" in found["dies"] and "not done after 20 s" in found["hangs"]
+    assert "row-1: an illegal memory access" in found["breaks"]
+    assert not peers.broken_here({})
+
+
+def test_the_run_on_a_gpu_passes_the_folder_on():
+    found = gpu.stages(Path("out"), 60, True, Path("elsewhere"))
+    (bench,) = [stage for stage in found if stage.name == "bench"]
+    assert bench.command[bench.command.index("--peers") + 1] == "elsewhere"
+
+
+SOURCE = peers.Source(None, ("somebodys/ops/*_op.py", "somebodys/plans/*.json"))
+FILES = {
+    "somebodys/ops/shrink_op.py": "kernel = 1",
+    "somebodys/ops/server.py": "raise SystemExit",
+    "somebodys/ops/deep/more_op.py": "",
+    "somebodys/plans/H200.json": "{}",
+    "somebodys/vendor/LICENSE": "of another",
+}
+PAPERS = {"LICENSE": "theirs", "PKG-INFO": "Version: 7\n"}
+COLLECTED = ["LICENSE", "PKG-INFO", "somebodys/ops/shrink_op.py", "somebodys/plans/H200.json"]
+
+
+def test_a_copy_holds_the_files_it_needs(tmp_path):
+    origin, target = tmp_path / "origin", tmp_path / "target"
+    write(origin, FILES | PAPERS)
+    write(target / "somebodys", {"somebodys/ops/of_an_earlier_op.py": ""})
+    assert peers.collect("somebodys", SOURCE, origin, target) == COLLECTED
+    found = [p.relative_to(target / "somebodys") for p in target.rglob("*") if p.is_file()]
+    assert sorted(map(str, found)) == COLLECTED
+    assert (target / "somebodys" / "LICENSE").read_text() == "theirs"
+
+
+def test_a_copy_comes_from_a_wheel_or_a_clone(tmp_path, monkeypatch):
+    wheel, target = tmp_path / "somebodys-7.whl", tmp_path / "target"
+    with zipfile.ZipFile(wheel, "w") as file:
+        for name, text in FILES.items():
+            file.writestr(name, text)
+        for name, text in (("METADATA", "Version: 7\n"), ("licenses/LICENSE", "theirs")):
+            file.writestr(f"somebodys-7.dist-info/{name}", text)
+    collected = peers.collect("somebodys", SOURCE, wheel, target)
+    assert collected == ["LICENSE", "METADATA", *COLLECTED[2:]]
+
+    clone = tmp_path / "clone"
+    write(clone, FILES)
+    git = ["git", "-C", str(clone), "-c", "user.name=n", "-c", "user.email=e@example.org"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], check=True)
+    peers.collect("somebodys", SOURCE, clone, target)
+    commit = (target / "somebodys" / "COMMIT").read_text().strip()
+    monkeypatch.setattr(peers, "_directory", target)
+    assert len(commit) == 40 and peers.version("somebodys") == f"commit {commit[:12]}"
+
+
+def test_an_origin_without_the_files_is_refused(tmp_path):
+    write(tmp_path / "origin", PAPERS)
+    with pytest.raises(SystemExit, match="none of the files"):
+        peers.collect("somebodys", SOURCE, tmp_path / "origin", tmp_path / "target")
+
+
+def test_git_ignores_the_copies():
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert f"{peers.DEFAULT_DIRECTORY.relative_to(ROOT)}/" in ignored
+
+
+# Those of metadata alone are built by the others too.
+@pytest.mark.parametrize("key", [key for key in EVERY_PEER if not key.endswith("_table")])
+def test_a_peer_is_right_in_the_interpreter(key):
+    directory = peers.DEFAULT_DIRECTORY
+    if not (directory / EVERY_PEER[key].package).is_dir():
+        pytest.skip(f"no copy of {EVERY_PEER[key].package} (python -m bench.peers)")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench.peers_interpreted", str(directory), key],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stdout)
+    assert done.stdout.count(": right") == (5 if key in MIXED_PEERS else 4 - (key == "lorafusion"))
+    assert ("told wrong slots" in done.stdout) == (key in MIXED_PEERS)

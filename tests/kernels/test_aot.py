@@ -1,0 +1,237 @@
+"""Every shipped configuration compiles ahead of time, without spills, within the device's memory
+and with the tensor-core instructions that its tiles should take. No GPU is needed.
+
+The table of what was compiled is kept beside this file, so that a change of it is seen in review.
+"""
+
+import itertools
+import os
+import re
+
+import aot
+import pytest
+import torch
+
+from lora_kernels.backends import cuda
+from lora_kernels.functional import ops
+from lora_kernels.planning import config, validity
+from lora_kernels.spec.problem import Problem
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET"):
+    pytest.skip(
+        "TRITON_INTERPRET is set, and what it interprets cannot be compiled",
+        allow_module_level=True,
+    )
+if aot.disassembler() is None:
+    pytest.skip("Triton came without nvdisasm and cuobjdump", allow_module_level=True)
+
+ARCHS = list(aot.FACTS)
+
+# One process compiles them all, for every test here.
+pytestmark = pytest.mark.xdist_group("ahead of time")
+
+# Registers and instructions are those of one release of the compiler; that it compiles, with what
+# memory and for which units, is every release's.
+of_the_tables_triton = pytest.mark.skipif(
+    aot.version_line() not in aot.REPORT.read_text().splitlines(),
+    reason=f"{aot.REPORT.name} was written with another Triton than {aot.version_line()}",
+)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """All of them at once: two processes share the work."""
+    return aot.measure_all([call for arch in ARCHS for call in aot.calls(arch)])
+
+
+@pytest.fixture
+def rows_of(rows):
+    def select(arch, kernel=None):
+        chosen = [r for r in rows if r.call.arch == arch and kernel in (None, r.kernel)]
+        assert chosen
+        return chosen
+
+    return select
+
+
+def none_of(rows):
+    """A failure that names the lines of the table that it is about."""
+    assert not rows, "\n".join(["these should not be:", *aot.table_rows(rows)])
+
+
+def test_the_loops_of_a_control_flow_graph():
+    code = aot.Code(
+        ["MOV", "HMMA.16816.F32", "LDS", "HMMA.16816.F32", "HMMA.16816.F32", "EXIT", "BRA", "BRA"],
+        # 0 1 [2 [3] 4] 5; a wait behind the end is entered from 2 and comes back to 3
+        [[1], [2], [3, 6], [4, 3], [5, 2], [], [7, 6], [3]],
+    )
+    # The detour makes 3 no loop's only entrance less: a path without it leads there as well.
+    assert aot.mma_loops(code) == [{3}]
+    code.successors[3] = [4]
+    assert aot.mma_loops(code) == [{2, 3, 4, 6, 7}]
+    code.successors[4] = [5]
+    assert aot.mma_loops(code) == []
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_shipped_tile_is_compiled(arch):
+    """The list is made from the shipped tiles, and nothing falls out of it on the way."""
+    chosen = aot.calls(arch)
+    used = {(c.config.plan, c.problem.op) for c in chosen}
+    for plan in ("in_loop", "tail"):
+        assert {(plan, "lora_linear_fwd"), (plan, "lora_linear_dx")} <= used
+    assert ("producer", "lora_linear_fwd") in used
+    assert {("skinny", "lora_shrink"), ("skinny", "lora_linear_dab")} <= used
+    assert {c.layout for c in chosen} == {"aligned", "odd", "strided"}
+    # Tensor descriptors exist from sm_90 on.
+    assert any(c.config.descriptors for c in chosen) == (arch in ("sm_90", "sm_100"))
+    for op in ops.OPERATORS:
+        for dtype in aot.DTYPES:
+            problem = Problem(op, 4096, 4096, 4096, 16, dtype, dtype)
+            for aligned in (True, False):
+                problem = problem._replace(aligned=aligned)
+                for tile in config.tiled_configs(problem, aot.FACTS[arch]):
+                    if validity.invalid_reason(tile, problem, aot.FACTS[arch]) is None:
+                        assert any(
+                            (c.config.plan, c.config.block_m, c.config.block_n, c.config.block_k)
+                            == (tile.plan, tile.block_m, tile.block_n, tile.block_k)
+                            and c.config.descriptors == tile.descriptors
+                            for c in chosen
+                        ), tile
+
+
+@pytest.mark.parametrize("op", ["lora_linear_dab", "segmented_lora_dab"])
+def test_gradients_of_two_dtypes_compile(op):
+    """A in float32 and B in the rows' dtype: the interpreter has no types that could disagree."""
+    call = next(c for c in aot.calls("sm_80") if c.problem.op == op)
+    args, kwargs = aot.arguments(call)
+    kwargs |= {"da_dtype": torch.float32, "db_dtype": torch.bfloat16}
+    with aot._launches() as caught:
+        cuda.run_kernel(op, call.config, call.problem, aot.FACTS["sm_80"], *args, **kwargs)
+    with aot._quiet():
+        compiled, _ = aot.compile_ahead("sm_80", caught[-1])
+    assert compiled.asm["cubin"]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_tile_of_a_mixed_batch_is_compiled(arch):
+    chosen = [c for c in aot.calls(arch) if c.problem.slots]
+    assert {c.problem.op for c in chosen} == set(ops.SEGMENTED_OPERATORS)
+    assert {c.config.plan for c in chosen} == {"grouped", "decode", "tail"}
+    for op in ops.SEGMENTED_OPERATORS:
+        for dtype, aligned in itertools.product(aot.DTYPES, (True, False)):
+            problem = Problem(op, 50, 3072, 4096, 256, dtype, dtype, aligned=aligned, slots=8)
+            for tile in config.tiled_configs(problem._replace(slices=3), aot.FACTS[arch]):
+                if validity.invalid_reason(tile, problem, aot.FACTS[arch]) is None:
+                    halves = tile.plan == "grouped" and op in config.DECODE_OPS
+                    assert halves or any(
+                        (c.config.plan, c.config.block_n, c.config.block_k, c.config.num_warps)
+                        == (tile.plan, tile.block_n, tile.block_k, tile.num_warps)
+                        and c.problem.op == op
+                        for c in chosen
+                    ), tile
+
+
+@of_the_tables_triton
+def test_the_order_of_what_a_producer_publishes():
+    """On sm_90: S is stored, a barrier and a fence come, then the flag; the others poll it, with
+    the base's products behind them, in a loop without any, and drop their cache after each look;
+    S is loaded past that cache, and multiplied then."""
+    call = next(c for c in aot.calls("sm_90") if c.config.plan == "producer")
+    with aot._quiet():
+        compiled, _ = aot.compile_ahead("sm_90", aot.launch(call))
+    code = aot._read_nvidia(compiled)[-1]
+
+    def places(pattern):
+        return [i for i, text in enumerate(code.text) if re.search(pattern, text)]
+
+    def after(start, avoiding=()):
+        """The instructions that may come after one, on ways around others."""
+        found, queue = set(), list(code.successors[start])
+        while queue:
+            i = queue.pop()
+            if i not in found and i not in avoiding:
+                found.add(i)
+                queue += code.successors[i]
+        return found
+
+    products = places("HGMMA")
+    (flag,) = places("ATOMG.E.EXCH.STRONG.GPU")
+    stored = max(i for i in places(r"\bSTG\b") if i < flag)
+    (fence,) = (i for i in places("MEMBAR.*GPU") if stored < i < flag)
+    assert any(stored < i < fence for i in places("BAR.SYNC"))
+    assert not any(stored < i < flag for i in products)
+
+    (poll,) = (i for i in places(r"LDG.E.STRONG.GPU") if i in after(i, avoiding=products))
+    dropped = places("CCTL.IVALL")
+    assert poll not in after(poll, avoiding=dropped)
+    (loaded,) = places(r"LDG.E.\d+.STRONG.GPU")
+    assert loaded in after(poll, avoiding=products)
+    assert loaded not in after(poll, avoiding=dropped)
+    (tail,) = (i for i in products if i in after(loaded, avoiding={*products} - {i}))
+    # Between either and the tail there are no products of the base: they lie behind.
+    for handed_over in (poll, flag):
+        assert {tail} == after(handed_over, avoiding={*code.successors[tail]}) & {*products}
+
+
+@of_the_tables_triton
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nothing_spills(rows_of, arch):
+    none_of([row for row in rows_of(arch) if row.spills])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_shared_memory_is_within_the_limit(rows_of, arch):
+    none_of([row for row in rows_of(arch) if row.shared > aot.FACTS[arch].shared_memory])
+
+
+@of_the_tables_triton
+@pytest.mark.parametrize("arch", ARCHS)
+def test_main_loops_hold_the_predicted_instructions_at_most(rows_of, arch):
+    """Loop by loop: as many loops with tensor-core instructions as there are products in loops, and
+    in each no more than its tile and rank should take.
+
+    Not asserted on gfx942 beyond the half types of the GEMM: Triton's placement of waves repeats
+    tiles of small products there, up to twice (see the table). Where slices are summed, its
+    compiler may write the tail's loop out once for each of them.
+    """
+    wrong = []
+    for row in rows_of(arch):
+        small = row.kernel != "_lora_linear_kernel" or row.call.problem.dtype == "float32"
+        if arch.startswith("gfx") and small:
+            continue
+        counted, most = aot.counted(row), aot.predicted(row)
+        if row.call.config.plan == "producer":
+            # Which of its two loops comes first is the compiler's choice.
+            counted.sort()
+        unrolled = most[:1] * row.call.problem.slices + most[1:]
+        if arch.startswith("gfx") and row.constants["SUM_SLICES"] and len(counted) == len(unrolled):
+            most = unrolled
+        if len(counted) != len(most) or any(n > m for n, m in zip(counted, most, strict=True)):
+            wrong.append(row)
+    none_of(wrong)
+
+
+@pytest.mark.parametrize(
+    "arch, instruction",
+    [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTC"), ("gfx942", "v_")],
+)
+def test_half_types_use_the_tensor_cores(rows_of, arch, instruction):
+    """Those of the architecture, from 64 rows on; below, sm_90 and sm_100 have only sm_80's."""
+    wrong = []
+    linear = ("_lora_linear_kernel", "_lora_linear_producer_kernel")
+    for row in (row for kernel in linear for row in rows_of(arch, kernel)):
+        if row.call.problem.dtype != "float32":
+            name = instruction if row.call.config.block_m >= 64 or "gfx" in arch else "HMMA"
+            names = [name for loop in row.loops for name in loop]
+            if not names or not all(found.startswith(name) for found in names):
+                wrong.append(row)
+    none_of(wrong)
+
+
+@of_the_tables_triton
+def test_the_kept_table_is_what_is_compiled_now(rows):
+    kept = aot.REPORT.read_text()
+    new = aot.report(rows).splitlines()
+    assert kept.splitlines() == new, "if it should be so: python -m tests.kernels.aot --write"
