@@ -1,7 +1,8 @@
-"""Devices and dtypes that the tests run on: the CPU always, a GPU where there is one."""
+"""What is run: on which devices, and how much of the products of parameters (``covering.py``)."""
 
 import pytest
 import torch
+from covering import left_out
 
 from lora_kernels.spec import native
 
@@ -9,12 +10,31 @@ HAS_GPU = torch.cuda.is_available()
 DEVICES = ["cpu"] + ["cuda"] * HAS_GPU
 
 
+def pytest_addoption(parser):
+    parser.addoption("--whole", action="store_true", help="products of parameters as a whole")
+    parser.addoption("--seed", type=int, default=0, help="of what is drawn from the products")
+
+
+def pytest_report_header(config):
+    if config.getoption("--whole"):
+        return "products of parameters: whole"
+    seed = config.getoption("--seed")
+    return f"products of parameters: every pair of values, drawn with --seed {seed}"
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU")
     config.addinivalue_line("markers", "native: needs the CPU extension")
+    config.addinivalue_line("markers", "slow: not in make quick")
+    config.addinivalue_line("markers", "whole: of its parameters nothing is left out")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    # Who names a single case gets it.
+    if not config.getoption("--whole") and not any("[" in argument for argument in config.args):
+        dropped = left_out(items, config.getoption("--seed"))
+        items[:] = [item for item in items if item not in dropped]
+        config.hook.pytest_deselected(items=[*dropped])
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
