@@ -22,16 +22,22 @@ inline int64_t slots_of(TensorList table) {
   return table[1].size(0);
 }
 
-// SegmentTable.tensors(), read: the segments of a batch of M rows, and the rows grouped by them.
+// SegmentTable.tensors(), read where it lies: the segments of a batch of M rows.
+//
+// SegmentTable checks values and makes a right schedule, but a table may come from elsewhere or
+// have been written to. So every call checks what would else read or write beside a tensor or leave
+// a row unwritten: each of the first M places of `order` holds a row below M, under the slot that
+// slot_of_row names, and rows rise within a slot. Then no row has two places. This costs a few
+// comparisons a row, of ints that the call reads anyway, and no memory.
 struct Batch {
   std::vector<Segment> segments;
-  std::vector<int32_t> order;  // [M]; those without an adapter come last
+  const int32_t* order;  // [M]; those without an adapter come last
   const int64_t* logical_row;
-  int64_t live = 0;  // rows with an adapter
+  int64_t M;
+  int64_t live;  // rows with an adapter
   int64_t slots;
 
-  Batch(TensorList table, int64_t M, int64_t r_max) {
-    slots = slots_of(table);
+  Batch(TensorList table, int64_t M, int64_t r_max) : M(M), slots(slots_of(table)) {
     constexpr at::ScalarType kTypes[] = {at::kInt, at::kInt, at::kFloat, at::kLong,
                                          at::kInt, at::kInt, at::kInt,   at::kInt};
     for (size_t i = 0; i < table.size(); ++i) {
@@ -45,62 +51,71 @@ struct Batch {
                           table[4].size(0) == room && table[3].size(0) == room,
                       "the vectors of the table do not fit each other");
     TORCH_CHECK_VALUE(M <= room, "x has ", M, " rows and the table has room for ", room);
+    const int32_t* slot_of_row = table[0].const_data_ptr<int32_t>();
     const int32_t* ranks = table[1].const_data_ptr<int32_t>();
     const float* scales = table[2].const_data_ptr<float>();
     logical_row = table[3].const_data_ptr<int64_t>();
-    const int32_t* given = table[4].const_data_ptr<int32_t>();
+    order = table[4].const_data_ptr<int32_t>();
     const int32_t* start = table[5].const_data_ptr<int32_t>();
 
-    std::vector<bool> has(M, false);
-    order.reserve(M);
+    // Of places [begin, end) of the order, where rows of certain slots belong.
+    const auto check_rows = [&](int64_t begin, int64_t end, auto belongs) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t row = order[i];
+        TORCH_CHECK_VALUE(row >= 0 && row < M, "row ", row,
+                          " of the table's order is out of range: x has ", M, " rows");
+        TORCH_CHECK_VALUE(belongs(slot_of_row[row]) && (i == begin || row > order[i - 1]), "row ",
+                          row, " has two places in the table's order, or one of another slot");
+      }
+    };
+    TORCH_CHECK_VALUE(start[0] == 0, "start_of_slot of slot 0 does not fit the table's order");
     for (int64_t slot = 0; slot < slots; ++slot) {
-      if (start[slot] == start[slot + 1]) continue;
-      TORCH_CHECK_VALUE(
-          0 <= start[slot] && start[slot] < start[slot + 1] && start[slot + 1] <= room,
-          "start_of_slot of slot ", slot, " does not fit the table's order");
-      const int64_t rank = ranks[slot];
+      const int64_t begin = start[slot], end = start[slot + 1], rank = ranks[slot];
+      if (begin == end) continue;
+      TORCH_CHECK_VALUE(begin < end && end <= room, "start_of_slot of slot ", slot,
+                        " does not fit the table's order");
       TORCH_CHECK_VALUE(rank >= 0 && rank <= r_max, "slot ", slot, " has rank ", rank,
                         " and the adapters have room for ", r_max);
-      const int64_t rows = start[slot + 1] - start[slot];
-      for (int64_t i = start[slot]; i < start[slot + 1]; ++i) {
-        TORCH_CHECK_VALUE(given[i] >= 0 && given[i] < M, "row ", given[i],
-                          " of the table has an adapter and x has ", M, " rows");
-        TORCH_CHECK_VALUE(!has[given[i]] || rank == 0, "row ", given[i],
-                          " has two places in the table's order");
-        has[given[i]] = has[given[i]] || rank > 0;
-      }
-      if (rank == 0) continue;
-      segments.push_back({slot, live, rows, rank, scales[slot]});
-      order.insert(order.end(), given + start[slot], given + start[slot + 1]);
-      live += rows;
+      check_rows(begin, end, [&](int64_t own) { return own == slot; });
+      if (rank > 0) segments.push_back({slot, begin, end - begin, rank, scales[slot]});
     }
-    for (int64_t i = 0; i < M; ++i) {
-      if (!has[i]) order.push_back(static_cast<int32_t>(i));
-    }
+    live = start[slots];
+    check_rows(live, M, [&](int64_t own) {
+      return own < 0 || (own < slots && start[own] == start[own + 1]);
+    });
   }
 
   // The mask's rows in the order of the segments; without a mask nobody asks for them.
   std::vector<int64_t> logical(bool masked) const {
-    std::vector<int64_t> rows(masked ? order.size() : 0);
+    std::vector<int64_t> rows(masked ? M : 0);
     for (size_t i = 0; i < rows.size(); ++i) rows[i] = logical_row[order[i]];
     return rows;
   }
 };
 
-inline Matrix part(const Tensor& stack, int64_t slot, int64_t row, int64_t rows, int64_t cols) {
-  const auto kind = kind_or_none(stack.scalar_type());
-  const int64_t size = stack.element_size();
-  char* data = static_cast<char*>(const_cast<void*>(stack.const_data_ptr()));
-  data += (slot * stack.stride(0) + row * stack.stride(1)) * size;
-  return {data, *kind, rows, cols, stack.stride(1), stack.stride(2)};
+// Part of t, from element number `first` on.
+template <typename Void>
+MatrixOf<Void> part_from(const Tensor& t, int64_t first, int64_t rows, int64_t cols,
+                         int64_t stride_row, int64_t stride_col) {
+  using Byte = std::conditional_t<std::is_const_v<Void>, const char, char>;
+  auto* data = static_cast<Byte*>(data_of<Void>(t)) + first * t.element_size();
+  return {data, *kind_or_none(t.scalar_type()), rows, cols, stride_row, stride_col};
+}
+
+// The first `cols` columns of `rows` rows of stack[slot], from `row` on.
+template <typename Void = const void>
+MatrixOf<Void> part(const Tensor& stack, int64_t slot, int64_t row, int64_t rows, int64_t cols) {
+  const int64_t first = slot * stack.stride(0) + row * stack.stride(1);
+  return part_from<Void>(stack, first, rows, cols, stack.stride(1), stack.stride(2));
 }
 
 // A [rank, K] of one segment and slice.
-inline Matrix part_of_a(const std::vector<Tensor>& stacks, int64_t packed_slices,
-                        const Segment& segment, int64_t slice) {
+template <typename Void = const void>
+MatrixOf<Void> part_of_a(const std::vector<Tensor>& stacks, int64_t packed_slices,
+                         const Segment& segment, int64_t slice) {
   const Tensor& stack = stacks[packed_slices ? 0 : slice];
   const int64_t row = packed_slices ? slice * segment.rank : 0;
-  return part(stack, segment.slot, row, segment.rank, stack.size(2));
+  return part<Void>(stack, segment.slot, row, segment.rank, stack.size(2));
 }
 
 // The adapters of a call: one stack a slice, or all slices in one, packed by live rank.
@@ -133,11 +148,11 @@ struct Stacks {
     return all;
   }
 
-  Matrix a(const Segment& segment, int64_t slice) const {
+  ConstMatrix a(const Segment& segment, int64_t slice) const {
     return part_of_a(tensors, packed_slices, segment, slice);
   }
   // B [N, rank].
-  Matrix b(const Segment& segment, int64_t slice) const {
+  ConstMatrix b(const Segment& segment, int64_t slice) const {
     return part(tensors[slice], segment.slot, 0, tensors[slice].size(1), segment.rank);
   }
 };
@@ -156,7 +171,7 @@ struct Gathered {
   std::vector<Rows<C>> slices;  // columns [begin[j], end[j])
 
   // With `base`, of the rows without an adapter too.
-  Gathered(const Matrix& x, const Batch& batch, const std::vector<int64_t>& begin,
+  Gathered(const ConstMatrix& x, const Batch& batch, const std::vector<int64_t>& begin,
            const std::vector<int64_t>& end, const std::optional<DropoutMask>& mask,
            const std::vector<int64_t>& logical, const at::TensorOptions& options, bool base) {
     if (base || !mask) whole = copy(x, batch, base ? x.rows : batch.live, 0, x.cols, {}, options);
@@ -179,7 +194,7 @@ struct Gathered {
   }
 
  private:
-  Rows<C> copy(const Matrix& x, const Batch& batch, int64_t count, int64_t c0, int64_t c1,
+  Rows<C> copy(const ConstMatrix& x, const Batch& batch, int64_t count, int64_t c0, int64_t c1,
                const std::optional<DropoutMask>& mask, const at::TensorOptions& options,
                const int64_t* logical = nullptr) {
     const int64_t K = c1 - c0, ld = padded<C>(K);
@@ -189,11 +204,11 @@ struct Gathered {
     }
     copies.push_back(at::empty({count, ld}, options.dtype(c10::CppTypeToScalarType<C>::value)));
     C* data = copies.back().template mutable_data_ptr<C>();
-    gather_rows(x, batch.order.data(), count, c0, c1, pointer(mask), logical, data, ld);
+    gather_rows(x, batch.order, count, c0, c1, pointer(mask), logical, data, ld);
     return {data, count, K, ld};
   }
 
-  static bool in_a_row(const std::vector<int32_t>& order, int64_t count) {
+  static bool in_a_row(const int32_t* order, int64_t count) {
     for (int64_t i = 1; i < count; ++i) {
       if (order[i] != order[0] + i) return false;
     }
@@ -219,8 +234,8 @@ struct Shrunk {
       const Segment& segment = batch.segments[i];
       for (int64_t j = 0; j < n; ++j) {
         jobs.push_back({x.of(segment, j), operand(segment, j),
-                        static_cast<float>(segment.scale / keep), nullptr, slice(j, segment.rank),
-                        batch.order.data() + segment.first,
+                        static_cast<float>(segment.scale / keep), nullptr,
+                        slice<void>(j, segment.rank), batch.order + segment.first,
                         live.template mutable_data_ptr<C>() + first[i * n + j]});
       }
     }
@@ -234,8 +249,8 @@ struct Shrunk {
     for (size_t i = 0; i < batch.segments.size(); ++i) {
       const Segment& segment = batch.segments[i];
       for (int64_t j = 0; j < n; ++j) {
-        gather_rows<C>(slice(j, segment.rank), batch.order.data() + segment.first, segment.rows, 0,
-                       segment.rank, nullptr, nullptr, data + first[i * n + j],
+        gather_rows<C>(slice<const void>(j, segment.rank), batch.order + segment.first,
+                       segment.rows, 0, segment.rank, nullptr, nullptr, data + first[i * n + j],
                        padded<C>(segment.rank));
       }
     }
@@ -249,10 +264,9 @@ struct Shrunk {
 
  private:
   // S [M, rank] of slice j.
-  Matrix slice(int64_t j, int64_t rank) const {
-    char* data = static_cast<char*>(const_cast<void*>(s.const_data_ptr()));
-    data += j * s.stride(1) * s.element_size();
-    return {data, *kind_or_none(s.scalar_type()), s.size(0), rank, s.stride(0), s.stride(2)};
+  template <typename Void>
+  MatrixOf<Void> slice(int64_t j, int64_t rank) const {
+    return part_from<Void>(s, j * s.stride(1), s.size(0), rank, s.stride(0), s.stride(2));
   }
 
   void reserve(const Batch& batch, const at::TensorOptions& options) {

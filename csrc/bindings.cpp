@@ -89,7 +89,7 @@ float factor(const Tensor& scale, double dropout_p) {
 // Rows as the products read them: the tensor itself where its layout allows, else a copy in `copy`.
 template <typename C>
 Rows<C> as_rows(const Tensor& x, const char* name, Tensor& copy) {
-  const Matrix m = matrix(x, name);
+  const ConstMatrix m = matrix(x, name);
   const int64_t ld = padded<C>(m.cols);
   if (are_rows<C>(m)) return {static_cast<const C*>(m.data), m.rows, m.cols, m.stride_row};
   copy = at::empty({m.rows, ld}, x.options().dtype(c10::CppTypeToScalarType<C>::value));
@@ -103,7 +103,7 @@ template <typename C>
 struct Shrunk {
   Tensor s, s_rows;
 
-  Shrunk(const Rows<C>& x, const Matrix& a, float scale, const DropoutMask* mask,
+  Shrunk(const Rows<C>& x, const ConstMatrix& a, float scale, const DropoutMask* mask,
          at::TensorOptions options) {
     const int64_t r = a.rows, ld = padded<C>(r);
     options = options.dtype(c10::CppTypeToScalarType<C>::value);
@@ -111,13 +111,8 @@ struct Shrunk {
     const bool serves = ld == r;
     s_rows = serves ? s : at::empty({x.M, ld}, options);
     if (x.M == 0) return;
-    const Shrink<C> job = {x,
-                           a,
-                           scale,
-                           mask,
-                           matrix(s, "s"),
-                           nullptr,
-                           serves ? nullptr : s_rows.mutable_data_ptr<C>()};
+    C* const apart = serves ? nullptr : s_rows.mutable_data_ptr<C>();
+    const Shrink<C> job = {x, a, scale, mask, result(s), nullptr, apart};
     shrink(&job, 1);
   }
 
@@ -135,8 +130,7 @@ Tensor lora_shrink(const Tensor& x, const Tensor& lora_a, const Tensor& scale,
                     "x [M, K] and lora_a [r, K] do not fit: ", x.sizes(), ", ", lora_a.sizes());
   const Tensor a = adapter(lora_a, x.scalar_type());
   const auto mask = dropout_mask(rng, dropout_p);
-  return with_compute_type(x, [&](auto* type) {
-    using C = std::remove_pointer_t<decltype(type)>;
+  return with_compute_type(x, [&]<typename C>() {
     Tensor copy;
     const Rows<C> rows = as_rows<C>(x, "x", copy);
     return Shrunk<C>(rows, matrix(a, "lora_a"), factor(scale, dropout_p), pointer(mask),
@@ -165,8 +159,7 @@ std::tuple<Tensor, Tensor> shrink_and_product(
   const Tensor a_read = adapter(a, dtype), b_read = adapter(b, dtype);
   const int64_t M = x.size(0), N = w.size(1);
   Tensor y = at::empty({M, N}, x.options().dtype(dtype));
-  return with_compute_type(x, [&](auto* type) {
-    using C = std::remove_pointer_t<decltype(type)>;
+  return with_compute_type(x, [&]<typename C>() {
     const C* panels = panels_of<C>(packed, w.size(0), N);
     Tensor copy;
     const Rows<C> rows = as_rows<C>(x, "the rows", copy);
@@ -174,7 +167,7 @@ std::tuple<Tensor, Tensor> shrink_and_product(
     const Tail<C> tail = {s.rows(), matrix(b_read, "an adapter"), 0, tail_mask};
     const TailedRows<C> all = {0, M, &tail, 1};
     tail_product<C>({rows, matrix(w, "weight"), panels, &all, 1, nullptr, nullptr,
-                     pointer(out_scale), pointer(bias), matrix(y, "y"), false});
+                     pointer(out_scale), pointer(bias), result(y), false});
     return std::make_tuple(y, s.s);
   });
 }
@@ -228,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_dab(const Tensor& dy, const Optio
                                                    std::optional<at::ScalarType> dbias_dtype,
                                                    const OptionalTensor& out_scale) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  const Matrix rows = matrix(dy, "dy");
+  const ConstMatrix rows = matrix(dy, "dy");
   const auto mask = dropout_mask(rng, dropout_p);
   Tensor da = at::empty({0}, dy.options()), db = da, dbias = da, scaled = dy;
   check_vector(out_scale, "out_scale", rows.cols);
@@ -236,29 +229,27 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_dab(const Tensor& dy, const Optio
   TORCH_CHECK_VALUE(!db_dtype || s, "dB needs s");
   if (db_dtype) scaled = scaled_rows(dy, out_scale);
 
-  with_compute_type(dy, [&](auto* type) {
-    using C = std::remove_pointer_t<decltype(type)>;
+  with_compute_type(dy, [&]<typename C>() {
     Reduction<C> reductions[3];
     int count = 0;
     if (da_dtype) {
-      const Matrix x_rows = matrix(*x, "x"), tail = matrix(*d, "d");
+      const ConstMatrix x_rows = matrix(*x, "x"), tail = matrix(*d, "d");
       TORCH_CHECK_VALUE(x_rows.rows == rows.rows && tail.rows == rows.rows,
                         "dy, x and d differ in rows: ", dy.sizes(), ", ", x->sizes(), ", ",
                         d->sizes());
       da = at::empty({tail.cols, x_rows.cols}, stored_as(dy, *da_dtype));
-      reductions[count++] = {tail, x_rows, pointer(mask), matrix(da, "da"), {}};
+      reductions[count++] = {tail, x_rows, pointer(mask), result(da), {}};
     }
     if (db_dtype) {
-      const Matrix tail = matrix(*s, "s");
+      const ConstMatrix tail = matrix(*s, "s");
       TORCH_CHECK_VALUE(tail.rows == rows.rows, "dy and s differ in rows: ", dy.sizes(), ", ",
                         s->sizes());
       db = at::empty({rows.cols, tail.cols}, stored_as(dy, *db_dtype));
-      reductions[count++] = {
-          tail, matrix(scaled, "dy"), nullptr, matrix(db, "db").transposed(), {}};
+      reductions[count++] = {tail, matrix(scaled, "dy"), nullptr, result(db).transposed(), {}};
     }
     if (dbias_dtype) {
       dbias = at::empty({rows.cols}, stored_as(dy, *dbias_dtype));
-      const Matrix sums = matrix(dbias.unsqueeze(0), "dbias");
+      const Matrix sums = result(dbias.unsqueeze(0));
       if (db_dtype && !out_scale) {
         reductions[count - 1].sums = sums;
       } else {
@@ -277,9 +268,8 @@ namespace {
 
 Tensor pack_cpu(const Tensor& b) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  const Matrix m = matrix(b, "b");
-  return with_compute_type(b, [&](auto* type) {
-    using C = std::remove_pointer_t<decltype(type)>;
+  const ConstMatrix m = matrix(b, "b");
+  return with_compute_type(b, [&]<typename C>() {
     const auto options = b.options().dtype(c10::CppTypeToScalarType<C>::value);
     Tensor packed = at::empty({packed_size<C>(m.rows, m.cols)}, options);
     pack(m, packed.mutable_data_ptr<C>());
@@ -288,9 +278,8 @@ Tensor pack_cpu(const Tensor& b) {
 }
 
 bool is_packed_cpu(const Tensor& b, const Tensor& packed) {
-  const Matrix m = matrix(b, "b");
-  return with_compute_type(b, [&](auto* type) {
-    using C = std::remove_pointer_t<decltype(type)>;
+  const ConstMatrix m = matrix(b, "b");
+  return with_compute_type(b, [&]<typename C>() {
     return packed.scalar_type() == c10::CppTypeToScalarType<C>::value && packed.is_contiguous() &&
            packed.numel() == packed_size<C>(m.rows, m.cols) && m.rows > 0 && m.cols > 0 &&
            is_packed(m, packed.const_data_ptr<C>());

@@ -54,14 +54,27 @@ inline std::optional<Kind> kind_or_none(at::ScalarType dtype) {
   }
 }
 
-inline Matrix matrix(const Tensor& t, const char* name) {
+// Void is const void for an operand and void for a result.
+template <typename Void>
+Void* data_of(const Tensor& t) {
+  if constexpr (std::is_const_v<Void>) {
+    return t.const_data_ptr();
+  } else {
+    return t.mutable_data_ptr();
+  }
+}
+
+template <typename Void = const void>
+MatrixOf<Void> matrix(const Tensor& t, const char* name) {
   const auto kind = kind_or_none(t.scalar_type());
   TORCH_CHECK_TYPE(kind, name, " must be float32, bfloat16 or float16, got ", t.scalar_type());
   TORCH_CHECK_VALUE(t.dim() == 2, name, " must have two dimensions, got ", t.sizes());
   TORCH_CHECK_VALUE(t.is_cpu() && t.layout() == at::kStrided, name, " must be a plain CPU tensor");
-  return {
-      const_cast<void*>(t.const_data_ptr()), *kind, t.size(0), t.size(1), t.stride(0), t.stride(1)};
+  return {data_of<Void>(t), *kind, t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }
+
+// A matrix that the kernels write.
+inline Matrix result(const Tensor& t) { return matrix<void>(t, "a result"); }
 
 // What rows of a dtype are multiplied in: also what S and D are stored in and adapters are rounded
 // to, reference.py's tail_dtype.
@@ -112,7 +125,7 @@ const C* panels_of(const OptionalTensor& packed, int64_t K, int64_t N) {
 // Rows that products read where they lie: of their type, neighbours along the inner axis, and
 // nothing to be padded.
 template <typename C>
-bool are_rows(const Matrix& m) {
+bool are_rows(const ConstMatrix& m) {
   return m.kind == kind_of<C> && (m.stride_col == 1 || m.cols == 1) && padded<C>(m.cols) == m.cols;
 }
 
@@ -121,11 +134,11 @@ inline at::TensorOptions stored_as(const Tensor& like, at::ScalarType dtype) {
   return like.options().dtype(kind_or_none(dtype) ? dtype : at::kFloat);
 }
 
-// Calls f with a null pointer of what rows of this dtype are multiplied in.
+// f<C>() for the type C that rows of this dtype are multiplied in.
 template <typename F>
 auto with_compute_type(const Tensor& rows, F f) {
-  return compute_type(rows.scalar_type()) == at::kBFloat16 ? f(static_cast<BFloat16*>(nullptr))
-                                                           : f(static_cast<float*>(nullptr));
+  return compute_type(rows.scalar_type()) == at::kBFloat16 ? f.template operator()<BFloat16>()
+                                                           : f.template operator()<float>();
 }
 
 }  // namespace lora_kernels

@@ -1,5 +1,5 @@
-// lora_linear with its node of the autograd graph in C++: functional/linear.py's _LoRALinear, for calls
-// that the native plan answers.
+// lora_linear with its node of the autograd graph in C++: functional/linear.py's _LoRALinear, for
+// calls that the native plan answers.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
@@ -7,7 +7,6 @@
 #include <torch/library.h>
 
 #include <atomic>
-#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -20,35 +19,22 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// What answers.py shares, int64 [2]: whether somebody asks who answers (or forces an answer), and
-// whether a node has answered since an operator did. Nobody shares it: it is as if somebody asked.
-std::atomic<int64_t>* shared = nullptr;
+// answers.py's count of recorders and forced plans, int64 [1], which Python writes.
+std::atomic<int64_t*> watchers = nullptr;
 
-std::mutex noted_mutex;
-// The operator that a node answered last: 1 if it is lora_linear_dab and 0 for dX, its M, N, K and
-// r, the dtypes of rows and adapters, whether there was dropout, and fan_in_fan_out.
-std::vector<int64_t> noted;
-
-void share(const Tensor& cells) {
-  TORCH_CHECK(cells.scalar_type() == at::kLong && cells.numel() == 2 && cells.is_contiguous(),
-              "int64 [2] is what is shared");
-  static_assert(sizeof(std::atomic<int64_t>) == sizeof(int64_t));
-  static Tensor kept;
-  kept = cells;
-  shared = reinterpret_cast<std::atomic<int64_t>*>(kept.mutable_data_ptr<int64_t>());
+void watch(const Tensor& count) {
+  TORCH_CHECK(count.scalar_type() == at::kLong && count.numel() == 1,
+              "the count must be int64 [1]");
+  static const Tensor kept = count;
+  watchers = kept.mutable_data_ptr<int64_t>();
 }
 
-bool somebody_asks() { return shared == nullptr || shared[0].load() != 0; }
-
-void note(std::vector<int64_t> answered) {
-  const std::lock_guard<std::mutex> lock(noted_mutex);
-  noted = std::move(answered);
-  shared[1].store(1);
-}
-
-std::vector<int64_t> last_noted() {
-  const std::lock_guard<std::mutex> lock(noted_mutex);
-  return noted;
+// Whether each operator of a backward must be called by its name, so that it is recorded, or
+// answered by a forced plan; also until Python registers the count.
+bool is_watched() {
+  // Not std::atomic_ref, which some of the compilers' libraries lack.
+  const int64_t* count = watchers;
+  return count == nullptr || __atomic_load_n(count, __ATOMIC_RELAXED) != 0;
 }
 
 // A function with the name and the signature of an operator of ops.py, which its dispatcher
@@ -94,7 +80,7 @@ Tensor rows_of(const Tensor& x, at::ScalarType dtype) {
   return rows.reshape({c10::multiply_integers(rows.sizes().slice(0, rows.dim() - 1)), k});
 }
 
-// Gradients that a graph was asked for: whoever differentiates them learns that he cannot.
+// Gradients that a graph was asked for: differentiating them raises.
 struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
   static variable_list forward(AutogradContext* /*ctx*/, const Tensor& /*grad*/,
                                const variable_list& gradients) {
@@ -161,11 +147,8 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
     const bool need_x = ctx->needs_input_grad(kX), need_a = ctx->needs_input_grad(kA),
                need_b = ctx->needs_input_grad(kB),
                need_bias = bias_dtype != data.end() && ctx->needs_input_grad(kBias);
-    const bool need_ab = need_a || need_b || need_bias;
-
     const Tensor dy = rows_of(resolved(grad), dtype);
-    const bool native = is_plain(dy) && !somebody_asks();
-    const Operators& ops = native ? kNative : kDispatched;
+    const Operators& ops = is_plain(dy) && !is_watched() ? kNative : kDispatched;
 
     variable_list gradients(kInputs);
     Tensor d;
@@ -182,7 +165,7 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
       // D = c dY B: no mask, only its 1/(1-p).
       d = ops.shrink(dy, lora_b.t(), scale, std::nullopt, dropout_p);
     }
-    if (need_ab) {
+    if (need_a || need_b || need_bias) {
       const auto none = std::optional<at::ScalarType>();
       auto [da, db, dbias] = ops.dab(
           dy, need_a ? OptionalTensor(rows_of(x, dtype)) : std::nullopt,
@@ -192,13 +175,6 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
       if (need_a) gradients[kA] = da;
       if (need_b) gradients[kB] = db;
       if (need_bias) gradients[kBias] = dbias;
-    }
-    if (native && (need_x || need_ab)) {
-      const int64_t k = need_ab && !need_a ? 0 : lora_a.size(1);
-      const int64_t r = need_ab && !need_a && !need_b ? 0 : lora_a.size(0);
-      const auto adapter_dtype = need_ab ? dtype : lora_a.scalar_type();
-      note({need_ab, dy.size(0), dy.size(1), k, r, static_cast<int64_t>(dtype),
-            static_cast<int64_t>(adapter_dtype), rng.has_value(), !need_ab && fan_in_fan_out});
     }
     return gradients;
   }
@@ -246,8 +222,7 @@ TORCH_LIBRARY_FRAGMENT(lora_kernels_cpu, m) {
       "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scale, "
       "Tensor? bias, Tensor? rng, float dropout_p, bool fan_in_fan_out, ScalarType dtype, "
       "Tensor? packed=None, Tensor? packed_dx=None) -> Tensor");
-  m.def("share(Tensor(a!) cells) -> ()", &share);
-  m.def("last_noted() -> int[]", &last_noted);
+  m.def("watch(Tensor count) -> ()", &watch);
 }
 
 TORCH_LIBRARY_IMPL(lora_kernels_cpu, AutogradCPU, m) { m.impl("lora_linear", &lora_linear); }

@@ -61,6 +61,14 @@ void check_rows(const Tensor& y, const char* name, const Tensor& like, int64_t N
   matrix(y, name);
 }
 
+// S or D.
+void check_tail(const Tensor& s, const char* name, int64_t M, int64_t n, int64_t r_max) {
+  TORCH_CHECK_VALUE(s.dim() == 3 && s.size(0) == M && s.size(1) == n && s.size(2) == r_max, name,
+                    " must be [", M, ", ", n, ", ", r_max, "], got ", s.sizes());
+  TORCH_CHECK_TYPE(kind_or_none(s.scalar_type()), name,
+                   " must be float32, bfloat16 or float16, got ", s.scalar_type());
+}
+
 void check_a(const Stacks& a, int64_t K) {
   for (const Tensor& t : a.tensors) {
     TORCH_CHECK_VALUE(t.size(2) == K && t.size(1) == a.tensors[0].size(1) &&
@@ -90,8 +98,7 @@ struct Base {
                      " and weight is ", given.scalar_type());
     weight = transposed ? given.t() : given;
     matrix(weight, "weight");
-    with_compute_type(
-        rows, [&](auto* type) { panels_of<std::remove_pointer_t<decltype(type)>>(packed, K, N); });
+    with_compute_type(rows, [&]<typename C>() { panels_of<C>(packed, K, N); });
   }
 };
 
@@ -109,9 +116,9 @@ void multiply(const Batch& batch, const Rows<C>& x, const Base* base, const Tail
   }
   p.segments = tails.segments.data();
   p.count = static_cast<int64_t>(tails.segments.size());
-  p.rows = batch.order.data();
+  p.rows = batch.order;
   p.logical = logical.empty() ? nullptr : logical.data();
-  p.y = matrix(y, "y");
+  p.y = result(y);
   p.add = add;
   tail_product(p);
   if (base || add) return;
@@ -147,8 +154,7 @@ struct ShrunkRows {
 Tensor forward(const Tensor& x, const Base* base, const Stacks& a, const Stacks& b,
                const Batch& batch, const std::optional<DropoutMask>& mask, double dropout_p,
                const Tensor& y, bool add) {
-  return with_compute_type(x, [&](auto* type) {
-    using C = std::remove_pointer_t<decltype(type)>;
+  return with_compute_type(x, [&]<typename C>() {
     const ShrunkRows<C> rows(x, a, batch, mask, dropout_p, base != nullptr);
     multiply(batch, rows.x.whole, base, tails_of(batch, rows.s, b), {}, y, add);
     return rows.s.s;
@@ -162,8 +168,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Base* base, const St
   const int64_t n = a.slices();
   const std::vector<int64_t> columns = offsets(b.widths());
   Tensor dx = at::empty({dy.size(0), a.cols()}, dy.options());
-  return with_compute_type(dy, [&](auto* type) {
-    using C = std::remove_pointer_t<decltype(type)>;
+  return with_compute_type(dy, [&]<typename C>() {
     const std::vector<int64_t> logical = batch.logical(mask.has_value());
     const Gathered<C> rows(matrix(dy, "dy"), batch, begins(columns), ends(columns), std::nullopt,
                            logical, dy.options(), base != nullptr);
@@ -189,16 +194,13 @@ Tensor segmented_shrink(const Tensor& x, TensorList lora_a, TensorList table, in
   check_a(a, x.size(1));
   const Batch batch(table, x.size(0), a.r_max());
   const auto mask = dropout_mask(rng, dropout_p);
-  return with_compute_type(x, [&](auto* type) {
-    using C = std::remove_pointer_t<decltype(type)>;
-    return ShrunkRows<C>(x, a, batch, mask, dropout_p, false).s.s;
-  });
+  return with_compute_type(
+      x, [&]<typename C>() { return ShrunkRows<C>(x, a, batch, mask, dropout_p, false).s.s; });
 }
 
 void expand_given(const Tensor& y, const Tensor& s, const Stacks& b, TensorList table, bool add) {
   const Batch batch(table, s.size(0), s.size(2));
-  with_compute_type(s, [&](auto* type) {
-    using C = std::remove_pointer_t<decltype(type)>;
+  with_compute_type(s, [&]<typename C>() {
     const Shrunk<C> given(batch, s);
     multiply<C>(batch, {}, nullptr, tails_of(batch, given, b), {}, y, add);
   });
@@ -206,8 +208,7 @@ void expand_given(const Tensor& y, const Tensor& s, const Stacks& b, TensorList 
 
 Stacks expanded_by(const Tensor& s, TensorList lora_b, TensorList table) {
   TORCH_CHECK_VALUE(s.dim() == 3, "s must be [M, n, r_max], got ", s.sizes());
-  TORCH_CHECK_TYPE(kind_or_none(s.scalar_type()), "s must be float32, bfloat16 or float16, got ",
-                   s.scalar_type());
+  check_tail(s, "s", s.size(0), s.size(1), s.size(2));
   Stacks b(lora_b, "lora_b", s.scalar_type(), slots_of(table), 0);
   check_b(b, s.size(1), s.size(2));
   return b;
@@ -331,6 +332,11 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> segmented_lora_dab(
   const int64_t n = widths.size();
   const std::vector<int64_t> first = offsets(widths);
   TORCH_CHECK_VALUE(first.back() == dy.size(1), "widths ", widths, " do not fit dy ", dy.sizes());
+  if (da_dtype) {
+    check_rows(*x, "x", dy, x->size(-1), x->scalar_type());
+    check_tail(*d, "d", dy.size(0), n, r_max);
+  }
+  if (db_dtype) check_tail(*s, "s", dy.size(0), n, r_max);
   std::vector<Tensor> da, db;
   if (da_dtype) {
     const int64_t rows = packed_slices ? n * r_max : r_max;
@@ -343,8 +349,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> segmented_lora_dab(
       db.push_back(at::zeros({batch.slots, width, r_max}, stored_as(dy, *db_dtype)));
     }
   }
-  with_compute_type(dy, [&](auto* type) {
-    using C = std::remove_pointer_t<decltype(type)>;
+  with_compute_type(dy, [&]<typename C>() {
     const std::vector<int64_t> logical = batch.logical(mask.has_value());
     std::optional<Gathered<C>> x_rows, dy_rows;
     std::optional<Shrunk<C>> s_rows, d_rows;
@@ -359,7 +364,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> segmented_lora_dab(
       s_rows.emplace(batch, *s);
     }
     const auto as_matrix = [](const Rows<C>& rows) {
-      return Matrix{const_cast<C*>(rows.data), kind_of<C>, rows.M, rows.K, rows.ld, 1};
+      return ConstMatrix{rows.data, kind_of<C>, rows.M, rows.K, rows.ld, 1};
     };
     std::vector<Reduction<C>> reductions;
     for (size_t i = 0; i < batch.segments.size(); ++i) {
@@ -369,11 +374,11 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> segmented_lora_dab(
           reductions.push_back({as_matrix(d_rows->rows(batch, i, j)),
                                 as_matrix(x_rows->of(segment, j)),
                                 nullptr,
-                                part_of_a(da, packed_slices, segment, j),
+                                part_of_a<void>(da, packed_slices, segment, j),
                                 {}});
         }
         if (db_dtype) {
-          const Matrix out = part(db[j], segment.slot, 0, widths[j], segment.rank);
+          const Matrix out = part<void>(db[j], segment.slot, 0, widths[j], segment.rank);
           reductions.push_back({as_matrix(s_rows->rows(batch, i, j)),
                                 as_matrix(dy_rows->of(segment, j)),
                                 nullptr,

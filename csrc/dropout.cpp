@@ -19,12 +19,7 @@ constexpr int kLanesPerCounter = 8;
 // the ten dependent multiplications of one. A block of a matrix may be narrow.
 constexpr int kRowCounters = 32;
 constexpr int kBlockCounters = 8, kBlockRows = 4;
-// Vectors of counters that the registers hold at once.
-#if defined(__AVX512F__)
-constexpr int kChains = 4;
-#else
-constexpr int kChains = 2;
-#endif
+constexpr int kChains = kRegisters.counters;
 
 template <int... i>
 PhiloxLanes counting(std::integer_sequence<int, i...>) {

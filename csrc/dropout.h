@@ -40,4 +40,11 @@ void drop(Bits* block,  // [M, K], rows ld apart
           int64_t M, int64_t K, int64_t ld, int64_t row, int64_t col, const DropoutMask& mask,
           const int64_t* rows = nullptr);
 
+// The same for elements that are not given as bits.
+template <typename T>
+void drop_values(T* block, int64_t M, int64_t K, int64_t ld, int64_t row, int64_t col,
+                 const DropoutMask& mask, const int64_t* rows = nullptr) {
+  drop(reinterpret_cast<BitsOf<T>*>(block), M, K, ld, row, col, mask, rows);
+}
+
 }  // namespace lora_kernels

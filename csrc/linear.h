@@ -20,23 +20,23 @@ struct Rows {
 
 // out = x as Rows, contiguous [M, ld], by all threads.
 template <typename C>
-void copy_all_rows(const Matrix& x, C* out, int64_t ld);
+void copy_all_rows(const ConstMatrix& x, C* out, int64_t ld);
 
 // All panels of b [K, N] side by side, by all threads.
 template <typename C>
-void pack(const Matrix& b, C* packed);
+void pack(const ConstMatrix& b, C* packed);
 
 // Whether packed holds b's values at some 64 places: a weight that was written behind its owner's
 // back (Tensor.data leaves no trace) differs nearly everywhere.
 template <typename C>
-bool is_packed(const Matrix& b, const C* packed);
+bool is_packed(const ConstMatrix& b, const C* packed);
 
 // s = scale (mask * x) a^T, rounded once: x [M, K], a [r, K], row i of the result to row i of s, or
 // to row rows[i]. The same values go to s_rows [M, padded(r)] for the tail, unless it is null.
 template <typename C>
 struct Shrink {
   Rows<C> x;
-  Matrix a;
+  ConstMatrix a;
   float scale;
   const DropoutMask* mask;  // of x, or null
   Matrix s;                 // of C; data may be null
@@ -52,7 +52,7 @@ void shrink(const Shrink<C>* jobs, int64_t count);
 template <typename C>
 struct Tail {
   Rows<C> s;                // [rows, r]
-  Matrix b;                 // [r, columns]
+  ConstMatrix b;            // [r, columns]
   int64_t column;           // of the product, where those of b begin
   const DropoutMask* mask;  // of the product [M, N], or null
 };
@@ -69,7 +69,7 @@ struct TailedRows {
 template <typename C>
 struct TailProduct {
   Rows<C> x;                      // [M, K]; K = 0: the tails alone
-  Matrix w;                       // [K, N]
+  ConstMatrix w;                  // [K, N]
   const C* packed;                // w in panels; null: packed on the way, each once a thread
   const TailedRows<C>* segments;  // in the order of their rows; other rows have no tail
   int64_t count;
@@ -88,8 +88,8 @@ void tail_product(const TailProduct<C>& p);
 // small. Row `ones` of t, if there is one, is all ones, so that its product is the sum over rows.
 template <typename C>
 struct Reduction {
-  Matrix tail;              // [M, r]: D for dA, S for dB
-  Matrix x;                 // [M, K]: x for dA, dY for dB
+  ConstMatrix tail;         // [M, r]: D for dA, S for dB
+  ConstMatrix x;            // [M, K]: x for dA, dY for dB
   const DropoutMask* mask;  // of x, or null
   Matrix out;               // [r, K] of any strides, or data is null
   Matrix sums;              // [1, K]: the sums over the rows of x, or data is null

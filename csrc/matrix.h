@@ -17,16 +17,16 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 enum class Kind { kFloat, kBFloat16, kHalf };
 
-// Calls f with a null pointer of the type that `kind` names.
+// f<T>() for the type T that `kind` names.
 template <typename F>
 auto with_type(Kind kind, F f) {
   switch (kind) {
     case Kind::kFloat:
-      return f(static_cast<float*>(nullptr));
+      return f.template operator()<float>();
     case Kind::kBFloat16:
-      return f(static_cast<BFloat16*>(nullptr));
+      return f.template operator()<BFloat16>();
     default:
-      return f(static_cast<Half*>(nullptr));
+      return f.template operator()<Half>();
   }
 }
 
@@ -35,15 +35,25 @@ constexpr Kind kind_of = std::is_same_v<T, float>      ? Kind::kFloat
                          : std::is_same_v<T, BFloat16> ? Kind::kBFloat16
                                                        : Kind::kHalf;
 
-// Element (i, j) is number i * stride_row + j * stride_col from data on. Operands are only read.
-struct Matrix {
-  void* data;
+// Element (i, j) is number i * stride_row + j * stride_col from data on.
+template <typename Void>
+struct MatrixOf {
+  Void* data;
   Kind kind;
   int64_t rows, cols;
   int64_t stride_row, stride_col;
 
-  Matrix transposed() const { return {data, kind, cols, rows, stride_col, stride_row}; }
+  MatrixOf transposed() const { return {data, kind, cols, rows, stride_col, stride_row}; }
+
+  operator MatrixOf<const void>() const
+    requires(!std::is_const_v<Void>)
+  {
+    return {data, kind, rows, cols, stride_row, stride_col};
+  }
 };
+
+using ConstMatrix = MatrixOf<const void>;  // an operand
+using Matrix = MatrixOf<void>;             // a result
 
 // What products are computed from: bfloat16 as it is, float16 as float32 (there is no product of
 // float16 with a float32 accumulator before AVX512-FP16 and AMX-FP16).

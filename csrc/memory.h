@@ -38,4 +38,9 @@ class Scratch {
   int64_t size_ = 0;
 };
 
+// Each grows to the largest call of its thread and is freed when the thread ends, never before. The
+// largest is the panel of a weight that was not packed, 64 columns of K values: 4 MiB for K = 16384
+// in float32. The others depend on ranks and on blocks of fixed size and stay below 1 MiB together.
+inline thread_local Scratch tile_scratch, rows_scratch, panel_scratch, tail_scratch, part_scratch;
+
 }  // namespace lora_kernels

@@ -222,9 +222,8 @@ void copy_transposed(const T* x, int64_t stride_col, int64_t M, int64_t K, C* ou
 }  // namespace
 
 template <typename C>
-void pack_panel(const Matrix& b, int64_t k0, int64_t k1, int64_t n0, C* panel) {
-  with_type(b.kind, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+void pack_panel(const ConstMatrix& b, int64_t k0, int64_t k1, int64_t n0, C* panel) {
+  with_type(b.kind, [&]<typename T>() {
     const T* from = static_cast<const T*>(b.data) + k0 * b.stride_row + n0 * b.stride_col;
     const int64_t cols = b.cols - n0;
     pack(from, b.stride_row, b.stride_col, k1 - k0, std::min<int64_t>(kPanel, cols), b.rows - k0,
@@ -232,9 +231,8 @@ void pack_panel(const Matrix& b, int64_t k0, int64_t k1, int64_t n0, C* panel) {
   });
 }
 
-void prefetch_panel(const Matrix& b, int64_t n0) {
-  with_type(b.kind, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+void prefetch_panel(const ConstMatrix& b, int64_t n0) {
+  with_type(b.kind, [&]<typename T>() {
     const T* from = static_cast<const T*>(b.data) + n0 * b.stride_col;
     const int64_t cols = std::min<int64_t>(kPanel, b.cols - n0);
     if (b.stride_row == 1) {
@@ -246,10 +244,9 @@ void prefetch_panel(const Matrix& b, int64_t n0) {
 }
 
 template <typename C>
-void copy_rows(const Matrix& x, int64_t i0, int64_t i1, int64_t k0, int64_t k1, C* out,
+void copy_rows(const ConstMatrix& x, int64_t i0, int64_t i1, int64_t k0, int64_t k1, C* out,
                int64_t ld) {
-  with_type(x.kind, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  with_type(x.kind, [&]<typename T>() {
     if (x.stride_row == 1 && x.stride_col != 1) {
       copy_transposed(static_cast<const T*>(x.data) + i0 + k0 * x.stride_col, x.stride_col, i1 - i0,
                       k1 - k0, out, ld);
@@ -268,10 +265,11 @@ void copy_rows(const Matrix& x, int64_t i0, int64_t i1, int64_t k0, int64_t k1, 
   });
 }
 
-template void pack_panel<float>(const Matrix&, int64_t, int64_t, int64_t, float*);
-template void pack_panel<BFloat16>(const Matrix&, int64_t, int64_t, int64_t, BFloat16*);
-template void copy_rows<float>(const Matrix&, int64_t, int64_t, int64_t, int64_t, float*, int64_t);
-template void copy_rows<BFloat16>(const Matrix&, int64_t, int64_t, int64_t, int64_t, BFloat16*,
+template void pack_panel<float>(const ConstMatrix&, int64_t, int64_t, int64_t, float*);
+template void pack_panel<BFloat16>(const ConstMatrix&, int64_t, int64_t, int64_t, BFloat16*);
+template void copy_rows<float>(const ConstMatrix&, int64_t, int64_t, int64_t, int64_t, float*,
+                               int64_t);
+template void copy_rows<BFloat16>(const ConstMatrix&, int64_t, int64_t, int64_t, int64_t, BFloat16*,
                                   int64_t);
 
 }  // namespace lora_kernels

@@ -29,13 +29,14 @@ int64_t packed_size(int64_t K, int64_t N) {
 // panel[(k - k0) / kStep][width][kStep]; what is outside of b is zero. k1 - k0 is even for
 // bfloat16, or k1 is K.
 template <typename C>
-void pack_panel(const Matrix& b, int64_t k0, int64_t k1, int64_t n0, C* panel);
+void pack_panel(const ConstMatrix& b, int64_t k0, int64_t k1, int64_t n0, C* panel);
 
 // Asks for what pack_panel would read of all rows of b.
-void prefetch_panel(const Matrix& b, int64_t n0);
+void prefetch_panel(const ConstMatrix& b, int64_t n0);
 
 // Rows [i0, i1), columns [k0, k1) of x, rounded to C, as out[i - i0][ld], zero from k1 - k0 on.
 template <typename C>
-void copy_rows(const Matrix& x, int64_t i0, int64_t i1, int64_t k0, int64_t k1, C* out, int64_t ld);
+void copy_rows(const ConstMatrix& x, int64_t i0, int64_t i1, int64_t k0, int64_t k1, C* out,
+               int64_t ld);
 
 }  // namespace lora_kernels

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "vec.h"
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -14,13 +16,7 @@ namespace lora_kernels {
 // of the product. Words packed as 32-bit lanes cost shuffles around every product: x * mask for
 // float32 [512, 2048] on one core takes 1.18 ms that way and 0.48 ms this way with AVX2, 0.51 and
 // 0.29 ms with AVX-512 (g++ 12, Zen 5, 2026-11).
-#if defined(__AVX512F__)
-typedef uint64_t PhiloxLanes __attribute__((vector_size(64)));
-#elif defined(__AVX2__)
-typedef uint64_t PhiloxLanes __attribute__((vector_size(32)));
-#else
-typedef uint64_t PhiloxLanes __attribute__((vector_size(16)));
-#endif
+typedef uint64_t PhiloxLanes __attribute__((vector_size(4 * kLanes)));
 
 inline PhiloxLanes multiply_low_halves(PhiloxLanes a, uint32_t b) {
 #if defined(__AVX512F__)

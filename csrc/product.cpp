@@ -8,27 +8,16 @@
 #if defined(__AVX512F__)
 #include <cpuid.h>
 #include <immintrin.h>
-#define LORA_KERNELS_DOT __attribute__((target("avx512bf16")))
 #endif
 
 namespace lora_kernels {
 
 namespace {
 
-// Vectors of columns in the registers at once; their accumulators, with a vector of b for each
-// column and one of a, fill the register file.
-#if defined(__AVX512F__)
-constexpr int kMaxVectors = 4;
-constexpr int kAccumulators = 24;
-constexpr int kMaxRows = 12;
-#else
-constexpr int kMaxVectors = 2;
-constexpr int kAccumulators = 12;
-constexpr int kMaxRows = 6;
-#endif
+constexpr int kMaxVectors = kRegisters.columns;
 
 template <int kVectors>
-constexpr int kRows = kAccumulators / kVectors < kMaxRows ? kAccumulators / kVectors : kMaxRows;
+constexpr int kRows = std::min(kRegisters.accumulators / kVectors, kRegisters.rows);
 
 template <int kM, int kVectors>
 inline void add_to(float* c, const Vec (&acc)[kM][kVectors], bool add) {
@@ -84,36 +73,6 @@ struct PairTile {
   }
 };
 
-#if defined(__AVX512F__)
-struct DotTile {
-  template <int kM, int kVectors>
-  LORA_KERNELS_DOT static void run(int64_t K, const BFloat16* a, int64_t lda, const BFloat16* b,
-                                   int64_t width, float* c, bool add) {
-    __m512 acc[kM][kVectors] = {};
-    for (int64_t k = 0; k < K; k += 2) {
-      __m512bh columns[kVectors];
-      for (int j = 0; j < kVectors; ++j) {
-        columns[j] = (__m512bh)_mm512_loadu_si512(b + k * width + 2 * j * kLanes);
-      }
-      for (int i = 0; i < kM; ++i) {
-        int32_t pair;
-        std::memcpy(&pair, a + i * lda + k, sizeof(pair));
-        const __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
-        for (int j = 0; j < kVectors; ++j) {
-          acc[i][j] = _mm512_dpbf16_ps(acc[i][j], row, columns[j]);
-        }
-      }
-    }
-    for (int i = 0; i < kM; ++i) {
-      for (int j = 0; j < kVectors; ++j) {
-        float* to = c + i * kPanel + j * kLanes;
-        _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), acc[i][j]) : acc[i][j]);
-      }
-    }
-  }
-};
-#endif
-
 // How a word of each column joins the sums: a float, or a pair of bfloat16. The order of its
 // products is that of the tiles.
 struct FloatStep {
@@ -128,17 +87,6 @@ struct PairStep {
     return sums + broadcast(static_cast<float>(a[1])) * upper_bfloat16(columns);
   }
 };
-
-#if defined(__AVX512F__)
-struct DotStep {
-  LORA_KERNELS_DOT static inline Vec add(Vec sums, const BFloat16* a, Words columns) {
-    int32_t pair;
-    std::memcpy(&pair, a, sizeof(pair));
-    return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(pair),
-                                 (__m512bh)columns);
-  }
-};
-#endif
 
 // c += a b for kLanes columns of b that lie along the inner axis, `ldb` apart. The machine sees
 // their streams without being told: asking for lines ahead costs 29 to 38 us for 1 MiB instead of
@@ -226,23 +174,22 @@ void tiled_product(int64_t M, int64_t width, int64_t K, const C* a, int64_t lda,
   for (; n + kMaxVectors * kLanes <= width; n += kMaxVectors * kLanes) {
     all_rows<Tile, kMaxVectors>(M, K, a, lda, b + n * kStep<C>, width, c + n, add);
   }
-#if defined(__AVX512F__)
-  const C* rest = b + n * kStep<C>;
-  switch ((width - n) / kLanes) {
-    case 3:
-      return all_rows<Tile, 3>(M, K, a, lda, rest, width, c + n, add);
-    case 2:
-      return all_rows<Tile, 2>(M, K, a, lda, rest, width, c + n, add);
-    case 1:
-      return all_rows<Tile, 1>(M, K, a, lda, rest, width, c + n, add);
+  if constexpr (kPanelUnit % (kMaxVectors * kLanes) != 0) {
+    // AVX-512, where a unit is a vector.
+    const C* rest = b + n * kStep<C>;
+    switch ((width - n) / kLanes) {
+      case 3:
+        return all_rows<Tile, 3>(M, K, a, lda, rest, width, c + n, add);
+      case 2:
+        return all_rows<Tile, 2>(M, K, a, lda, rest, width, c + n, add);
+      case 1:
+        return all_rows<Tile, 1>(M, K, a, lda, rest, width, c + n, add);
+    }
   }
-#else
-  static_assert(kPanelUnit % (kMaxVectors * kLanes) == 0);
-#endif
 }
 
 // Rows up to which reading b in place was faster than packing it (1024 x 1024, Zen 4, 2026-11).
-constexpr int kFewRows = kMaxRows / 3 * 2;
+constexpr int kFewRows = kRegisters.rows / 3 * 2;
 // Likewise where pairs have to be made from two rows of b.
 constexpr int kFewRowsOfPairs = 2;
 
@@ -258,7 +205,47 @@ struct InPlace {
   }
 };
 
+// AVX512-BF16, for functions with this attribute: the compiler's flags do not promise it.
 #if defined(__AVX512F__)
+#define LORA_KERNELS_DOT __attribute__((target("avx512bf16")))
+
+struct DotTile {
+  template <int kM, int kVectors>
+  LORA_KERNELS_DOT static void run(int64_t K, const BFloat16* a, int64_t lda, const BFloat16* b,
+                                   int64_t width, float* c, bool add) {
+    __m512 acc[kM][kVectors] = {};
+    for (int64_t k = 0; k < K; k += 2) {
+      __m512bh columns[kVectors];
+      for (int j = 0; j < kVectors; ++j) {
+        columns[j] = (__m512bh)_mm512_loadu_si512(b + k * width + 2 * j * kLanes);
+      }
+      for (int i = 0; i < kM; ++i) {
+        int32_t pair;
+        std::memcpy(&pair, a + i * lda + k, sizeof(pair));
+        const __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
+        for (int j = 0; j < kVectors; ++j) {
+          acc[i][j] = _mm512_dpbf16_ps(acc[i][j], row, columns[j]);
+        }
+      }
+    }
+    for (int i = 0; i < kM; ++i) {
+      for (int j = 0; j < kVectors; ++j) {
+        float* to = c + i * kPanel + j * kLanes;
+        _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), acc[i][j]) : acc[i][j]);
+      }
+    }
+  }
+};
+
+struct DotStep {
+  LORA_KERNELS_DOT static inline Vec add(Vec sums, const BFloat16* a, Words columns) {
+    int32_t pair;
+    std::memcpy(&pair, a, sizeof(pair));
+    return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(pair),
+                                 (__m512bh)columns);
+  }
+};
+
 template <>
 struct InPlace<DotStep> {
   template <int kM, typename C>
@@ -272,6 +259,22 @@ struct InPlace<DotStep> {
     rows_in_place<DotStep, kM, kVectors>(K, a, lda, b, ldb, c);
   }
 };
+
+bool has_dot() { return __builtin_cpu_supports("avx512bf16"); }
+
+bool has_amx() {
+  // Leaf 7 of CPUID, EDX: bit 22 AMX-BF16, bit 24 AMX-TILE. The system must lend the tiles as well.
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kAmx = 1u << 22 | 1u << 24;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAmx) == kAmx &&
+         at::cpu::init_amx();
+}
+#else
+// Never chosen.
+using DotTile = PairTile;
+using DotStep = PairStep;
+bool has_dot() { return false; }
+bool has_amx() { return false; }
 #endif
 
 // c += a b with M <= kM rows, b [K, width], by parts of K.
@@ -291,7 +294,8 @@ void few_rows(int64_t M, int64_t width, int64_t K, const C* a, int64_t lda, cons
       }
       return;
     }
-    constexpr int kVectors = kAccumulators / kM < kMaxVectors ? kMaxVectors / 2 : kMaxVectors;
+    constexpr int kVectors =
+        kRegisters.accumulators / kM < kMaxVectors ? kMaxVectors / 2 : kMaxVectors;
     by_parts([&](int64_t k, int64_t depth) {
       const C* rows = b + k * ldb;
       int64_t n = 0;
@@ -304,21 +308,6 @@ void few_rows(int64_t M, int64_t width, int64_t K, const C* a, int64_t lda, cons
     });
   }
 }
-
-#if defined(__AVX512F__)
-bool has_dot() { return __builtin_cpu_supports("avx512bf16"); }
-
-bool has_amx() {
-  // Leaf 7 of CPUID, EDX: bit 22 AMX-BF16, bit 24 AMX-TILE. The system must lend the tiles as well.
-  unsigned eax, ebx, ecx, edx;
-  constexpr unsigned kAmx = 1u << 22 | 1u << 24;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAmx) == kAmx &&
-         at::cpu::init_amx();
-}
-#else
-bool has_dot() { return false; }
-bool has_amx() { return false; }
-#endif
 
 Bfloat16Product widest() {
   if (!has_dot()) return Bfloat16Product::kFloat;
@@ -345,22 +334,18 @@ void product(int64_t M, int64_t width, int64_t K, const float* a, int64_t lda, c
 
 void product(int64_t M, int64_t width, int64_t K, const BFloat16* a, int64_t lda, const BFloat16* b,
              float* c, bool add) {
-#if defined(__AVX512F__)
-  // An inner axis of nothing is not for brgemm.
+  // brgemm rejects K == 0.
   if (chosen == Bfloat16Product::kBrgemm && K > 0) {
     at::native::cpublas::brgemm(M, width, K, lda, width, kPanel, add, a, b, c);
-    return;
-  }
-  if (chosen == Bfloat16Product::kDot) {
+  } else if (chosen == Bfloat16Product::kDot) {
     tiled_product<DotTile>(M, width, K, a, lda, b, c, add);
-    return;
+  } else {
+    tiled_product<PairTile>(M, width, K, a, lda, b, c, add);
   }
-#endif
-  tiled_product<PairTile>(M, width, K, a, lda, b, c, add);
 }
 
 template <typename C>
-bool reads_in_place(int64_t M, const Matrix& b, int64_t n) {
+bool reads_in_place(int64_t M, const ConstMatrix& b, int64_t n) {
   if (M > kFewRows || b.kind != kind_of<C> || b.rows == 0) return false;
   if (std::is_same_v<C, BFloat16> && chosen == Bfloat16Product::kBrgemm) return false;
   const int64_t cols = std::min<int64_t>(kPanel, b.cols - n);
@@ -370,30 +355,29 @@ bool reads_in_place(int64_t M, const Matrix& b, int64_t n) {
 }
 
 template <typename C>
-void product_in_place(int64_t M, int64_t width, const C* a, int64_t lda, const Matrix& b, int64_t n,
-                      float* c) {
+void product_in_place(int64_t M, int64_t width, const C* a, int64_t lda, const ConstMatrix& b,
+                      int64_t n, float* c) {
   const bool along_columns = b.stride_row == 1;
   const int64_t ldb = along_columns ? b.stride_col : b.stride_row;
   const C* from = static_cast<const C*>(b.data) + n * b.stride_col;
-  const auto run = [&](auto kernel) {
-    few_rows<decltype(kernel), kFewRows>(M, width, b.rows, a, lda, from, ldb, along_columns, c);
+  const auto run = [&]<typename Step>(Step) {
+    few_rows<InPlace<Step>, kFewRows>(M, width, b.rows, a, lda, from, ldb, along_columns, c);
   };
   if constexpr (std::is_same_v<C, float>) {
-    run(InPlace<FloatStep>{});
+    run(FloatStep{});
+  } else if (chosen == Bfloat16Product::kDot) {
+    run(DotStep{});
   } else {
-#if defined(__AVX512F__)
-    if (chosen == Bfloat16Product::kDot) return run(InPlace<DotStep>{});
-#endif
-    run(InPlace<PairStep>{});
+    run(PairStep{});
   }
 }
 
-template bool reads_in_place<float>(int64_t, const Matrix&, int64_t);
-template bool reads_in_place<BFloat16>(int64_t, const Matrix&, int64_t);
-template void product_in_place<float>(int64_t, int64_t, const float*, int64_t, const Matrix&,
+template bool reads_in_place<float>(int64_t, const ConstMatrix&, int64_t);
+template bool reads_in_place<BFloat16>(int64_t, const ConstMatrix&, int64_t);
+template void product_in_place<float>(int64_t, int64_t, const float*, int64_t, const ConstMatrix&,
                                       int64_t, float*);
-template void product_in_place<BFloat16>(int64_t, int64_t, const BFloat16*, int64_t, const Matrix&,
-                                         int64_t, float*);
+template void product_in_place<BFloat16>(int64_t, int64_t, const BFloat16*, int64_t,
+                                         const ConstMatrix&, int64_t, float*);
 
 void release_products() {
   if (chosen == Bfloat16Product::kBrgemm) at::native::cpublas::brgemm_release();

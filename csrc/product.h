@@ -38,13 +38,13 @@ void product(int64_t M, int64_t width, int64_t K, const BFloat16* a, int64_t lda
 // with unit stride along an axis and nothing to be padded. With few rows packing costs more than it
 // saves.
 template <typename C>
-bool reads_in_place(int64_t M, const Matrix& b, int64_t n);
+bool reads_in_place(int64_t M, const ConstMatrix& b, int64_t n);
 
 // c += a b for any K, by parts, with b's columns [n, n + width) where they lie: the same bits as
 // from a panel.
 template <typename C>
-void product_in_place(int64_t M, int64_t width, const C* a, int64_t lda, const Matrix& b, int64_t n,
-                      float* c);
+void product_in_place(int64_t M, int64_t width, const C* a, int64_t lda, const ConstMatrix& b,
+                      int64_t n, float* c);
 
 // c = or += a b for any K, by parts; `panel_at(k, k_end)` gives the panel's rows k to k_end.
 template <typename C, typename PanelAt>

@@ -35,7 +35,7 @@ void schedule(int64_t M, int64_t slots, int64_t blocks, int64_t block_rows,
 }
 
 template <typename C>
-void gather_rows(const Matrix& x, const int32_t* order, int64_t count, int64_t c0, int64_t c1,
+void gather_rows(const ConstMatrix& x, const int32_t* order, int64_t count, int64_t c0, int64_t c1,
                  const DropoutMask* mask, const int64_t* logical, C* out, int64_t ld) {
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, ld));
   at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
@@ -43,17 +43,15 @@ void gather_rows(const Matrix& x, const int32_t* order, int64_t count, int64_t c
       C* to = out + i * ld;
       copy_rows(x, order[i], order[i] + 1, c0, c1, to, ld);
       if (mask) {
-        drop(reinterpret_cast<BitsOf<C>*>(to), 1, c1 - c0, ld, 0, 0, *mask, logical + i);
+        drop_values(to, 1, c1 - c0, ld, 0, 0, *mask, logical + i);
       }
     }
   });
 }
 
-#define LORA_KERNELS_INSTANTIATE(C)                                                      \
-  template void gather_rows<C>(const Matrix&, const int32_t*, int64_t, int64_t, int64_t, \
-                               const DropoutMask*, const int64_t*, C*, int64_t);
-
-LORA_KERNELS_INSTANTIATE(float)
-LORA_KERNELS_INSTANTIATE(BFloat16)
+template void gather_rows<float>(const ConstMatrix&, const int32_t*, int64_t, int64_t, int64_t,
+                                 const DropoutMask*, const int64_t*, float*, int64_t);
+template void gather_rows<BFloat16>(const ConstMatrix&, const int32_t*, int64_t, int64_t, int64_t,
+                                    const DropoutMask*, const int64_t*, BFloat16*, int64_t);
 
 }  // namespace lora_kernels

@@ -28,7 +28,7 @@ void schedule(int64_t M, int64_t slots, int64_t blocks, int64_t block_rows,
 // out[i] = columns [c0, c1) of row order[i] of x, as rows of a product, by all threads; with the
 // mask applied whose rows are logical[i] (of the gathered rows, not of x).
 template <typename C>
-void gather_rows(const Matrix& x, const int32_t* order, int64_t count, int64_t c0, int64_t c1,
+void gather_rows(const ConstMatrix& x, const int32_t* order, int64_t count, int64_t c0, int64_t c1,
                  const DropoutMask* mask, const int64_t* logical, C* out, int64_t ld);
 
 }  // namespace lora_kernels

@@ -49,8 +49,7 @@ inline void add_row(const float* from, int64_t n, const Matrix& out, int64_t i, 
 inline void store_or_add(const float* from, int64_t n, const Matrix& out, int64_t i, int64_t j,
                          bool add) {
   if (out.stride_col == 1) return add ? add_row(from, n, out, i, j) : store_row(from, n, out, i, j);
-  with_type(out.kind, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  with_type(out.kind, [&]<typename T>() {
     T* to = static_cast<T*>(out.data) + i * out.stride_row + j * out.stride_col;
     for (int64_t k = 0; k < n; ++k, to += out.stride_col) {
       *to = T(add ? static_cast<float>(*to) + from[k] : from[k]);

@@ -13,13 +13,27 @@ namespace lora_kernels {
 
 using c10::BFloat16;
 
+// What fits the vector registers at once.
+struct Registers {
+  int lanes;  // floats of one
+  // Of a product's tile: vectors of columns, the most rows, and accumulators, which with a vector
+  // of b for each column and one of a fill the register file.
+  int columns, rows, accumulators;
+  int counters;  // vectors of Philox counters
+};
+
 #if defined(__AVX512F__)
-constexpr int kLanes = 16;
+constexpr Registers kRegisters = {
+    .lanes = 16, .columns = 4, .rows = 12, .accumulators = 24, .counters = 4};
 #elif defined(__AVX2__)
-constexpr int kLanes = 8;
+constexpr Registers kRegisters = {
+    .lanes = 8, .columns = 2, .rows = 6, .accumulators = 12, .counters = 2};
 #else
-constexpr int kLanes = 4;
+constexpr Registers kRegisters = {
+    .lanes = 4, .columns = 2, .rows = 6, .accumulators = 12, .counters = 2};
 #endif
+
+constexpr int kLanes = kRegisters.lanes;
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));

@@ -70,16 +70,14 @@ inline Values times(const Values& a, const Values& b) {
 inline size_t element_size(Kind kind) { return kind == Kind::kFloat ? 4 : 2; }
 
 inline double element(const Matrix& m, int64_t i, int64_t j) {
-  return with_type(m.kind, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  return with_type(m.kind, [&]<typename T>() {
     const T* data = static_cast<const T*>(m.data);
     return static_cast<double>(static_cast<float>(data[i * m.stride_row + j * m.stride_col]));
   });
 }
 
 inline double rounded(double value, Kind kind) {
-  return with_type(kind, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  return with_type(kind, [&]<typename T>() {
     return static_cast<double>(static_cast<float>(T(static_cast<float>(value))));
   });
 }
@@ -124,8 +122,7 @@ class Laid {
   }
 
   void write(const Values& values) {
-    with_type(matrix.kind, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
+    with_type(matrix.kind, [&]<typename T>() {
       T* data = static_cast<T*>(matrix.data);
       for (int64_t i = 0; i < values.rows; ++i) {
         for (int64_t j = 0; j < values.cols; ++j) {

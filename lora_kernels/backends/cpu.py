@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..planning import answers, plan
-from ..planning.config import Config
 from ..planning.device import DeviceFacts, facts
 from ..spec import native, reference
 from ..spec.problem import PROBLEM_OF, Problem, dtype_name
@@ -74,8 +73,8 @@ def lora_linear(
     packed_dx: Tensor | None,
 ) -> Tensor | None:
     """y [..., N] of x [..., K] with its node of the graph in C++; None where the native plan does
-    not answer forward and backward. While somebody asks who answers, or forces an answer, the
-    backward of the node calls the operators."""
+    not answer forward and backward. While a recorder or a forced plan is active, the backward of
+    the node calls the operators; otherwise it is not recorded."""
     (n, r), k = lora_b.shape, lora_a.shape[1]
     m = math.prod(x.shape[:-1])
     dtypes = dtype_name(dtype), dtype_name(lora_a.dtype)
@@ -84,7 +83,7 @@ def lora_linear(
     if config.plan != "native" or not _native_backward(problem):
         return None
     answers.record("cpu", config, problem)
-    _share()
+    _watch()
     return kernel("lora_linear")(
         x,
         weight,
@@ -113,19 +112,6 @@ def _native_backward(problem: Problem) -> bool:
     return all(plan.plan_ignoring_force(p, _facts()).plan == "native" for p in backward)
 
 
-# c10::ScalarType
-_DTYPES = {5: "float16", 6: "float32", 7: "float64", 15: "bfloat16"}
-
-
-def _last_of_node() -> answers.Answer:
-    """What a node of the graph answered last."""
-    dab, m, n, k, r, dtype, adapter_dtype, dropout, kn = torch.ops.lora_kernels_cpu.last_noted()
-    op = "lora_linear_dab" if dab else "lora_linear_dx"
-    dtypes = _DTYPES[dtype], _DTYPES[adapter_dtype]
-    problem = Problem(op, m, n, k, r, *dtypes, bool(dropout), bool(kn))
-    return answers.Answer("cpu", Config("native"), problem)
-
-
 @functools.cache
-def _share() -> None:
-    torch.ops.lora_kernels_cpu.share(answers.share(_last_of_node))
+def _watch() -> None:
+    torch.ops.lora_kernels_cpu.watch(answers.watchers)

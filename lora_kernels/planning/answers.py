@@ -1,14 +1,13 @@
-"""Which backend and plan answered the calls of operators, for whoever asks."""
+"""Which backend and plan answered the calls of operators."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..spec.problem import Problem
 from .config import Config
@@ -30,29 +29,29 @@ class Answer(NamedTuple):
         return self.config.plan
 
 
-_last: Answer | None = None
+# The arguments of the last call of record: an Answer is made where one is read.
+_last: tuple[str, Config, Problem] | None = None
 _recorders: list[list[Answer]] = []
-_watchers = 0
 
-# Shared with a node of the graph that answers without Python: whether somebody asks who answers, or
-# forces an answer (the node then calls the operators), and whether it has answered since an
-# operator did.
-_shared = torch.zeros(2, dtype=torch.int64, device="cpu")
-_asked, _noted = (ctypes.c_int64.from_address(_shared.data_ptr() + 8 * i) for i in range(2))
-_last_of_node: Callable[[], Answer] | None = None
+# How many recorders and forced plans are active. The C++ node reads it in place: its backward then
+# calls the operators, each of which is recorded.
+watchers = torch.zeros(1, dtype=torch.int64, device="cpu")
+_count = ctypes.c_int64.from_address(watchers.data_ptr())
 
 
 def record(backend: str, config: Config, problem: Problem) -> None:
     """Each backend calls this once per operator call, before it computes."""
     global _last
-    _last = Answer(backend, config, problem)
-    _noted.value = 0
+    _last = backend, config, problem
     for recorder in _recorders:
-        recorder.append(_last)
+        recorder.append(Answer(*_last))
 
 
 def last_plan() -> Answer | None:
     """What answered the most recent operator call of this process, or None before the first.
+
+    A backward on a CPU whose forward and backward the native plan answers is not recorded, and the
+    call before it is then reported; :func:`record_plans` records the backward too.
 
     >>> import torch, lora_kernels as lk
     >>> x, w, a, b = (torch.ones(s) for s in ((2, 3), (4, 3), (1, 3), (4, 1)))
@@ -60,30 +59,17 @@ def last_plan() -> Answer | None:
     >>> lk.last_plan().op, lk.last_plan().backend, lk.last_plan().plan in ("native", "vendor")
     ('lora_linear_fwd', 'cpu', True)
     """
-    if _noted.value and _last_of_node is not None:
-        return _last_of_node()
-    return _last
-
-
-def share(last_of_node: Callable[[], Answer]) -> Tensor:
-    """For a node that answers without Python: the cells that it reads and writes. ``last_of_node``
-    tells what it answered last."""
-    global _last_of_node
-    _last_of_node = last_of_node
-    return _shared
+    return None if _last is None else Answer(*_last)
 
 
 @contextlib.contextmanager
 def asked() -> Iterator[None]:
-    """Inside the block the node calls the operators, each of which is recorded."""
-    global _watchers
-    _watchers += 1
-    _asked.value = 1
+    """Inside the block every operator call of a backward is recorded."""
+    _count.value += 1
     try:
         yield
     finally:
-        _watchers -= 1
-        _asked.value = _watchers > 0
+        _count.value -= 1
 
 
 @contextlib.contextmanager

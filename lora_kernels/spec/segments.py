@@ -71,7 +71,7 @@ class SegmentTable:
         self.rank_of_slot = ints(slots)
         self.scale_of_slot = ints(slots, dtype=torch.float32)
         self.logical_row = torch.arange(rows, device=device)
-        self.order = ints(rows)
+        self.order = torch.arange(rows, dtype=torch.int32, device=device)
         self.start_of_slot = ints(slots + 1)
         self.block_slot = ints(blocks)
         self.block_start = ints(blocks)

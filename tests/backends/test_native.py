@@ -1,8 +1,9 @@
 """The CPU extension's own operators, for every instruction set, and the module that loads it.
 
-A process holds one extension. So `test_masked_*`, and the whole of test_native_linear.py and of
-test_native_segmented.py, test whichever one this process has, and `test_every_instruction_set` runs
-them again in one process for each of the other instruction sets.
+A process holds one extension. So `test_masked_*`, test_native_linear.py and
+test_native_segmented.py test whichever one this process has, and `test_every_instruction_set` runs
+them again in one process for each of the other instruction sets: all of them with --whole, else
+`test_masked_*` and the drawn cases.
 """
 
 import json
@@ -16,9 +17,7 @@ import torch
 
 from lora_kernels.spec import native
 
-needs_extension = pytest.mark.skipif(
-    native.load() is None, reason=f"no CPU extension is loaded: {native.why_not()}"
-)
+OTHERS = ("test_native_linear.py", "test_native_segmented.py")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -92,7 +91,7 @@ def test_philox_of_this_file(counter, key, result):
     assert philox(counter, key) == result
 
 
-@needs_extension
+@pytest.mark.native
 @pytest.mark.parametrize(("counter", "key", "result"), KNOWN_ANSWERS)
 def test_masked_known_answers(counter, key, result):
     # An element is kept up to the threshold that is its lane: bisection reads the lane out.
@@ -109,7 +108,7 @@ def test_masked_known_answers(counter, key, result):
     assert tuple(words.tolist()) == result
 
 
-@needs_extension
+@pytest.mark.native
 def test_masked_instruction_set():
     isa, product = native.load(), torch.ops.lora_kernels_cpu.bfloat16_product()
     extension = "avx512" if isa in ("avx512_bf16", "brgemm") else isa
@@ -125,7 +124,7 @@ def has_amx():
     return torch.cpu._is_amx_tile_supported()
 
 
-@needs_extension
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999999])
 def test_masked_dtypes(dtype, p):
@@ -134,21 +133,21 @@ def test_masked_dtypes(dtype, p):
     assert p == 0.0 or abs(keep.float().mean() - (1 - p)) < 0.06
 
 
-@needs_extension
+@pytest.mark.native
 @pytest.mark.parametrize("rows", [0, 1, 5])
 @pytest.mark.parametrize("cols", [0, 1, 7, 8, 9, 255, 256, 257, 600])
 def test_masked_sizes(rows, cols):
     check(torch.randn(rows, cols), (7, 1, 0, 0), 0.3)
 
 
-@needs_extension
+@pytest.mark.native
 @pytest.mark.parametrize("row0", [0, 3, 2**32 - 1, 2**40 + 1])
 @pytest.mark.parametrize("col0", [0, 1, 13, 8 * 2**32 - 9])
 def test_masked_origin(row0, col0):
     check(torch.randn(3, 300), (-1, -(2**62), row0, col0), 0.4)
 
 
-@needs_extension
+@pytest.mark.native
 def test_masked_part_of_a_whole():
     masked = torch.ops.lora_kernels_cpu.masked
     x = torch.randn(37, 600)
@@ -157,7 +156,7 @@ def test_masked_part_of_a_whole():
     assert torch.equal(part, whole[5:21, 123:477])
 
 
-@needs_extension
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "view",
@@ -176,7 +175,7 @@ def test_masked_strides(dtype, view):
     assert torch.equal(x, before)
 
 
-@needs_extension
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.0])
 def test_masked_special_values(dtype, value):
@@ -184,7 +183,7 @@ def test_masked_special_values(dtype, value):
     assert keep.any() and not keep.all()
 
 
-@needs_extension
+@pytest.mark.native
 def test_masked_over_threads():
     # Enough rows for several tasks; the threads must not show in the result.
     x, rng = torch.randn(513, 129), torch.tensor([9, 8, 7, 6])
@@ -200,7 +199,7 @@ def test_masked_over_threads():
     assert torch.equal(results[0] != 0, keeps(rng.tolist(), 513, 129, 0.5))
 
 
-@needs_extension
+@pytest.mark.native
 @pytest.mark.parametrize(
     ("x", "rng", "p", "error", "says"),
     [
@@ -225,14 +224,15 @@ def test_masked_wrong_calls(x, rng, p, error, says):
         torch.ops.lora_kernels_cpu.masked(x, rng, p)
 
 
-@needs_extension
+@pytest.mark.native
 @pytest.mark.parametrize("isa", [isa for isa in native.available() if isa != native.load()])
-def test_every_instruction_set(isa):
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    others = ("test_native_linear.py", "test_native_segmented.py")
-    files = [__file__, *(str(Path(__file__).with_name(name)) for name in others)]
+def test_every_instruction_set(isa, request):
+    whole = request.config.getoption("--whole")
+    files = [__file__, *map(Path(__file__).with_name, OTHERS)]
+    chosen = ["-k", "test_masked or test_native_linear or test_native_segmented", "--whole"]
     done = subprocess.run(
-        [*tests, *files, "-k", "test_masked or test_native_linear or test_native_segmented"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+        + (chosen if whole else ["-k", "test_masked or test_sizes"]),
         # glibc then hands out no memory that is zero: the kernels' own scratch is not torch's.
         env={**os.environ, native.VARIABLE: isa, "MALLOC_PERTURB_": "1"},
         capture_output=True,
@@ -260,7 +260,7 @@ def test_import_loads_nothing():
     assert not load_in_new_process("said = hasattr(torch.ops.lora_kernels_cpu, 'isa')")
 
 
-@needs_extension
+@pytest.mark.native
 def test_threads_that_load_together():
     said = load_in_new_process(
         "from concurrent.futures import ThreadPoolExecutor\n"
@@ -451,7 +451,7 @@ def test_next_best_is_loaded_where_the_best_is_broken(tmp_path, monkeypatch):
     assert tried == ["avx512", "avx2"]
 
 
-@needs_extension
+@pytest.mark.native
 def test_second_import_of_the_package_shares_the_library():
     directory, loaded = native.DIRECTORY, native.load()
     assert native._load(directory, loaded) == (loaded, None)

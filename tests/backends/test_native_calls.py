@@ -7,9 +7,7 @@ import torch
 from lora_kernels.spec import native
 from lora_kernels.testing.linear import Case
 
-pytestmark = pytest.mark.skipif(
-    native.load() is None, reason=f"no CPU extension is loaded: {native.why_not()}"
-)
+pytestmark = pytest.mark.native
 cpu_ops = torch.ops.lora_kernels_cpu
 
 

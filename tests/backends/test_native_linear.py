@@ -1,23 +1,20 @@
 """The CPU extension's kernels of the LoRA linear layer, with the instruction set of this process.
 
-`test_every_instruction_set` in test_native.py runs this file again for the others.
+`test_every_instruction_set` in test_native.py runs the drawn cases again for the others.
 """
 
 import itertools
-import random
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from bits import assert_same_bits, check_native, draw_cases, tensors
 
-import lora_kernels as lk
 from lora_kernels.functional import ops
-from lora_kernels.spec import native, reference
+from lora_kernels.spec import reference
 from lora_kernels.testing.linear import LAYOUTS, Case, check, poisoned_memory
 
-pytestmark = pytest.mark.skipif(
-    native.load() is None, reason=f"no CPU extension is loaded: {native.why_not()}"
-)
+pytestmark = pytest.mark.native
 cpu_ops = torch.ops.lora_kernels_cpu
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -34,7 +31,6 @@ STRIDES = LAYOUTS | {
     "no unit stride": lambda t: LAYOUTS["strided"](t.t()).t(),
 }
 
-
 OPERANDS = {
     "lora_shrink": ("x", "lora_a"),
     "lora_linear_fwd": ("x", "weight", "lora_a", "lora_b"),
@@ -43,59 +39,34 @@ OPERANDS = {
 }
 
 
-def check_native(op, case):
-    with lk.force_plan("native"), lk.record_plans() as answers:
-        check(op, getattr(ops, op), case, backend="cpu")
-    assert [answer.plan for answer in answers] == ["native"]
-
-
-def tensors(results):
-    return results if isinstance(results, (tuple, list)) else (results,)
-
-
-def assert_same_bits(first, second):
-    for a, b in zip(tensors(first), tensors(second), strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def drawn_cases(count):
-    """Cases in which every value of every axis occurs, each with ever other ones of the rest."""
-    choice = random.Random(0)
-
-    def column(values):
-        repeated = list(itertools.islice(itertools.cycle(values), count))
-        choice.shuffle(repeated)
-        return repeated
-
-    axes = {
-        "m": column(ROWS),
-        "n": column(WIDTHS),
-        "k": column(WIDTHS),
-        "r": column(RANKS),
-        "dtype": column(DTYPES),
-        "adapter_dtype": column([None, None, FLOAT32, FLOAT16, BFLOAT16, torch.float64]),
-        "bias": column([True, False]),
-        "dropout_p": column([0.0, 0.1, 0.5]),
-        "fan_in_fan_out": column([False, True]),
-        "out_scale": column([False, False, True]),
-        "zero_weight": column([False, False, True]),
-        # Not "expanded": of rows that are all the same there are too few errors to judge by.
-        "layout": column(["contiguous", "transposed", "sliced", "strided"]),
-    }
-    return [
-        Case(**dict(zip(axes, values, strict=True)), seed=seed)
-        for seed, values in enumerate(zip(*axes.values(), strict=True))
-    ]
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        draw_cases(
+            metafunc,
+            Case,
+            count=36,
+            m=ROWS,
+            n=WIDTHS,
+            k=WIDTHS,
+            r=RANKS,
+            dtype=DTYPES,
+            adapter_dtype=[None, None, FLOAT32, FLOAT16, BFLOAT16, torch.float64],
+            bias=[True, False],
+            dropout_p=[0.0, 0.1, 0.5],
+            fan_in_fan_out=[False, True],
+            out_scale=[False, False, True],
+            zero_weight=[False, False, True],
+            # Not "expanded": of rows that are all the same there are too few errors to judge by.
+            layout=["contiguous", "transposed", "sliced", "strided"],
+        )
 
 
 @pytest.mark.parametrize("op", ops.OPERATORS)
-@pytest.mark.parametrize("case", drawn_cases(72), ids=str)
 def test_sizes(op, case):
     if op == "lora_linear_dab":
         # The budget knows the compute dtype only; test_gradients_are_rounded_once has the others.
         case = replace(case, adapter_dtype=None)
-    check_native(op, case)
+    check_native(check, op, case)
 
 
 @pytest.mark.parametrize("op", ops.OPERATORS)
@@ -137,7 +108,7 @@ def test_strides(op, operand, m, n, k, r, dtype, how):
 @pytest.mark.parametrize("op", ["lora_linear_fwd", "lora_linear_dx"])
 @pytest.mark.parametrize("how", ["contiguous", "transposed", "sliced"])
 def test_square_weight_of_either_orientation(op, dtype, how):
-    check_native(op, Case(21, 70, 70, 9, dtype, fan_in_fan_out=True, layout=how))
+    check_native(check, op, Case(21, 70, 70, 9, dtype, fan_in_fan_out=True, layout=how))
 
 
 # What the operands are
@@ -147,7 +118,7 @@ def test_square_weight_of_either_orientation(op, dtype, how):
 @pytest.mark.parametrize("adapter_dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("op", ["lora_shrink", "lora_linear_fwd", "lora_linear_dx"])
 def test_adapter_dtypes(op, dtype, adapter_dtype):
-    check_native(op, Case(40, 77, 90, 35, dtype, adapter_dtype))
+    check_native(check, op, Case(40, 77, 90, 35, dtype, adapter_dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -182,7 +153,8 @@ class VectorCase(Case):
 @pytest.mark.parametrize("strided", [False, True])
 def test_bias_and_out_scale_of_any_dtype(dtype, vector_dtype, strided):
     case = VectorCase(20, 77, 40, 5, dtype, out_scale=True)
-    check_native("lora_linear_fwd", replace(case, vector_dtype=vector_dtype, strided=strided))
+    case = replace(case, vector_dtype=vector_dtype, strided=strided)
+    check_native(check, "lora_linear_fwd", case)
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16])
@@ -201,10 +173,10 @@ def test_the_tail_is_made_of_the_rounded_s(m, dtype):
 def test_float32_sums(length):
     """A sum at one stretch loses more than the library's, which are several side by side."""
     for seed in range(2 if length == 8192 else 12):
-        check_native("lora_shrink", Case(64, 8, length, 48, dropout_p=0.1, seed=seed))
-        check_native("lora_linear_fwd", Case(64, 130, length, 48, seed=seed))
-        check_native("lora_linear_dx", Case(64, length, 130, 48, seed=seed))
-        check_native("lora_linear_dab", Case(length, 130, 130, 48, seed=seed))
+        check_native(check, "lora_shrink", Case(64, 8, length, 48, dropout_p=0.1, seed=seed))
+        check_native(check, "lora_linear_fwd", Case(64, 130, length, 48, seed=seed))
+        check_native(check, "lora_linear_dx", Case(64, length, 130, 48, seed=seed))
+        check_native(check, "lora_linear_dab", Case(length, 130, 130, 48, seed=seed))
 
 
 # The mask

@@ -1,15 +1,14 @@
 """The CPU extension's kernels of batches that mix adapters, with the instruction set of this
 process.
 
-`test_every_instruction_set` in test_native.py runs this file again for the others.
+`test_every_instruction_set` in test_native.py runs the drawn cases again for the others.
 """
 
-import itertools
-import random
 from dataclasses import replace
 
 import pytest
 import torch
+from bits import assert_same_bits, check_native, draw_cases, tensors
 
 import lora_kernels as lk
 from lora_kernels.functional import ops
@@ -19,9 +18,7 @@ from lora_kernels.spec.segments import SegmentTable
 from lora_kernels.testing.linear import poisoned_memory
 from lora_kernels.testing.segmented import SegmentedCase, check_segmented
 
-pytestmark = pytest.mark.skipif(
-    native.load() is None, reason=f"no CPU extension is loaded: {native.why_not()}"
-)
+pytestmark = pytest.mark.native
 cpu_ops = torch.ops.lora_kernels_cpu
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -34,70 +31,42 @@ WIDTHS = [(1,), (7, 1, 65), (64, 64), (33, 129, 16), (130,), (16, 15, 1), (200, 
 SIZE = SegmentedCase(230, 300, (70, 129, 16), (33, 0, 1, 8, 80, 16))
 
 
-def check_native(op, case):
-    if op in WITHOUT_DROPOUT:
-        case = replace(case, dropout_p=0.0)
-    if op == "segmented_lora_dab":
-        # The budget knows the rows' dtype only.
-        case = replace(case, adapter_dtype=None)
-    with lk.force_plan("native"), lk.record_plans() as answers:
-        check_segmented(op, getattr(ops, op), case, backend="cpu")
-    assert [answer.plan for answer in answers] == ["native"]
-
-
-def tensors(results):
-    """Every tensor of the results of a call."""
-    if isinstance(results, torch.Tensor):
-        return [results]
-    return [t for result in results for t in tensors(result)]
-
-
 def run(op, arguments):
     """The results of a native call; of one in place, the tensor that it wrote."""
     results = getattr(cpu_ops, op)(**arguments)
     return tensors(arguments["y"] if results is None else results)
 
 
-def assert_same_bits(first, second):
-    for a, b in zip(first, second, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def drawn_cases(count):
-    """Cases in which every value of every axis occurs, each with ever other ones of the rest."""
-    choice = random.Random(1)
-
-    def column(values):
-        repeated = list(itertools.islice(itertools.cycle(values), count))
-        choice.shuffle(repeated)
-        return repeated
-
-    axes = {
-        "m": column([1, 2, 5, 12, 31, 33, 49, 100, 193, 400]),
-        "k": column([1, 3, 16, 17, 64, 65, 100, 129, 511, 513]),
-        "widths": column(WIDTHS),
-        "ranks": column([(1, 2), (16, 0, 8), (33, 7, 64, 4), (8,) * 20, (65, 130, 3), (20,)]),
-        "dtype": column(DTYPES),
-        "adapter_dtype": column([None, None, FLOAT32, FLOAT16, BFLOAT16, torch.float64]),
-        "packed": column([False, True]),
-        "dropout_p": column([0.0, 0.1, 0.5]),
-        "layout": column(["contiguous", "transposed", "sliced", "strided"]),
-        "spare": column([0, 0, 9]),
-        "fan_in_fan_out": column([False, True]),
-        "bias": column([True, False]),
-        "weight": column([1.0, 1.0, 0.0]),
-    }
-    return [
-        SegmentedCase(**dict(zip(axes, values, strict=True)), seed=seed)
-        for seed, values in enumerate(zip(*axes.values(), strict=True))
-    ]
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        draw_cases(
+            metafunc,
+            SegmentedCase,
+            count=20,
+            m=[1, 2, 5, 12, 31, 33, 49, 100, 193, 400],
+            k=[1, 3, 16, 17, 64, 65, 100, 129, 511, 513],
+            widths=WIDTHS,
+            ranks=[(1, 2), (16, 0, 8), (33, 7, 64, 4), (8,) * 20, (65, 130, 3), (20,)],
+            dtype=DTYPES,
+            adapter_dtype=[None, None, FLOAT32, FLOAT16, BFLOAT16, torch.float64],
+            packed=[False, True],
+            dropout_p=[0.0, 0.1, 0.5],
+            layout=["contiguous", "transposed", "sliced", "strided"],
+            spare=[0, 0, 9],
+            fan_in_fan_out=[False, True],
+            bias=[True, False],
+            weight=[1.0, 1.0, 0.0],
+        )
 
 
 @pytest.mark.parametrize("op", ops.SEGMENTED_OPERATORS)
-@pytest.mark.parametrize("case", drawn_cases(40), ids=str)
 def test_sizes(op, case):
-    check_native(op, case)
+    if op in WITHOUT_DROPOUT:
+        case = replace(case, dropout_p=0.0)
+    if op == "segmented_lora_dab":
+        # The budget knows the rows' dtype only.
+        case = replace(case, adapter_dtype=None)
+    check_native(check_segmented, op, case)
 
 
 # A packed weight
@@ -245,6 +214,24 @@ def test_what_lies_beside_rows_that_are_read_in_place(op, dtype):
     assert_same_bits(run(op, arguments | {"dy": window}), run(op, arguments))
 
 
+@pytest.mark.parametrize("op", [*LINEAR, "segmented_lora", "segmented_lora_"])
+def test_a_rank_that_became_zero_is_no_adapter(op):
+    """Also before the table is scheduled anew."""
+    inputs = replace(SIZE, m=60, bias=True).draw()
+    ranks = inputs.seg.rank_of_slot
+    ranks[0] = 0
+    before = run(op, inputs.arguments(op))
+    inputs.seg.update_(rank_of_slot=ranks)
+    assert_same_bits(before, run(op, inputs.arguments(op)))
+
+
+def test_a_new_table_has_no_adapters():
+    inputs = replace(SIZE, m=9).draw()
+    table = SegmentTable(12, inputs.seg.slots, inputs.seg.max_rank, "cpu").tensors()
+    y, _ = run("segmented_lora", inputs.arguments("segmented_lora") | {"table": table})
+    assert not y.any()
+
+
 # Wrong calls
 
 
@@ -252,6 +239,7 @@ def wrong_calls():
     inputs = SegmentedCase(9, 30, (25, 8), (4, 3, 2), bias=True, spare=2).draw()
     a, b, weight = inputs.lora_a, inputs.lora_b, inputs.weight
     x, dy, table = inputs.x, inputs.dy, inputs.seg.tensors()
+    assert table[4].tolist() == [0, 4, 6, 8, 1, 5, 7, 2, 3, 9, 10]
 
     def changed(i, change):
         return [change(t.clone()) if i == j else t for j, t in enumerate(table)]
@@ -267,7 +255,13 @@ def wrong_calls():
         ({"table": table[:7]}, ValueError, "8 tensors, got 7"),
         ({"table": changed(4, put(0, 9))}, ValueError, "row 9 of the table.*x has 9 rows"),
         ({"table": changed(4, put(0, -1))}, ValueError, "row -1 of the table"),
+        ({"table": changed(4, put(8, 9))}, ValueError, "row 9 of the table.*x has 9 rows"),
         ({"table": changed(4, lambda t: t[0].repeat(11))}, ValueError, "two places"),
+        ({"table": changed(4, put(slice(0, 2), torch.tensor([4, 0])))}, ValueError, "two places"),
+        ({"table": changed(4, put(7, 3))}, ValueError, "two places"),
+        ({"table": changed(4, put(8, 0))}, ValueError, "two places"),
+        ({"table": changed(0, put(0, 2))}, ValueError, "of another slot"),
+        ({"table": changed(0, put(3, 3))}, ValueError, "of another slot"),
         ({"table": changed(5, put(3, 99))}, ValueError, "start_of_slot of slot 2"),
         ({"table": changed(5, put(0, -1))}, ValueError, "start_of_slot of slot 0"),
         ({"table": changed(1, put(0, 5))}, ValueError, "slot 0 has rank 5.*room for 4"),
@@ -312,10 +306,18 @@ def wrong_calls():
         ({"y": torch.zeros(8, 33)}, ValueError, r"y must be \[9, 33\], got \[8, 33\]"),
         ({"y": torch.zeros(9, 33).half()}, TypeError, "y must be Float, got Half"),
     ]
+    dab = [
+        ({"x": x[:8]}, ValueError, r"x must be \[9, 30\], got \[8, 30\]"),
+        ({"s": torch.zeros(8, 2, 4)}, ValueError, r"s must be \[9, 2, 4\], got \[8, 2, 4\]"),
+        ({"d": torch.zeros(9, 2, 3)}, ValueError, r"d must be \[9, 2, 4\], got \[9, 2, 3\]"),
+        ({"d": torch.zeros(9, 1, 4)}, ValueError, r"d must be \[9, 2, 4\]"),
+        ({"s": torch.zeros(9, 2, 4).int()}, TypeError, "s must be float32"),
+    ]
     for op, changes in [
         ("segmented_linear_fwd", [*tables, *stacks, *base, *fwd]),
         ("segmented_linear_dx", [*tables, *stacks, *base, *dx]),
         ("segmented_lora_", [*tables, *in_place]),
+        ("segmented_lora_dab", [*tables, *dab]),
     ]:
         for change, error, says in changes:
             yield pytest.param(inputs, op, change, error, says, id=f"{op}-{says}")

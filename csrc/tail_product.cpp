@@ -1,0 +1,165 @@
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "linear.h"
+#include "memory.h"
+#include "panel.h"
+#include "product.h"
+#include "store.h"
+
+namespace lora_kernels {
+
+namespace {
+
+// The tails' share of tiles. The panels of a segment are packed when its rows are first met at a
+// panel of columns: tiles come row block by row block, so that this is once a thread.
+template <typename C>
+class TailTiles {
+ public:
+  explicit TailTiles(const TailProduct<C>& product) : p_(product) {}
+
+  // tile [M, kPanel] = the tails of rows [first, first + M), columns [n, n + cols); zero without.
+  void write(int64_t first, int64_t M, int64_t n, int64_t cols, float* tile) {
+    int64_t done = 0;
+    for (int64_t i = 0; i < p_.count; ++i) {
+      const int64_t begin = std::max<int64_t>(0, p_.segments[i].first - first);
+      const int64_t end = std::min(M, p_.segments[i].first + p_.segments[i].rows - first);
+      if (begin >= end) continue;
+      std::fill(tile + done * kPanel, tile + begin * kPanel, 0.0f);
+      write_segment(i, first + begin, end - begin, n, cols, tile + begin * kPanel);
+      done = end;
+    }
+    std::fill(tile + done * kPanel, tile + M * kPanel, 0.0f);
+  }
+
+ private:
+  // Columns of the product that lie in one of its panels and in a slice.
+  struct Columns {
+    int64_t begin, end;
+    ConstMatrix b;  // up to the last of them
+    int64_t first;  // of them in b
+  };
+
+  Columns columns_of(const Tail<C>& tail, int64_t n) const {
+    const int64_t begin = std::max(n, tail.column);
+    const int64_t end = std::min({n + kPanel, p_.y.cols, tail.column + tail.b.cols});
+    ConstMatrix b = tail.b;
+    b.cols = end - tail.column;
+    return {begin, end, b, begin - tail.column};
+  }
+
+  // Few rows are soon multiplied: what the next panels are packed from would be waited for (in a
+  // batch of 8 adapters 2 KiB here and there; a guess that this helps, not measured).
+  void prefetch(int64_t i, int64_t n) const {
+    for (int64_t c = 0; c < p_.segments[i].count; ++c) {
+      const auto [begin, end, b, first] = columns_of(p_.segments[i].tails[c], n);
+      if (begin < end) prefetch_panel(b, first);
+    }
+  }
+
+  void write_segment(int64_t i, int64_t first, int64_t M, int64_t n, int64_t cols, float* tile) {
+    const TailedRows<C>& segment = p_.segments[i];
+    int64_t depth = 0;
+    for (int64_t c = 0; c < segment.count; ++c) depth += padded<C>(segment.tails[c].s.K);
+    C* panel = tail_scratch.of<C>(depth * kPanel);
+    const bool fresh = segment_ != i || column_ != n;
+    segment_ = i;
+    column_ = n;
+    if (fresh && i + 1 < p_.count) prefetch(i + 1, n);
+    if (fresh && i + 1 == p_.count) prefetch(0, n + kPanel);
+
+    bool written = false;
+    for (int64_t c = 0; c < segment.count; ++c) {
+      const Rows<C>& s = segment.tails[c].s;
+      const DropoutMask* mask = segment.tails[c].mask;
+      const auto [begin, end, b, first_of_b] = columns_of(segment.tails[c], n);
+      if (begin >= end) continue;
+      if (fresh) pack_panel(b, 0, s.K, first_of_b, panel);
+      // A slice may end within the panel, and a mask is for its own product alone.
+      const bool whole = begin == n && end == n + cols, apart = !whole || (mask && written);
+      if (!whole && !written) std::fill(tile, tile + M * kPanel, 0.0f);
+      float* sums = apart ? part_scratch.of<float>(M * kPanel) : tile;
+      const int64_t width = panel_width(end - begin);
+      product_by_parts(
+          M, width, s.K, s.data + (first - segment.first) * s.ld, s.ld,
+          [&](int64_t k, int64_t) { return panel + k * width; }, sums, written && !apart);
+      if (mask) {
+        drop_values(sums, M, end - begin, kPanel, first, begin, *mask,
+                    p_.logical ? p_.logical + first : nullptr);
+      }
+      for (int64_t r = 0; apart && r < M; ++r) {
+        float* to = tile + r * kPanel + begin - n;
+        for (int64_t j = 0; j < end - begin; ++j) to[j] += sums[r * kPanel + j];
+      }
+      written = true;
+      panel += padded<C>(s.K) * width;
+    }
+    if (!written) std::fill(tile, tile + M * kPanel, 0.0f);
+  }
+
+  const TailProduct<C>& p_;
+  int64_t segment_ = -1, column_ = -1;  // whose panels tail_scratch holds
+};
+
+}  // namespace
+
+template <typename C>
+void tail_product(const TailProduct<C>& p) {
+  // Rows of a tile: its accumulators and a part's rows stay in the second-level cache.
+  constexpr int64_t kRowBlock = 192, kLeastRows = 24;
+  const int64_t M = p.x.M, K = p.x.K, N = p.y.cols;
+  if (M == 0 || N == 0) return;
+  const int64_t P = panels(N), threads = at::get_num_threads();
+  const int64_t blocks =
+      std::max(ceil_div(M, kRowBlock), std::min(ceil_div(M, kLeastRows), ceil_div(4 * threads, P)));
+  const int64_t block = ceil_div(M, blocks);
+
+  // All row blocks of a panel come one after the other, so that it is packed once.
+  at::parallel_for(0, P * blocks, 1, [&](int64_t begin, int64_t end) {
+    float* tile = tile_scratch.of<float>(block * kPanel);
+    C* own = p.packed ? nullptr : panel_scratch.of<C>(padded<C>(K) * kPanel);
+    TailTiles<C> tails(p);
+    int64_t current = -1;
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t n = t / blocks * kPanel, cols = std::min<int64_t>(kPanel, N - n);
+      const int64_t first = t % blocks * block, rows = std::min(block, M - first);
+      if (rows <= 0) continue;
+      const int64_t width = panel_width(cols);
+      const bool fresh = current != n;
+      current = n;
+
+      tails.write(first, rows, n, cols, tile);
+      const C* x = p.x.data + first * p.x.ld;
+      const C* panel = p.packed ? p.packed + n * padded<C>(K) : own;
+      if (own && reads_in_place<C>(block, p.w, n)) {
+        product_in_place<C>(rows, width, x, p.x.ld, p.w, n, tile);
+      } else {
+        product_by_parts(
+            rows, width, K, x, p.x.ld,
+            [&](int64_t k, int64_t k_end) {
+              if (own && fresh) pack_panel(p.w, k, k_end, n, own + k * width);
+              return panel + k * width;
+            },
+            tile, true);
+      }
+
+      for (int64_t i = 0; i < rows; ++i) {
+        float* sums = tile + i * kPanel;
+        if (p.out_scale) {
+          for (int64_t j = 0; j < cols; ++j) sums[j] *= p.out_scale[n + j];
+        }
+        if (p.bias) {
+          for (int64_t j = 0; j < cols; ++j) sums[j] += p.bias[n + j];
+        }
+        store_or_add(sums, cols, p.y, p.rows ? p.rows[first + i] : first + i, n, p.add);
+      }
+    }
+    release_products();
+  });
+}
+
+template void tail_product(const TailProduct<float>&);
+template void tail_product(const TailProduct<BFloat16>&);
+
+}  // namespace lora_kernels
