@@ -19,6 +19,7 @@ trained something else than PEFT does, or was not computed by our kernels.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import statistics
@@ -26,6 +27,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -36,9 +38,9 @@ import torch
 from tqdm import tqdm
 
 import lora_kernels as lk
+from lora_kernels.integrations.compare_memory import SavedTensors, step_peak
 from lora_kernels.planning.device import facts
 
-from .memory import Resident, SavedTensors, step_peak
 from .report import piped
 from .turns import Call, run_together
 
@@ -240,6 +242,29 @@ def measure(library: str, setting: Setting, size: Size, device: str) -> dict[str
         "loss": first_loss,
         "answers": dict(Counter(f"{a.backend}: {a.plan}" for a in answers)),
     }
+
+
+class Resident:
+    """What this process's resident set has grown by at most since the construction; on Linux."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        # The high-water mark starts again from here; where that is not allowed it stays.
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        self._before = self._now("VmRSS")
+
+    def grown(self) -> int | None:
+        """Bytes; None where the system does not tell."""
+        peak = self._now("VmHWM")
+        return None if peak is None or self._before is None else peak - self._before
+
+    @staticmethod
+    def _now(field: str) -> int | None:
+        with suppress(OSError):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(s.split()[1]) * 1024 for s in lines if s.startswith(f"{field}:"))
+        return None
 
 
 def build(library: str, setting: Setting, size: Size, device: str) -> Any:

@@ -35,8 +35,8 @@ from transformers import (
 )
 
 import lora_kernels as lk
-from bench.memory import SavedTensors
 from bench.turns import Turns, UserError
+from lora_kernels.integrations.compare_memory import SavedTensors
 from lora_kernels.planning.device import facts
 
 from .settings import OURS, Settings

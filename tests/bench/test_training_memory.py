@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import lora_kernels as lk
-from bench import memory, training_memory
-from bench.memory import SavedTensors
+from bench import training_memory
 from bench.training_memory import OURS, PEFT
+from lora_kernels.integrations.compare_memory import SavedTensors, step_peak
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -81,7 +81,7 @@ def test_the_peak_of_a_step_is_what_was_out_at_a_time():
         second, third = (torch.empty(2 * mib, dtype=torch.uint8) for _ in range(2))
         del second, third
 
-    assert memory.step_peak(step, "cpu") == 4 * mib
+    assert step_peak(step, "cpu") == 4 * mib
 
 
 def cell(**changes):
