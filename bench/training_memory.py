@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import json
 import statistics
 import sys
 import time
@@ -29,8 +28,6 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +36,11 @@ from tqdm import tqdm
 
 import lora_kernels as lk
 from lora_kernels.integrations.compare_memory import SavedTensors, step_peak
-from lora_kernels.planning.device import facts
 
-from .report import piped
+from .tables import origin, piped, told, write
 from .turns import Call, run_together
 
 OUT = Path(__file__).parent / "out" / "memory"
-JSON_NAME, TABLE_NAME = "memory.json", "memory.md"
 
 PEFT, OURS, SWAPPED = "PEFT", "lora_kernels", "PEFT, accelerate_peft"
 
@@ -113,11 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     content = run(args)
     lines = table(content)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / JSON_NAME).write_text(json.dumps(content, indent=1) + "\n")
-    (args.out / TABLE_NAME).write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    print(f"\nwrote {args.out / JSON_NAME}, {TABLE_NAME}")
+    write(content, lines, args.out, "memory")
+    print("\n".join([*lines, "", f"wrote {args.out / 'memory.json'}, memory.md"]))
     for line in content["failures"]:
         print(f"FAILED: {line}", file=sys.stderr)
     return 1 if content["failures"] else 0
@@ -140,8 +132,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     size = SIZES["quick" if args.quick else device]
     libraries = [PEFT] * (importlib.util.find_spec("peft") is not None) + [OURS]
     libraries += [SWAPPED] * (PEFT in libraries)
-    machine = facts(device)
-    units = "threads" if device == "cpu" else "processors"
     rows = []
     failures: list[str] = []
     chosen = settings(MICRO_BATCHES)[: args.rows]
@@ -159,11 +149,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         rows.append({"setting": asdict(setting), "cells": cells})
     bar.close()
     packages = ["torch", "transformers", *(["peft"] if PEFT in libraries else [])]
-    return {
-        "date": f"{datetime.now():%Y-%m-%d %H:%M}",
+    return origin(device, packages) | {
         "device": device,
-        "device_name": f"{machine.name} ({machine.arch}, {machine.processors} {units})",
-        "versions": {package: version(package) for package in packages},
         "size": asdict(size),
         "libraries": libraries,
         "rows": rows,
@@ -314,7 +301,6 @@ _COLUMNS = (
 def table(content: dict[str, Any]) -> list[str]:
     """Markdown: a line per trick and library, each number beside PEFT's without any trick."""
     size = Size(**content["size"])
-    versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     columns = [
         (key, head)
         for key, head in _COLUMNS
@@ -337,7 +323,7 @@ def table(content: dict[str, Any]) -> list[str]:
             ]
             body.append([title, library, *numbers])
     return [
-        f"{content['date']}, {content['device_name']}, {versions}. A Llama of {size.layers} "
+        f"{told(content)}. A Llama of {size.layers} "
         f"blocks, {size.hidden} wide; {size.batch} x {size.tokens} tokens per step; adapters of "
         f"rank {size.rank} on all linear layers but the head, dropout {size.dropout:g}, AdamW. "
         "In brackets: how many times as much the first line takes.",
