@@ -38,9 +38,9 @@ from torch import Tensor
 
 from lora_kernels.testing.linear import Inputs
 
+from .apart import call_apart
 from .baselines import Variant
 from .cases import Setting
-from .turns import Call, run_together
 
 # Ignored by git; a run elsewhere must carry it along.
 DEFAULT_DIRECTORY = Path(__file__).parent / "peer_copies"
@@ -195,9 +195,9 @@ def broken_here(
     """
 
     def reason(key: str) -> str | None:
-        call = Call(function, (key, _directory, list(rows[key])))
         try:
-            run_together([call], {}, _SECONDS + _LONGEST_ROW_S)
+            limit = _SECONDS + _LONGEST_ROW_S
+            call_apart(function, (key, _directory, list(rows[key])), limit)
         except RuntimeError as error:
             return f"missing: it breaks its process ({error})"
         return None

@@ -37,8 +37,8 @@ from tqdm import tqdm
 import lora_kernels as lk
 from lora_kernels.integrations.compare_memory import SavedTensors, step_peak
 
+from .apart import call_apart
 from .tables import origin, piped, told, write
-from .turns import Call, run_together
 
 OUT = Path(__file__).parent / "out" / "memory"
 
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for library in libraries:
             bar.set_description(f"{setting.title}, {library}")
             try:
-                cells[library] = _in_a_process((library, setting, size, device))
+                cells[library] = _apart((library, setting, size, device))
             except RuntimeError as error:
                 failures.append(f"{setting.title}, {library}: {error}")
             bar.update()
@@ -158,11 +158,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _in_a_process(cell: Cell) -> dict[str, Any]:
-    """:func:`measure` where nothing has been allocated before; raises RuntimeError."""
-    call = Call("bench.training_memory:measure", cell)
-    (measured,) = run_together([call], {"HF_HUB_OFFLINE": "1"}, CELL_SECONDS)
-    return measured
+def _apart(cell: Cell) -> dict[str, Any]:
+    return call_apart("bench.training_memory:measure", cell, CELL_SECONDS)
 
 
 def problems(cells: dict[str, Any], device: str) -> list[str]:
