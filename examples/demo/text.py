@@ -32,10 +32,9 @@ class Corpus(NamedTuple):
     files: frozenset[Path]
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}, {len(self.files)} files: {len(self.train):,} characters, "
-            f"and {len(self.held_out):,} held out"
-        )
+        files = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
+        sizes = f"{len(self.train):,} characters, and {len(self.held_out):,} held out"
+        return f"{self.name}, {files}: {sizes}"
 
 
 def standard_library() -> Path:
