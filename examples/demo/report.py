@@ -38,7 +38,13 @@ class Check(NamedTuple):
 
     def cells(self) -> list[str]:
         limit = f">= {_number(self.least)}" if self.most == math.inf else f"< {self.most:.0e}"
-        limit = "only shown" if not self.demanded else "yes" if isinstance(self.measured, bool) else limit
+        limit = (
+            "only shown"
+            if not self.demanded
+            else "yes"
+            if isinstance(self.measured, bool)
+            else limit
+        )
         return [f"  {self.name}", _number(self.measured), limit, "ok" if self.passed else "FAILED"]
 
 
