@@ -192,7 +192,7 @@ class Peft(Variant):
             lora_dropout=setting.p,
             target_modules=["linear"],
         )
-        model = nn.ModuleDict({"linear": _frozen_linear(inputs)})
+        model = nn.ModuleDict({"linear": frozen_linear(inputs.weight)})
         peft.inject_adapter_in_model(config, model)
         self.layer = cast(Any, model["linear"])
         dtype = self.adapter_dtype or inputs.weight.dtype
@@ -208,11 +208,7 @@ class Peft(Variant):
 
     @classmethod
     def missing(cls, setting: Setting, device: str) -> str | None:
-        try:
-            import peft  # noqa: F401
-        except ImportError as error:
-            return f"peft cannot be imported: {error}"
-        return _same_as(cls.adapter_dtype, setting, "peft")
+        return peft_missing() or _same_as(cls.adapter_dtype, setting, "peft")
 
 
 class PeftFloat32(Peft):
@@ -236,7 +232,7 @@ class Ours(Variant):
         not those that the variant is reported with."""
         wanted = 2 if self.setting.mode == "training" else 1
         never = self.pack_weight == "never" or (self.pack_weight == "eval" and self.layer.training)
-        if never or _unpacked_reason(self.setting, self.weight.device.type):
+        if never or unpacked_reason(self.setting, self.weight.device.type):
             wanted = 0
         found = len(self.layer._packed)
         assert found == wanted, f"{self.key} {self.setting}: {found} packed copies, not {wanted}"
@@ -251,15 +247,13 @@ class Packed(Ours):
 
     def __init__(self, setting: Setting, inputs: Inputs) -> None:
         super().__init__(setting, inputs)
-        # Its B is zero, so that what it merges is the plain weight.
-        self.layer = lk.FusedLoRALinear.from_linear(_frozen_linear(inputs), r=1).eval()
-        self.layer.merge()
+        self.layer = packed_linear(inputs.weight)
 
     @classmethod
     def missing(cls, setting: Setting, device: str) -> str | None:
         if setting.mode == "training":
             return "a merged layer trains nothing"
-        return _unpacked_reason(setting, device)
+        return unpacked_reason(setting, device)
 
 
 class Fused(Ours):
@@ -270,7 +264,7 @@ class Fused(Ours):
     def __init__(self, setting: Setting, inputs: Inputs) -> None:
         super().__init__(setting, inputs)
         self.layer = lk.FusedLoRALinear.from_linear(
-            _frozen_linear(inputs),
+            frozen_linear(inputs.weight),
             r=setting.r,
             lora_alpha=setting.alpha,
             lora_dropout=setting.p,
@@ -306,7 +300,7 @@ class FusedUnpacked(Fused):
     def missing(cls, setting: Setting, device: str) -> str | None:
         if _trains(setting):
             return "the same as 'fused' where it trains"
-        return _unpacked_reason(setting, device)
+        return unpacked_reason(setting, device)
 
 
 class FusedAlways(Fused):
@@ -319,16 +313,31 @@ class FusedAlways(Fused):
     def missing(cls, setting: Setting, device: str) -> str | None:
         if not _trains(setting):
             return "the same as 'fused' in eval mode"
-        return _unpacked_reason(setting, device)
+        return unpacked_reason(setting, device)
 
 
-def _unpacked_reason(setting: Setting, device: str) -> str | None:
+def unpacked_reason(setting: Any, device: str) -> str | None:
     """Why no weight is packed in such a row, or None if one is."""
     if device != "cpu":
         return "weights are packed for the CPU's kernels only"
     if cpu.packs(torch.empty(0, dtype=getattr(torch, setting.dtype))):
         return None
     return f"no weight is packed here: {native.why_not() or setting.dtype}"
+
+
+def packed_linear(weight: Tensor) -> lk.FusedLoRALinear:
+    """Our packed linear without an adapter: its B is zero, so that it merges the plain weight."""
+    layer = lk.FusedLoRALinear.from_linear(frozen_linear(weight), r=1).eval()
+    layer.merge()
+    return layer
+
+
+def peft_missing() -> str | None:
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        return f"peft cannot be imported: {error}"
+    return None
 
 
 VARIANTS: dict[str, type[Variant]] = {
@@ -350,10 +359,10 @@ VARIANTS: dict[str, type[Variant]] = {
 }
 
 
-def _frozen_linear(inputs: Inputs) -> nn.Linear:
-    n, k = inputs.weight.shape
+def frozen_linear(weight: Tensor) -> nn.Linear:
+    n, k = weight.shape
     linear = nn.Linear(k, n, bias=False, device="meta")
-    linear.weight = nn.Parameter(inputs.weight, requires_grad=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear
 
 

@@ -14,8 +14,7 @@ from . import checks
 from .baselines import VARIANTS, Ours, Variant
 from .cases import Setting
 from .measure import CapturedStep, EagerStep, Rounds, Step, memory, quartiles
-from .peers import tolerated
-from .peers_training import TRAINING_PEERS
+from .peers import TRAINING_PEERS, tolerated
 
 
 def test_lora_linear(setting: Setting, benchmark: Any, session: Any) -> None:

@@ -12,7 +12,7 @@ import lora_kernels as lk
 from lora_kernels.planning.config import MIXED_LINEAR_OPS
 from lora_kernels.testing import linear as testing
 
-from .checks import rows_to_check
+from . import checks
 from .measure import CapturedStep, Outputs, Rounds, Step, quartiles
 from .peers import tolerated
 from .peers_serving import mixed_peers
@@ -90,7 +90,7 @@ class Truth:
     def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
         self.setting = setting
         limit = setting.m if inputs.x.is_cuda else _CPU_ROWS
-        self.rows = rows_to_check(setting.m, limit).to(inputs.x.device)
+        self.rows = checks.rows_to_check(setting.m, limit).to(inputs.x.device)
         own = inputs.x.dtype
         self.known = [self._naive(inputs, dtype) for dtype in (torch.float64, own)]
 
@@ -130,18 +130,14 @@ def plans_of(
 ) -> dict[str, str]:
     """{operator: plan} of our steps; fails where anything but the device's own kernels answered a
     segmented operator."""
-    plans: dict[str, str] = {}
+    answers = list(answers)
+    plans = checks.plans_by_operator(answers, device, operators)
     for answer in answers:
-        assert answer.backend == device, f"answered by {answer.backend}, not {device}: {answer}"
         own = answer.plan == "native" if device == "cpu" else answer.plan not in _NOT_OURS
         # The library's GEMM, and our kernels that add the adapters to it.
         own |= device == "cuda" and answer.op in MIXED_LINEAR_OPS and answer.plan == "vendor"
         assert own or not answer.op.startswith("segmented"), f"answered by {answer.plan}: {answer}"
-        plan = plans.setdefault(answer.op, answer.plan)
-        assert plan == answer.plan, f"{answer.op} was answered by {plan}, then by {answer.plan}"
-    unseen = [op for op in operators if op not in plans]
-    assert not unseen, f"{unseen} never called: somebody else computed the step"
-    return {op: plans[op] for op in operators}
+    return plans
 
 
 _NOT_OURS = ("reference", "vendor", "native")

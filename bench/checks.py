@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -155,14 +155,19 @@ def without_base(inputs: testing.Inputs) -> testing.Inputs:
 
 def plans_of(answers: Iterable[lk.Answer], device: str, setting: Setting) -> dict[str, str]:
     """{operator: plan} of a fused step; fails where another backend than the device's answered."""
-    expected = ["lora_linear_fwd"]
-    if setting.mode == "training":
-        expected += ["lora_linear_dx", "lora_linear_dab"]
+    backward = ["lora_linear_dx", "lora_linear_dab"] * (setting.mode == "training")
+    return plans_by_operator(answers, device, ["lora_linear_fwd", *backward])
+
+
+def plans_by_operator(
+    answers: Iterable[lk.Answer], device: str, operators: Sequence[str]
+) -> dict[str, str]:
+    """{operator: plan}; fails where one is not asked, or not answered by the device, or by two."""
     plans: dict[str, str] = {}
     for answer in answers:
         assert answer.backend == device, f"answered by {answer.backend}, not {device}: {answer}"
         plan = plans.setdefault(answer.op, answer.plan)
         assert plan == answer.plan, f"{answer.op} was answered by {plan}, then by {answer.plan}"
-    unseen = [op for op in expected if op not in plans]
-    assert not unseen, f"{unseen} never called: somebody else computed the step"
-    return {op: plans[op] for op in expected}
+    unseen = [op for op in operators if op not in plans]
+    assert not unseen, f"{unseen} never called: the step was computed without us"
+    return {op: plans[op] for op in operators}

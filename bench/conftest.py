@@ -19,7 +19,6 @@ from .baselines import VARIANTS, Variant, version
 from .cases import Setting
 from .measure import CpuClock, CudaClock, roofline
 from .peers_serving import MIXED_PEERS, mixed_peers
-from .peers_training import TRAINING_PEERS
 from .segmented_baselines import MIXED_VARIANTS, MixedVariant
 from .segmented_cases import MixedSetting
 
@@ -32,7 +31,7 @@ _GPU_ROUNDS = 200
 # A mixed batch, whose slowest rival takes tens of times as long as ours.
 _MIXED_SECONDS = 1.5
 _DEVICES = ("cpu", "cuda")
-_VARIANTS = VARIANTS | TRAINING_PEERS
+_VARIANTS = VARIANTS | peers.TRAINING_PEERS
 
 
 _OPTIONS = {
@@ -160,9 +159,9 @@ class Session:
         dtypes = list(dict.fromkeys(setting.dtype for setting in self.settings))
         self.roofline = roofline(self.clock, self.device, dtypes)
         if self.device == "cuda":
-            tried = [(key, self.settings) for key in self.variants if key in TRAINING_PEERS]
+            tried = [(key, self.settings) for key in self.variants if key in peers.TRAINING_PEERS]
             tried += [(key, self.mixed_settings) for key in mixed_peers("cuda")]
-            known = TRAINING_PEERS | MIXED_PEERS
+            known = peers.TRAINING_PEERS | MIXED_PEERS
             copied = {
                 key: rows for key, rows in tried if rows and peers.version(known[key].package)
             }

@@ -5,7 +5,7 @@
 1. the tests of the GPU in bfloat16;
 2. ``python -m lora_kernels tune`` for the shapes of the report, its tables in DIR/plans, with and
    without dropout, and for its batches that mix 8 adapters;
-3. ``pytest bench`` with those tables: results.json, report.md, report.png. Others' kernels are in
+3. ``pytest bench`` with those tables: results.json, report.md. Others' kernels are in
    it where their copies were carried along (``--peers``, made by ``bench.peers``);
 4. ``compute-sanitizer`` (memcheck, then racecheck) over the smallest kernel tests, where it is
    installed;

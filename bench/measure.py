@@ -21,11 +21,11 @@ from torch import Tensor
 
 from lora_kernels.backends import cpu
 from lora_kernels.functional.linear import packed_linear
+from lora_kernels.integrations.compare_memory import SavedTensors, step_peak
 from lora_kernels.layers.packed import PackedWeight
 from lora_kernels.planning.device import facts
 
 from .baselines import Variant
-from .memory import SavedTensors, step_peak
 
 Outputs = tuple[Tensor, ...]
 Step = Callable[[], Outputs]

@@ -1,10 +1,10 @@
-"""Kernels of other systems, loaded from copies that are no part of this repository.
+"""Kernels of other systems, from copies that are no part of this repository; those that train.
 
 ``python -m bench.peers`` asks pip for the pinned versions and copies of each the few files that its
 kernels are in, with its licence and metadata, into bench/peer_copies, which git ignores. What is on
-no index comes from a clone or an archive: ``--from lorafusion=PATH``. Loading a copy executes these
-files and nothing else of the peer: no ``__init__``, and stand-ins for what they import of their
-engine. What decides speed is theirs: kernels, launchers, shipped plans, a batch's metadata.
+no index comes from a clone: ``lorafusion=PATH``. Loading a copy executes these files and nothing
+else of the peer: no ``__init__``, and stand-ins for what they import of their engine. What decides
+speed is theirs: kernels, launchers, shipped plans, a batch's metadata.
 
 Whatever a peer raises is the reason why it has no number; it fails nothing.
 """
@@ -13,28 +13,34 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fnmatch
 import functools
 import importlib
 import importlib.abc
 import importlib.util
+import itertools
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from packaging.version import Version
+from torch import Tensor
 
-from .turns import Call, run_together
+from lora_kernels.testing.linear import Inputs
+
+from .apart import call_apart
+from .baselines import Variant
+from .cases import Setting
 
 # Ignored by git; a run elsewhere must carry it along.
 DEFAULT_DIRECTORY = Path(__file__).parent / "peer_copies"
@@ -71,49 +77,47 @@ def version(name: str) -> str | None:
     return None
 
 
-def load_once(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a loader; it also fails but once."""
-
-    @functools.cache
-    def outcome(*arguments: str) -> Any:
-        try:
-            return load(*arguments)
-        except Exception as error:
-            return error if isinstance(error, MissingPeerError) else MissingPeerError(_told(error))
-
-    def loaded(*arguments: str) -> Any:
-        found = outcome(*arguments)
-        if isinstance(found, MissingPeerError):
-            raise found
-        return found
-
-    return loaded
+@functools.cache
+def engine(load: Callable[[], Any]) -> Any:
+    """What ``load`` returns, or the MissingPeerError that says why it does not; asked once."""
+    try:
+        return load()
+    except Exception as error:
+        return error if isinstance(error, MissingPeerError) else MissingPeerError(_told(error))
 
 
 def load(name: str, modules: Sequence[str], own: StandIns, foreign: StandIns) -> list[ModuleType]:
     """Import ``modules`` of the peer ``name`` from its copy.
 
-    ``own`` stand in for modules of the peer, ``foreign`` for packages of somebody else where they
-    are not installed, and only while the peer is imported.
+    ``own`` stand in for modules of the peer, ``foreign`` for other packages that are not installed,
+    and only while the peer is imported.
     """
     root = _directory / name / name
     if not root.is_dir():
         raise MissingPeerError(f"no copy of {name} (python -m bench.peers collects it)")
-    if name in sys.modules and not isinstance(
-        getattr(sys.modules[name], "__loader__", None), _StandIn
-    ):
-        raise MissingPeerError(f"another {name} is imported already: {sys.modules[name]}")
-    lent = {top: names for top, names in foreign.items() if not _installed(top)}
-    borrowed = _Finder(lent)
     if name not in sys.modules:
-        sys.meta_path.insert(0, _Finder(own, name, root))
-    sys.meta_path.insert(0, borrowed)
+        for folder in (root, *(path for path in root.rglob("*") if path.is_dir())):
+            # Its __init__ would import all of the engine.
+            package = ".".join(folder.relative_to(root.parent).parts)
+            _stand_in(package, {"__path__": [str(folder)]})
+        for module, names in own.items():
+            _stand_in(module, names)
+        sys.meta_path.append(_Absent(name))
+    elif getattr(sys.modules[name], "__path__", None) != [str(root)]:
+        raise MissingPeerError(f"another {name} is imported already: {sys.modules[name]}")
+    lent = [module for module in foreign if not _installed(module)]
+    for module in lent:
+        _stand_in(module, foreign[module])
     try:
         return [importlib.import_module(module) for module in modules]
     finally:
-        sys.meta_path.remove(borrowed)
         for module in lent:
-            sys.modules.pop(module, None)
+            del sys.modules[module]
+
+
+def _stand_in(name: str, names: Mapping[str, Any]) -> None:
+    sys.modules[name] = ModuleType(name)
+    vars(sys.modules[name]).update({"__path__": []} | dict(names))
 
 
 def _installed(module: str) -> bool:
@@ -123,44 +127,21 @@ def _installed(module: str) -> bool:
         return False
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Modules of the package ``top`` from the folder ``root``, and stand-ins for all others."""
+class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """The modules of a peer that its copy lacks: every name is a class that says so when used."""
 
-    def __init__(self, stand_ins: StandIns, top: str = "", root: Path | None = None) -> None:
-        self.stand_ins, self.top, self.root = stand_ins, top, root
+    def __init__(self, top: str) -> None:
+        self.top = top
 
-    def find_spec(
-        self, fullname: str, path: Any = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname in self.stand_ins:
-            return ModuleSpec(fullname, _StandIn(self.stand_ins[fullname]), is_package=True)
-        top, *inner = fullname.split(".")
-        if self.root is None or top != self.top:
-            return None
-        place = self.root.joinpath(*inner)
-        if (file := place.with_name(place.name + ".py")).is_file():
-            return importlib.util.spec_from_file_location(fullname, file)
-        # A package of theirs, whose __init__ would import all of their engine, or what is not here.
-        return ModuleSpec(fullname, _StandIn({}, not place.is_dir()), is_package=True)
-
-
-class _StandIn(importlib.abc.Loader):
-    """A module of ``names``; where it is ``absent``, any other name of it is a class that says so
-    when it is used. In a package that is here other names are modules."""
-
-    def __init__(self, names: Mapping[str, Any], absent: bool = False) -> None:
-        self.names, self.absent = names, absent
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return None
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        inside = fullname.startswith(f"{self.top}.")
+        return ModuleSpec(fullname, self, is_package=True) if inside else None
 
     def exec_module(self, module: ModuleType) -> None:
-        vars(module).update(self.names)
-        if self.absent:
-            vars(module)["__getattr__"] = self._absent
+        vars(module)["__getattr__"] = self._refusing
 
     @staticmethod
-    def _absent(name: str) -> Any:
+    def _refusing(name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
 
@@ -200,26 +181,23 @@ def unavailable(variant: Any, setting: Any, device: str) -> str | None:
         return "it is measured on a GPU"
     if setting.dtype not in ("bfloat16", "float16"):
         return f"it takes no {setting.dtype}"
-    try:
-        variant.load()
-    except MissingPeerError as error:
-        return str(error)
-    return None
-
-
-# An access out of bounds ends every later call of its process, ours included. So each peer first
-# computes its rows in a process of its own, all of them at once, which compiles its kernels too.
+    found = engine(variant.load)
+    return str(found) if isinstance(found, MissingPeerError) else None
 
 
 def broken_here(
     rows: Mapping[str, Sequence[Any]], function: str = "bench.peers:probe"
 ) -> dict[str, str]:
-    """{key: why} of the peers that break their process in one of their rows."""
+    """{key: why} of the peers that break their process in one of their rows.
+
+    An access out of bounds ends every later call of its process, ours included. So each peer first
+    computes its rows in a process of its own, all at once, which compiles its kernels too.
+    """
 
     def reason(key: str) -> str | None:
-        call = Call(function, (key, _directory, list(rows[key])))
         try:
-            run_together([call], {}, _SECONDS + _LONGEST_ROW_S)
+            limit = _SECONDS + _LONGEST_ROW_S
+            call_apart(function, (key, _directory, list(rows[key])), limit)
         except RuntimeError as error:
             return f"missing: it breaks its process ({error})"
         return None
@@ -236,7 +214,6 @@ def probe(key: str, directory: Path, settings: Sequence[Any]) -> None:
     from .checks import draw
     from .measure import CapturedStep
     from .peers_serving import MIXED_PEERS
-    from .peers_training import TRAINING_PEERS
     from .segmented_cases import draw as draw_mixed
 
     use(directory)
@@ -251,7 +228,7 @@ def probe(key: str, directory: Path, settings: Sequence[Any]) -> None:
                 step: Any = MixedStep(variant(setting, draw_mixed(setting, "cuda")))
             else:
                 step = step_of(variant, draw(setting, "cuda"), setting)
-            (CapturedStep(step) if getattr(variant, "captured", True) else step)()
+            (CapturedStep(step) if variant.captured else step)()
         try:
             torch.ones(8, device="cuda").sum().item()
         except Exception as error:
@@ -260,109 +237,171 @@ def probe(key: str, directory: Path, settings: Sequence[Any]) -> None:
 
 # Collecting the copies.
 
-
-class Source(NamedTuple):
-    """``files``: patterns below the peer's root. ``built``: the index holds a small wheel of it."""
-
-    requirement: str | None
-    files: tuple[str, ...]
-    built: bool = False
-
-
 _OPS, _LORA = "sglang/kernels/ops/lora", "sglang/srt/lora"
-SOURCES = {
-    "vllm": Source(
-        "vllm==0.33.0", ("vllm/lora/ops/triton_ops/*.py", "vllm/lora/punica_wrapper/*.py")
-    ),
-    "sglang": Source(
+# What pip is asked for, None where no index has it, and patterns of the files below the root.
+SOURCES: dict[str, tuple[str | None, tuple[str, ...]]] = {
+    "vllm": ("vllm==0.33.0", ("vllm/lora/ops/triton_ops/*.py", "vllm/lora/punica_wrapper/*.py")),
+    "sglang": (
         "sglang==0.5.23",
         (
             *(f"{_OPS}/common/*.py", f"{_OPS}/dense/*.py", f"{_OPS}/dense/csgmv_configs/*/*.json"),
             *(f"{_LORA}/backend/*.py", f"{_LORA}/dense/*.py", f"{_LORA}/dense/configs/*.json"),
             *(f"{_LORA}/utils.py", f"{_LORA}/workspace.py"),
         ),
-        built=True,
     ),
-    "unsloth": Source(
-        "unsloth==2026.10.9",
-        ("unsloth/kernels/fast_lora.py", "unsloth/kernels/utils.py"),
-        built=True,
-    ),
-    "lorafusion": Source(None, ("lorafusion/ops/lora_v1.py", "lorafusion/ops/triton_ops/*.py")),
+    "unsloth": ("unsloth==2026.10.9", ("unsloth/kernels/fast_lora.py", "unsloth/kernels/utils.py")),
+    "lorafusion": (None, ("lorafusion/ops/lora_v1.py", "lorafusion/ops/triton_ops/*.py")),
 }
 # Beside the code of every copy.
 _PAPERS = ("METADATA", "PKG-INFO", "LICENSE*", "COPYING*", "NOTICE*")
+# Its wheel is half a gigabyte; the others' are small, or there is no other file.
+_FROM_SOURCE = ("vllm",)
 
 
-def collect(name: str, source: Source, origin: Path, directory: Path) -> list[str]:
-    """Copy the files of ``source`` from an archive or a folder; returns their paths."""
+def collect(name: str, files: Sequence[str], root: Path, directory: Path) -> list[str]:
+    """Copy the ``files`` of a peer, and what says whose they are; returns their paths."""
     target = directory / name
     shutil.rmtree(target, ignore_errors=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        if not origin.is_dir():
-            kind = "zip" if zipfile.is_zipfile(origin) else "gztar"
-            shutil.unpack_archive(origin, scratch, kind)
-        tree = origin if origin.is_dir() else Path(scratch)
-        root = next((p.parent for p in (tree / name, *tree.glob(f"*/{name}")) if p.is_dir()), tree)
-        code = [path for pattern in source.files for path in root.glob(pattern)]
-        if not code:
-            raise SystemExit(f"{origin} holds none of the files of {name}")
-        beside = (*root.glob("*"), *root.glob("*.dist-info/**/*"))
-        papers = [
-            path
-            for path in beside
-            if path.is_file() and any(fnmatch.fnmatch(path.name, paper) for paper in _PAPERS)
-        ]
-        copied = {path: str(path.relative_to(root)) for path in code}
-        copied |= {path: path.name for path in papers}
-        for path, place in copied.items():
-            (target / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / place)
-        if (root / ".git").exists():
-            command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-            head = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            (target / "COMMIT").write_text(head)
-    return sorted(copied.values())
+    copied = {path: path.relative_to(root) for pattern in files for path in root.glob(pattern)}
+    if not copied:
+        raise SystemExit(f"{root} holds none of the files of {name}")
+    for folder, paper in itertools.product(("", "*.dist-info/", "*.dist-info/**/"), _PAPERS):
+        copied |= {path: Path(path.name) for path in root.glob(folder + paper) if path.is_file()}
+    for path, place in copied.items():
+        (target / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / place)
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        (target / "COMMIT").write_bytes(subprocess.check_output(command))
+    return sorted(map(str, copied.values()))
 
 
-def _downloaded(name: str, source: Source, scratch: Path) -> Path:
-    """What pip fetches: a wheel, or the unpacked source.
+def _downloaded(name: str, requirement: str, scratch: Path) -> Path:
+    """The unpacked wheel or source that pip fetches.
 
     pip builds the metadata of a source distribution, which takes the peer's whole tool chain; told
     to keep its temporary folder, it leaves the source there when that fails.
     """
-    kept, target = scratch / "kept", scratch / "target"
-    kept.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(target)]
-    command += ["--only-binary" if source.built else "--no-binary", ":all:"]
-    command += ["--no-build-isolation", "--no-clean"] * (not source.built)
-    environment = os.environ | {"TMPDIR": str(kept)}
-    done = subprocess.run(
-        [*command, str(source.requirement)], env=environment, capture_output=True, text=True
-    )
-    found = [*target.glob("*"), *kept.glob(f"pip-download-*/{name}_*")]
+    kinds = ["--no-binary", ":all:", "--no-build-isolation", "--no-clean"]
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", f"{scratch}/got"]
+    command += kinds if name in _FROM_SOURCE else ["--only-binary", ":all:"]
+    environment = os.environ | {"TMPDIR": str(scratch)}
+    done = subprocess.run([*command, requirement], env=environment, capture_output=True, text=True)
+    for archive in scratch.glob("got/*"):
+        shutil.unpack_archive(archive, scratch / "wheel", "zip")
+    found = [*scratch.glob("wheel"), *scratch.glob(f"pip-download-*/{name}_*")]
     if not found:
-        raise SystemExit(f"pip has no {source.requirement}:\n{done.stdout[-1000:]}{done.stderr}")
+        raise SystemExit(f"pip has no {requirement}:\n{done.stdout[-1000:]}{done.stderr}")
     return found[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
     parser.add_argument("--to", type=Path, default=DEFAULT_DIRECTORY, metavar="DIR")
-    parser.add_argument("--from", dest="origins", action="append", default=[], metavar="NAME=PATH")
-    parser.add_argument("names", nargs="*", choices=[[], *SOURCES], help="these alone; default all")
+    text = f"{', '.join(SOURCES)}, or NAME=PATH of a clone; default all"
+    parser.add_argument("peers", nargs="*", metavar="NAME", help=text)
     chosen = parser.parse_args(arguments)
-    origins = dict(origin.split("=", 1) for origin in chosen.origins)
     use(chosen.to)
-    for name in chosen.names or SOURCES:
-        source = SOURCES[name]
-        if name not in origins and source.requirement is None:
-            print(f"{name}: on no index; clone it and name it with --from {name}=PATH")
+    for name, _, path in (peer.partition("=") for peer in chosen.peers or SOURCES):
+        if name not in SOURCES:
+            parser.error(f"{name!r} is no peer; there are {', '.join(SOURCES)}")
+        requirement, files = SOURCES[name]
+        if not path and requirement is None:
+            print(f"{name}: on no index; clone it and name it with {name}=PATH")
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            origin = origins.get(name) or _downloaded(name, source, Path(scratch))
-            files = collect(name, source, Path(origin), chosen.to)
-        print(f"{name}: {version(name)}, {len(files)} files")
+            root = Path(path) if path else _downloaded(name, str(requirement), Path(scratch))
+            count = len(collect(name, files, root, chosen.to))
+        print(f"{name}: {version(name)}, {count} files")
+
+
+# Those that train.
+
+
+class Peer(Variant):
+    """A linear layer and its adapter as another library trains them."""
+
+    peer = True
+    devices = ("cuda",)
+
+    def __init__(self, setting: Setting, inputs: Inputs) -> None:
+        super().__init__(setting, inputs)
+        self._own_adapter(inputs)
+        self.engine = engine(self.load)
+
+    @classmethod
+    def missing(cls, setting: Setting, device: str) -> str | None:
+        return unavailable(cls, setting, device)
+
+    @classmethod
+    def load(cls) -> Any:
+        """The peer's function."""
+        raise NotImplementedError
+
+
+class LoraFusion(Peer):
+    key, label = "lorafusion", "LoRAFusion"
+    what = (
+        "LoRAFusion's fused_linear_lora without descriptors, by its plans for an H100 on any "
+        "Hopper GPU; one dropout seed for all steps"
+    )
+    package = "lorafusion"
+
+    def forward(self, x: Tensor) -> Tensor:
+        s, weights = self.setting, (self.weight, self.a, self.b)
+        # It takes a batch of sequences alone; its seeds are the host's numbers, so a captured step
+        # has one, and every step may have the same.
+        return self.engine(x[None], *weights, alpha=s.scale, seed=1234, dropout_p=s.p)[0]
+
+    @classmethod
+    def load(cls) -> Any:
+        operators = "lorafusion.ops.triton_ops"
+        own = {
+            "lorafusion.utils.common": {"get_device_short_name": cls._device},
+            # Written for a descriptor interface that Triton has dropped; where that is so, the
+            # function that the other file defines is chosen by its own code.
+            f"{operators}.tma_utils": {"HAS_TMA_DESC": False},
+            f"{operators}.fused_lora_xw_sb_tma": {},
+            f"{operators}.fused_lora_dyw_dsa_tma": {},
+        }
+        foreign = {"loguru": {"logger": logging.getLogger("lorafusion")}}
+        return load("lorafusion", ["lorafusion.ops.lora_v1"], own, foreign)[0].fused_linear_lora
+
+    @staticmethod
+    def _device() -> str:
+        # The plans it has for a Hopper GPU, under an H100's name; any other name is an error.
+        if torch.cuda.get_device_capability()[0] == 9:
+            return "h100-80gb-hbm3"
+        return torch.cuda.get_device_name().replace("NVIDIA ", "").strip().replace(" ", "-").lower()
+
+
+class Unsloth(Peer):
+    key, label = "unsloth", "Unsloth"
+    what = "Unsloth's autograd function of one linear, LoRA_W (its apply_lora_o)"
+    package = "unsloth"
+
+    def forward(self, x: Tensor) -> Tensor:
+        arguments = (x[None], self.weight, None, self.a, self.b, self.setting.scale)
+        # What apply_lora_o gives it where the layer has no dropout, or has.
+        dropout = (self.setting.p, None) if self.setting.p else ()
+        return self.engine.apply(*arguments, *dropout)[0]
+
+    @classmethod
+    def load(cls) -> Any:
+        device = {"DEVICE_TYPE": "cuda", "DEVICE_TYPE_TORCH": "cuda"}
+        device |= {"is_hip": lambda: False, "get_device_type": lambda: "cuda"}
+        device |= {"DEVICE_COUNT": torch.cuda.device_count(), "ALLOW_PREQUANTIZED_MODELS": False}
+        own = {
+            "unsloth.bnb_availability": {"native_kernels_ready": lambda *ignored: False},
+            "unsloth.device_type": device,
+        }
+        foreign = {"unsloth_zoo": {}, "unsloth_zoo.utils": {"Version": lambda text: Version(text)}}
+        return load("unsloth", ["unsloth.kernels.fast_lora"], own, foreign)[0].LoRA_W
+
+
+TRAINING_PEERS: dict[str, type[Variant]] = {
+    variant.key: variant for variant in (LoraFusion, Unsloth)
+}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import functools
 import logging
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -31,13 +32,17 @@ class Peer(MixedVariant):
 
     peer = True
 
+    def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
+        super().__init__(setting, inputs)
+        self.engine = peers.engine(self.load)
+
     @classmethod
     def missing(cls, setting: MixedSetting, device: str) -> str | None:
         return peers.unavailable(cls, setting, device)
 
     @classmethod
     def load(cls) -> Any:
-        """The peer's module; raises ``peers.MissingPeerError``."""
+        """The engine's part of this."""
         raise NotImplementedError
 
     def build(self) -> None:
@@ -45,72 +50,105 @@ class Peer(MixedVariant):
         raise NotImplementedError
 
 
-class PeerTable(Peer):
+def table_of(peer: type[Peer], what: str) -> type[Peer]:
     """The metadata alone, host and device. Nothing of it is captured, as in the engines."""
 
-    computes = "nothing"
-    captured = False
-
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self: Any, x: Tensor) -> list[Tensor]:
         self.build()
         return []
+
+    names = {"key": f"{peer.key}_table", "label": f"{peer.label}'s table", "what": what}
+    own = {"computes": "nothing", "captured": False, "forward": forward}
+    return type(f"{peer.__name__}Table", (peer,), names | own)
 
 
 def _capability(major: int) -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= major
 
 
-@peers.load_once
-def _vllm() -> Any:
-    import triton
-    import triton.language as tl
-
-    logger = logging.getLogger("vllm")
-    told_once = SimpleNamespace(info_once=logger.info, warning_once=logger.debug)
-    platform = SimpleNamespace(
-        is_cuda=torch.cuda.is_available,
-        is_device_capability=lambda wanted: torch.cuda.get_device_capability()[0] == wanted // 10,
-        has_device_capability=lambda wanted: _capability(wanted // 10),
+class Vllm(Peer):
+    key, label = "vllm", "vLLM"
+    what = (
+        "F.linear, then PunicaWrapperGPU.add_lora_linear (zero, shrink, expand; as many slots as "
+        "adapters, all of the batch's rank; the scale inside B, as the engine loads it)"
     )
-    own = {
+    package = "vllm"
+
+    def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
+        super().__init__(setting, inputs)
+        device, self.adapters = inputs.x.device, setting.adapters
+        scales = torch.tensor(inputs.scales, device=device)[:, None, None]
+        # [slots, 1, rank, in] and [slots, 1, out, rank], one for each slice.
+        self.a = tuple(a[:, None].contiguous() for a in inputs.lora_a)
+        self.b = tuple((b * scales).to(b.dtype)[:, None].contiguous() for b in inputs.lora_b)
+        # Its tables of pointers are found by address and never dropped; an engine's stacks never
+        # move, while ours of the last row lay where these are.
+        self.engine.pointers._LORA_A_PTR_DICT.pop(tuple(a.data_ptr() for a in self.a), None)
+        self.engine.pointers._LORA_B_PTR_DICT.pop(tuple(b.data_ptr() for b in self.b), None)
+        config = SimpleNamespace(max_loras=self.adapters, specialize_active_lora=False)
+        self.wrapper = self.engine.wrapper(setting.m, setting.m, device, lora_config=config)
+        # Names of adapters are numbers from 1; 0 is the base model.
+        names = tuple(slot + 1 for slot in inputs.slots)
+        self.mapping = SimpleNamespace(
+            index_mapping=names, prompt_mapping=names, is_prefill=setting.m > _MOST_DECODING
+        )
+        self.build()
+
+    def build(self) -> None:
+        names: list[int | None] = [slot + 1 for slot in range(self.adapters)]
+        self.wrapper.update_metadata(self.mapping, names, self.adapters, 1)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        y = F.linear(x, self.inputs.weight)
+        self.wrapper.add_lora_linear(y, x, self.a, self.b, 1.0, self.setting.widths)
+        return y
+
+    @classmethod
+    def load(cls) -> Any:
+        import triton
+        import triton.language as tl
+
+        logger = logging.getLogger("vllm")
+        told_once = SimpleNamespace(info_once=logger.info, warning_once=logger.debug)
+        platform = SimpleNamespace(
+            is_cuda=torch.cuda.is_available,
+            is_device_capability=lambda n: torch.cuda.get_device_capability()[0] == n // 10,
+            has_device_capability=lambda n: _capability(n // 10),
+        )
         # As they are where nobody sets them.
-        "vllm.envs": {
-            "VLLM_BATCH_INVARIANT": False,
-            "VLLM_TUNED_CONFIG_FOLDER": None,
-            "VLLM_LORA_DISABLE_PDL": False,
-            "VLLM_LORA_ENABLE_DUAL_STREAM": False,
-        },
-        "vllm.logger": {"init_logger": lambda name: told_once},
-        "vllm.platforms": {"current_platform": platform},
-        "vllm.triton_utils": {"tl": tl, "triton": triton, "HAS_TRITON": True},
-        "vllm.utils.math_utils": {
-            "next_power_of_2": triton.next_power_of_2,
-            "round_up": lambda value, multiple: triton.cdiv(value, multiple) * multiple,
-        },
-        "vllm.utils.gpu_sync_debug": {"gpu_sync_allowed": contextlib.nullcontext},
-        "vllm.utils.torch_utils": {
-            "async_tensor_h2d": _to_device,
-            "direct_register_custom_op": _register_nothing,
-        },
-        "vllm.lora.utils": {"get_captured_lora_counts": lambda most, special: [most + 1]},
-    }
-    operators = "vllm.lora.ops.triton_ops"
-    names = ("lora_kernel_metadata", "lora_shrink_op", "lora_expand_op", "utils")
-    loaded = peers.load("vllm", [operators, *(f"{operators}.{name}" for name in names)], own, {})
-    package, metadata, shrink, expand, pointers = loaded
-    # What its __init__ would have collected.
-    vars(package).update(
-        LoRAKernelMeta=metadata.LoRAKernelMeta,
-        lora_shrink=shrink.lora_shrink,
-        lora_expand=expand.lora_expand,
-    )
-    (wrapper,) = peers.load("vllm", ["vllm.lora.punica_wrapper.punica_gpu"], own, {})
-    return SimpleNamespace(wrapper=wrapper.PunicaWrapperGPU, pointers=pointers)
+        unset = ["BATCH_INVARIANT", "LORA_DISABLE_PDL", "LORA_ENABLE_DUAL_STREAM"]
+        environment = dict.fromkeys((f"VLLM_{name}" for name in unset), False)
+        own = {
+            "vllm.envs": environment | {"VLLM_TUNED_CONFIG_FOLDER": None},
+            "vllm.logger": {"init_logger": lambda name: told_once},
+            "vllm.platforms": {"current_platform": platform},
+            "vllm.triton_utils": {"tl": tl, "triton": triton, "HAS_TRITON": True},
+            "vllm.utils.math_utils": {
+                "next_power_of_2": triton.next_power_of_2,
+                "round_up": lambda value, multiple: triton.cdiv(value, multiple) * multiple,
+            },
+            "vllm.utils.gpu_sync_debug": {"gpu_sync_allowed": contextlib.nullcontext},
+            "vllm.utils.torch_utils": {
+                "async_tensor_h2d": _to_device,
+                "direct_register_custom_op": _register_nothing,
+            },
+            "vllm.lora.utils": {"get_captured_lora_counts": lambda most, special: [most + 1]},
+        }
+        operators = "vllm.lora.ops.triton_ops"
+        names = ("lora_kernel_metadata", "lora_shrink_op", "lora_expand_op", "utils")
+        modules = [operators, *(f"{operators}.{name}" for name in names)]
+        package, metadata, shrink, expand, pointers = peers.load("vllm", modules, own, {})
+        # What its __init__ would have collected.
+        vars(package).update(
+            LoRAKernelMeta=metadata.LoRAKernelMeta,
+            lora_shrink=shrink.lora_shrink,
+            lora_expand=expand.lora_expand,
+        )
+        (wrapper,) = peers.load("vllm", ["vllm.lora.punica_wrapper.punica_gpu"], own, {})
+        return SimpleNamespace(wrapper=wrapper.PunicaWrapperGPU, pointers=pointers)
 
 
-def _to_device(
-    data: Any, device: Any = None, dtype: torch.dtype | None = None, out: Tensor | None = None
-) -> Tensor:
+def _to_device(data: Any, device: Any = None, dtype: Any = None, out: Any = None) -> Tensor:
     """From pinned memory, without waiting."""
     held = torch.as_tensor(data, dtype=dtype)
     if torch.device(device).type == "cuda":
@@ -124,115 +162,16 @@ def _register_nothing(**kwargs: object) -> None:
     raise AttributeError("no operator is registered here")
 
 
-class Vllm(Peer):
-    key, label = "vllm", "vLLM"
-    what = (
-        "F.linear, then PunicaWrapperGPU.add_lora_linear (zero, shrink, expand; as many slots as "
-        "adapters, all of the batch's rank; the scale inside B, as the engine loads it)"
-    )
-    package = "vllm"
-
-    def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
-        super().__init__(setting, inputs)
-        self.engine = self.load()
-        device = inputs.x.device
-        scales = torch.tensor(inputs.scales, device=device)[:, None, None]
-        # [slots, 1, rank, in] and [slots, 1, out, rank], one for each slice.
-        self.a = tuple(a[:, None].contiguous() for a in inputs.lora_a)
-        self.b = tuple((b * scales).to(b.dtype)[:, None].contiguous() for b in inputs.lora_b)
-        for known, stacks in (
-            (self.engine.pointers._LORA_A_PTR_DICT, self.a),
-            (self.engine.pointers._LORA_B_PTR_DICT, self.b),
-        ):
-            # Those tables are found by address and never dropped; an engine's stacks never move,
-            # while ours of the last row lay where these are.
-            known.pop(tuple(stack.data_ptr() for stack in stacks), None)
-        self.adapters = setting.adapters
-        config = SimpleNamespace(max_loras=self.adapters, specialize_active_lora=False)
-        self.wrapper = self.engine.wrapper(setting.m, setting.m, device, lora_config=config)
-        # Names of adapters are numbers from 1; 0 is the base model.
-        names = tuple(slot + 1 for slot in inputs.slots)
-        self.mapping = SimpleNamespace(
-            index_mapping=names, prompt_mapping=names, is_prefill=setting.m > _MOST_DECODING
-        )
-        self.build()
-
-    @classmethod
-    def load(cls) -> Any:
-        return _vllm()
-
-    def build(self) -> None:
-        names: list[int | None] = [slot + 1 for slot in range(self.adapters)]
-        self.wrapper.update_metadata(self.mapping, names, self.adapters, 1)
-
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        y = F.linear(x, self.inputs.weight)
-        self.wrapper.add_lora_linear(y, x, self.a, self.b, 1.0, self.setting.widths)
-        return y
-
-
-class VllmTable(PeerTable, Vllm):
-    key, label = "vllm_table", "vLLM's table"
-    what = "PunicaWrapperGPU.update_metadata for a new batch, called by the host"
-
-
 class _Layout(enum.Enum):
     DP_LOCAL = 1
     TP_GLOBAL = 2
 
 
-class _Variables:
-    """SGLang's environment variables where nobody sets them: off, or none."""
-
-    def __init__(self) -> None:
-        self.set: dict[str, Any] = {}
+class _Unset:
+    """SGLang's environment variables where nobody sets them."""
 
     def __getattr__(self, name: str) -> Any:
-        return SimpleNamespace(get=lambda: self.set.get(name), is_set=lambda: name in self.set)
-
-
-_VARIABLES = _Variables()
-_SPLIT_K = "SGLANG_ENABLE_LORA_CSGMV_SPLIT_K"
-# Their backends, by the names that --lora-backend takes.
-_BACKENDS = {
-    "csgmv": ("chunked_backend", "ChunkedSgmvLoRABackend"),
-    "triton": ("triton_backend", "TritonLoRABackend"),
-    "triton_v2": ("triton_v2_backend", "TritonV2LoRABackend"),
-}
-_SGLANG = "sglang.srt.lora"
-
-
-@peers.load_once
-def _sglang(backend: str) -> Any:
-    settings = SimpleNamespace(max_lora_chunk_size=16)
-    layout = SimpleNamespace(lora_batch_layout=_Layout.DP_LOCAL)
-    own = {
-        "sglang.srt.environ": {"envs": _VARIABLES},
-        "sglang.srt.runtime_context": {
-            "LoRABatchLayout": _Layout,
-            "get_lora": lambda: settings,
-            "get_forward": lambda: layout,
-        },
-        "sglang.srt.utils": {
-            # Theirs finds a compiled kernel by fewer things than tell two kernels apart when rows
-            # of several ranks follow each other in one process.
-            "cached_triton_kernel": lambda key: lambda kernel: kernel,
-            "get_device_name": _device_name,
-        },
-        "sglang.srt.utils.common": {"empty_device_cache": torch.cuda.empty_cache},
-        "sglang.kernels.jit.utils": {"is_arch_support_pdl": lambda: _capability(9)},
-    }
-    module, name = _BACKENDS[backend]
-    modules = [f"{_SGLANG}.backend.{module}", "sglang.kernels.ops.lora.common.routing"]
-    found, routing = peers.load("sglang", modules, own, {"msgspec": {"Struct": _Struct}})
-    # Between 513 and 16383 rows it builds the route by a CUDA kernel that is compiled against its
-    # own headers; the builder for more rows, in Triton, takes these too.
-    routing._LARGE_ROUTE_MIN_PAIRS = routing._SMALL_ROUTE_MAX_PAIRS + 1
-    return getattr(found, name)
-
-
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        return SimpleNamespace(get=lambda: None, is_set=lambda: False)
 
 
 class _Struct:
@@ -242,37 +181,25 @@ class _Struct:
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
-class _Mode:
+def _mode(decodes: bool) -> Any:
     """A batch that decodes, or one whose requests are all prefilled."""
-
-    def __init__(self, decodes: bool) -> None:
-        self.decodes = decodes
-
-    def is_decode(self) -> bool:
-        return self.decodes
-
-    def is_extend(self) -> bool:
-        return not self.decodes
-
-    is_extend_without_speculative = is_extend
-
-    def is_idle(self) -> bool:
-        return False
-
-    is_target_verify = is_draft_extend_v2 = is_idle
+    names = ("idle", "target_verify", "draft_extend_v2")
+    modes = dict.fromkeys((f"is_{name}" for name in names), lambda: False)
+    extends = dict.fromkeys(("is_extend", "is_extend_without_speculative"), lambda: not decodes)
+    return SimpleNamespace(**modes, **extends, is_decode=lambda: decodes)
 
 
 class Sglang(Peer):
     """One of SGLang's backends. A request is one token, so that any row has any adapter."""
 
     package = "sglang"
-    backend_name: ClassVar[str]
+    # By its name for --lora-backend, its module and its class.
+    backend_class: ClassVar[tuple[str, str]]
     # Whether every batch decodes, whatever its size.
     always_decodes: ClassVar[bool] = False
 
     def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
         super().__init__(setting, inputs)
-        backend = self.load()
         device, m = inputs.x.device, setting.m
         self.decodes = self.always_decodes or m <= _MOST_DECODING
         # [slots, slices * rank, in], packed by rank, and [slots, out, rank].
@@ -282,12 +209,12 @@ class Sglang(Peer):
         self.offsets_cpu, self.offsets = ends, ends.to(device)
         if device.index is None and device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
-        self.backend = backend(
+        self.backend = self.engine(
             max_loras_per_batch=setting.adapters, device=device, server_args=None
         )
         lengths = torch.ones(m, dtype=torch.int32)
         self.batch = SimpleNamespace(
-            forward_mode=_Mode(self.decodes),
+            forward_mode=_mode(self.decodes),
             batch_size=m,
             extend_seq_lens=lengths.to(device),
             extend_seq_lens_cpu=lengths.tolist(),
@@ -299,67 +226,70 @@ class Sglang(Peer):
             self.backend.init_decode_cuda_graph_batch_info(m, 1)
         self.build()
 
-    @classmethod
-    def load(cls) -> Any:
-        return _sglang(cls.backend_name)
-
     def build(self) -> None:
-        ranks = [self.setting.r] * self.setting.adapters
+        inputs, ranks = self.inputs, [self.setting.r] * self.setting.adapters
         self.backend.prepare_lora_batch(
-            self.batch, self.inputs.slots, ranks, self.inputs.scales, self.decodes
+            self.batch, inputs.slots, ranks, inputs.scales, self.decodes
         )
 
     def base(self) -> Tensor:
         return F.linear(self.inputs.x, self.inputs.weight)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        y, widths = self.base(), self.setting.widths
-        offsets = {"output_offset": self.offsets, "output_offset_cpu": self.offsets_cpu}
+        widths, backend, stacks = self.setting.widths, self.backend, (self.a, self.b)
+        options = {"output_offset": self.offsets, "output_offset_cpu": self.offsets_cpu}
+        options["base_output"] = self.base()
         if len(widths) == 1:
-            s = self.backend.run_lora_a_sgemm(x, self.a)
-            return self.backend.run_lora_b_sgemm(x=s, weights=self.b, base_output=y, **offsets)
+            s = backend.run_lora_a_sgemm(x, self.a)
+            return backend.run_lora_b_sgemm(x=s, weights=self.b, **options)
         if len(widths) == 2 and widths[0] == widths[1]:
-            return self.backend.run_gate_up_lora(x, self.a, self.b, base_output=y, **offsets)
-        return self.backend.run_qkv_lora(
-            x,
-            self.a,
-            self.b,
-            max_qkv_out_dim=max(widths),
-            base_output=y,
-            n_slices=len(widths),
-            **offsets,
-        )
+            return backend.run_gate_up_lora(x, *stacks, **options)
+        most, slices = max(widths), len(widths)
+        return backend.run_qkv_lora(x, *stacks, max_qkv_out_dim=most, n_slices=slices, **options)
+
+    @classmethod
+    def load(cls) -> Any:
+        settings = SimpleNamespace(max_lora_chunk_size=16)
+        layout = SimpleNamespace(lora_batch_layout=_Layout.DP_LOCAL)
+        own = {
+            "sglang.srt.environ": {"envs": _Unset()},
+            "sglang.srt.runtime_context": {
+                "LoRABatchLayout": _Layout,
+                "get_lora": lambda: settings,
+                "get_forward": lambda: layout,
+            },
+            "sglang.srt.utils": {
+                # Theirs finds a compiled kernel by fewer things than tell two kernels apart when
+                # rows of several ranks follow each other in one process.
+                "cached_triton_kernel": lambda key: lambda kernel: kernel,
+                "get_device_name": _device_name,
+            },
+            "sglang.srt.utils.common": {"empty_device_cache": torch.cuda.empty_cache},
+            "sglang.kernels.jit.utils": {"is_arch_support_pdl": functools.partial(_capability, 9)},
+        }
+        module, name = cls.backend_class
+        modules = [f"sglang.srt.lora.backend.{module}", "sglang.kernels.ops.lora.common.routing"]
+        found, routing = peers.load("sglang", modules, own, {"msgspec": {"Struct": _Struct}})
+        # Between 513 and 16383 rows it builds the route by a CUDA kernel that is compiled against
+        # its own headers; the builder for more rows, in Triton, takes these too.
+        routing._LARGE_ROUTE_MIN_PAIRS = routing._SMALL_ROUTE_MAX_PAIRS + 1
+        return getattr(found, name)
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 class SglangCsgmv(Sglang):
     key, label = "sglang_csgmv", "SGLang csgmv"
     what = "F.linear, then SGLang's default: chunked shrink and expand (chunks of 16 rows)"
-    backend_name = "csgmv"
-
-
-class SglangCsgmvSplit(SglangCsgmv):
-    key, label = "sglang_csgmv_split", "SGLang csgmv, split K"
-    what = f"the same with {_SPLIT_K}=1, which it ships turned off"
-
-    @classmethod
-    def missing(cls, setting: MixedSetting, device: str) -> str | None:
-        reason = super().missing(setting, device)
-        if reason is None and (setting.r != 32 or setting.k not in (4096, 12288)):
-            return "it splits K of 4096 and 12288 at rank 32 alone"
-        return reason
-
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        _VARIABLES.set[_SPLIT_K] = True
-        try:
-            return super().forward(x)
-        finally:
-            del _VARIABLES.set[_SPLIT_K]
+    backend_class = ("chunked_backend", "ChunkedSgmvLoRABackend")
 
 
 class SglangTriton(Sglang):
     key, label = "sglang_triton", "SGLang triton"
     what = "F.linear, then its sgemm_lora_a and (qkv_, gate_up_)lora_b, always as a decoding batch"
-    backend_name = "triton"
+    backend_class = ("triton_backend", "TritonLoRABackend")
     # Its prefill works request by request, which requests of one token would make absurd.
     always_decodes = True
 
@@ -370,7 +300,7 @@ class SglangTritonV2(Sglang):
         "its forward_with_base around F.linear, by its plan for this GPU (shrink beside the base "
         "GEMM where that says so); the route is built once per batch"
     )
-    backend_name = "triton_v2"
+    backend_class = ("triton_v2_backend", "TritonV2LoRABackend")
 
     def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
         super().__init__(setting, inputs)
@@ -387,31 +317,15 @@ class SglangTritonV2(Sglang):
     def build(self) -> None:
         super().build()
         # A layer's first use would build it.
-        kind = peers.load("sglang", [f"{_SGLANG}.dense.plan"], {}, {})[0].DenseLoraKind.LINEAR
+        kind = peers.load("sglang", ["sglang.srt.lora.dense.plan"], {}, {})[0].DenseLoraKind.LINEAR
         runner, setting = self.backend.runner, self.setting
         plan = runner.plan_for(kind, setting.r, setting.k, setting.n, num_tokens=setting.m)
         if plan.needs_aligned_route:
             runner.route(plan.block_size)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        return self.backend.forward_with_base(
-            None, x, self.base, self.a, self.b, self.offsets, self.ends
-        )
-
-
-class SglangCsgmvTable(PeerTable, SglangCsgmv):
-    key, label = "sglang_csgmv_table", "csgmv's table"
-    what = "csgmv's prepare_lora_batch for a new batch, called by the host"
-
-
-class SglangTritonTable(PeerTable, SglangTriton):
-    key, label = "sglang_triton_table", "triton's table"
-    what = "triton's prepare_lora_batch for a new batch, called by the host"
-
-
-class SglangTritonV2Table(PeerTable, SglangTritonV2):
-    key, label = "sglang_triton_v2_table", "triton_v2's table"
-    what = "triton_v2's prepare_lora_batch and route for a new batch, called by the host"
+        stacks = (self.a, self.b, self.offsets, self.ends)
+        return self.backend.forward_with_base(None, x, self.base, *stacks)
 
 
 def mixed_peers(device: str) -> dict[str, type[MixedVariant]]:
@@ -419,17 +333,17 @@ def mixed_peers(device: str) -> dict[str, type[MixedVariant]]:
     return MIXED_PEERS if device == "cuda" else {}
 
 
+_HOST = "for a new batch, called by the host"
 MIXED_PEERS: dict[str, type[MixedVariant]] = {
     variant.key: variant
     for variant in (
         Vllm,
         SglangCsgmv,
-        SglangCsgmvSplit,
         SglangTriton,
         SglangTritonV2,
-        VllmTable,
-        SglangCsgmvTable,
-        SglangTritonTable,
-        SglangTritonV2Table,
+        table_of(Vllm, f"PunicaWrapperGPU.update_metadata {_HOST}"),
+        table_of(SglangCsgmv, f"its prepare_lora_batch {_HOST}"),
+        table_of(SglangTriton, f"its prepare_lora_batch {_HOST}"),
+        table_of(SglangTritonV2, f"its prepare_lora_batch and route {_HOST}"),
     )
 }

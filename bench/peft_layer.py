@@ -18,13 +18,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,10 +30,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lora_kernels as lk
-from lora_kernels.planning.device import facts
 from lora_kernels.testing.linear import assert_within_budget
 
-from .report import piped
+from .tables import origin, piped, told, write
 
 OUT = Path(__file__).parent / "out" / "peft_layer"
 RANK, ALPHA = 16, 32
@@ -180,7 +175,6 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
 
 
 def table(content: dict[str, Any]) -> list[str]:
-    packages = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     head = ["rows x width", "layers", "dtype", "dropout", "pack_weight", "pass", "plain linear us"]
     head += ["PEFT us", "ours us", "ours / PEFT", "plain / PEFT", "ours / plain"]
     body = []
@@ -191,7 +185,7 @@ def table(content: dict[str, Any]) -> list[str]:
         line += [f"{us:,.1f}" for us in (plain, stock, ours)]
         body.append([*line, *(f"{x:.2f}" for x in (stock / ours, stock / plain, plain / ours))])
     return [
-        f"{content['date']}, {content['device_name']}, {packages}. Adapters of rank {RANK} in "
+        f"{told(content)}. Adapters of rank {RANK} in "
         'float32; times of one layer. "ours / PEFT": how many times as fast as PEFT ours is, 1.40 '
         'is 1.4x faster; "plain / PEFT" is what an adapter that costs nothing would reach.',
         "",
@@ -200,31 +194,22 @@ def table(content: dict[str, Any]) -> list[str]:
 
 
 def run(cases: Sequence[Case], seconds: float) -> dict[str, Any]:
-    machine = facts("cpu")
     rows = []
     for case in tqdm(cases, desc="layers of PEFT"):
         rows += measure(case, seconds)
-    return {
-        "date": f"{datetime.now():%Y-%m-%d %H:%M}",
-        "device_name": f"{machine.name} ({machine.arch}, {machine.processors} threads)",
-        "versions": {package: version(package) for package in ("torch", "peft")},
-        "rows": rows,
-    }
+    return origin("cpu", ("torch", "peft")) | {"rows": rows}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.peft_layer", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--seconds", type=float, default=2.0, help="for each row of the table")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args(arguments)
     content = run([*FEW_ROWS, *TRAINING], args.seconds)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "peft_layer.json").write_text(json.dumps(content, indent=1) + "\n")
-    (args.out / "peft_layer.md").write_text("\n".join(table(content)) + "\n")
+    write(content, table(content), args.out, "peft_layer")
     print("\n".join(table(content)))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,7 +1,7 @@
-"""The report of ``pytest bench``, from its JSON alone: targets, one table, a picture.
+"""The report of ``pytest bench``, in Markdown, from its JSON alone: the targets and two tables.
 
-``python -m bench.report results.json`` writes Markdown and picture again, beside the file. A ratio
-says how many times as fast as the other ours is: 1.40 is 1.4x faster, below 1 is slower.
+``python -m bench.report results.json`` writes it again, beside the file. A ratio says how many
+times as fast as the other ours is: 1.40 is 1.4x faster, below 1 is slower.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from . import segmented_cases
 from .cases import CPU_RANKS, CPU_SHAPES, MODES, Setting
 from .segmented_cases import DECODE, PREFILL
 from .segmented_cases import setting_of as mixed_setting
+from .tables import Table, number, piped
 
 Content = dict[str, Any]
 Row = dict[str, Any]
-# A heading, and lines of cells.
-Table = tuple[list[str], list[list[str]]]
 
-JSON_NAME, MARKDOWN_NAME, PICTURE_NAME = "results.json", "report.md", "report.png"
+JSON_NAME, MARKDOWN_NAME = "results.json", "report.md"
 CELLS = len(CPU_SHAPES) * len(CPU_RANKS)
 
 # Quartiles this far apart, as a part of the median, come from other work on the machine. A guess.
@@ -47,39 +46,36 @@ class Target(NamedTuple):
     shape: tuple[int, int, int] | None = None
 
 
-def _of_one_linear(
-    dtype: str, mean: float, forward: float | None, training: float | None
-) -> list[Target]:
-    """``mean``: over the plain linear; ``forward`` and ``training``: over PEFT."""
-    return [
-        Target(dtype, "forward", "fused", "plain", "mean", mean),
-        Target(dtype, "forward", "fused", "plain", "worst", 1 / 1.15),
-        Target(dtype, "forward", "fused", "packed", "worst", 1 / 1.10),
-        Target(dtype, "forward", "fused", "packed", "mean"),
-        Target(dtype, "forward", "fused", "peft", "mean", forward),
-        Target(dtype, "forward", "unpacked", "plain", "mean"),
-        Target(dtype, "training", "fused", "plain", "mean", 1 / 1.12),
-        Target(dtype, "training", "fused", "plain", "worst"),
-        Target(dtype, "training", "fused", "peft", "mean", training),
-        Target(dtype, "training", "always", "plain", "mean"),
-        Target(dtype, "training", "always", "peft", "mean", training),
-    ]
-
-
+# Of one linear: pass, ours, over, of the cells, at least in bfloat16 and in float32.
+_ONE_LINEAR = (
+    ("forward", "fused", "plain", "mean", 1.0, 1 / 1.05),
+    ("forward", "fused", "plain", "worst", 1 / 1.15, 1 / 1.15),
+    ("forward", "fused", "packed", "worst", 1 / 1.10, 1 / 1.10),
+    ("forward", "fused", "packed", "mean", None, None),
+    ("forward", "fused", "peft", "mean", 1.30, None),
+    ("forward", "unpacked", "plain", "mean", None, None),
+    ("training", "fused", "plain", "mean", 1 / 1.12, 1 / 1.12),
+    ("training", "fused", "plain", "worst", None, None),
+    ("training", "fused", "peft", "mean", 1.25, None),
+    ("training", "always", "plain", "mean", None, None),
+    ("training", "always", "peft", "mean", 1.25, None),
+)
+# Of a batch that mixes adapters, in bfloat16: its shape, ours, over, at least.
+_MIXED = (
+    (DECODE, "fused", "plain", 1 / 1.25),
+    (DECODE, "segmented", "plain", None),
+    (DECODE, "packed", "plain", None),
+    (DECODE, "segmented", "peft", 1.5),
+    (DECODE, "segmented", "loop", None),
+    (PREFILL, "segmented_part", "gather_fp32_part", 10.0),
+    (PREFILL, "segmented_part", "gather_part", 10.0),
+)
 TARGETS = (
-    *_of_one_linear("bfloat16", 1.0, 1.30, 1.25),
-    *_of_one_linear("float32", 1 / 1.05, None, None),
+    *(Target("bfloat16", *of, least) for *of, least, _ in _ONE_LINEAR),
+    *(Target("float32", *of, least) for *of, _, least in _ONE_LINEAR),
     *(
         Target("bfloat16", "forward", ours, theirs, "mean", least, shape)
-        for shape, ours, theirs, least in (
-            (DECODE, "fused", "plain", 1 / 1.25),
-            (DECODE, "segmented", "plain", None),
-            (DECODE, "packed", "plain", None),
-            (DECODE, "segmented", "peft", 1.5),
-            (DECODE, "segmented", "loop", None),
-            (PREFILL, "segmented_part", "gather_fp32_part", 10.0),
-            (PREFILL, "segmented_part", "gather_part", 10.0),
-        )
+        for shape, ours, theirs, least in _MIXED
     ),
 )
 
@@ -244,16 +240,12 @@ def plans(row: Row, key: str) -> str:
 def notes(content: Content) -> list[str]:
     """What has no number, and why; and which numbers are not to be trusted."""
     lines = []
-    mixed = content.get("mixed", {"variants": {}, "rows": []})
-    for variants, rows in (
-        (content["variants"], content["rows"]),
-        (mixed["variants"], mixed["rows"]),
-    ):
+    for part in (content, content.get("mixed", {"variants": {}, "rows": []})):
+        variants, rows = part["variants"], part["rows"]
         reasons: Counter[str] = Counter()
-        for row in rows:
-            for key, reason in row["missing"].items():
-                version = f" ({variants[key]['version']})" if variants[key].get("peer") else ""
-                reasons[f"no number for {variants[key]['label']}{version}: {reason}"] += 1
+        for key, reason in (missing for row in rows for missing in row["missing"].items()):
+            version = f" ({variants[key]['version']})" if variants[key].get("peer") else ""
+            reasons[f"no number for {variants[key]['label']}{version}: {reason}"] += 1
         lines += [f"{told} ({count} of {len(rows)} rows)" for told, count in reasons.items()]
         restless = sum(map(_is_restless, rows))
         lines += [f"the machine was busy: {restless} of {len(rows)} rows scatter"] * (restless > 0)
@@ -268,13 +260,6 @@ def _is_restless(row: Row) -> bool:
     return any(v and v["q3_s"] - v["q1_s"] > _RESTLESS * v["median_s"] for v in found)
 
 
-def number(value: float) -> str:
-    """Three significant digits, without an exponent."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.{1 if value >= 10 else 2 if value >= 1 else 3}f}"
-
-
 def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else number(seconds * 1e3)
 
@@ -283,35 +268,18 @@ def _ratio(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def piped(table: Table) -> str:
-    """A Markdown table, its columns aligned for those who read it as text."""
-    head, body = table
-    widths = [max(3, *map(len, column)) for column in zip(head, *body, strict=True)]
-    # Columns of words to the left, of numbers to the right.
-    words = [any(c[:1].isalpha() for c in column) for column in zip(*body, strict=True)]
-    words[:1] = [True]
-    lines = [
-        [c.ljust(w) if left else c.rjust(w) for c, w, left in zip(line, widths, words, strict=True)]
-        for line in (head, *body)
-    ]
-    rule = ["-" * w if left else "-" * (w - 1) + ":" for w, left in zip(widths, words, strict=True)]
-    lines.insert(1, rule)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def headline(content: Content) -> list[str]:
     """Which machine, when, with what."""
     device, roof = content["device"], content["roofline"]
     on_cpu = device["kind"] == "cpu"
-    units = "threads" if on_cpu else "processors"
-    what = [device["name"], device["arch"], f"{device['processors']} {units}", content["date"]]
-    if on_cpu:
-        what.insert(3, f"native kernels: {device.get('native') or 'none'}")
-    own = roof.get("own_gemm_flop_per_s", {})
+    what = [device["name"], device["arch"]]
+    what += [f"{device['processors']} {'threads' if on_cpu else 'processors'}"]
+    what += [f"native kernels: {device.get('native') or 'none'}"] * on_cpu
     gemm = [f"{name} {number(rate / 1e12)}" for name, rate in roof["gemm_flop_per_s"].items()]
-    gemm += [f"{name} over our packed weight {number(rate / 1e12)}" for name, rate in own.items()]
+    for name, rate in roof.get("own_gemm_flop_per_s", {}).items():
+        gemm.append(f"{name} over our packed weight {number(rate / 1e12)}")
     return [
-        ", ".join(what),
+        ", ".join([*what, content["date"]]),
         ", ".join(f"{name} {value}" for name, value in content["versions"].items()),
         f"roofline, measured first: a GEMM of {roof['gemm_size']}^3 in TFLOP/s: {', '.join(gemm)}; "
         f"a copy, read + write: {number(roof['copy_bytes_per_s'] / 1e9)} GB/s",
@@ -353,42 +321,6 @@ def summary(content: Content) -> str:
     return markdown(content, _MOST_SHOWN)
 
 
-def picture(content: Content, path: Path) -> None:
-    """A panel per dtype and pass: how many times as fast as the others ours is, row by row."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels: dict[str, list[Row]] = {}
-    for row in content["rows"]:
-        s = setting_of(row)
-        panels.setdefault(f"{s.dtype}, {MODES[s.mode]}", []).append(row)
-    figure = Figure(figsize=(13, 1 + 3.6 * len(panels)), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(panels), 1, squeeze=False)
-    for axes, (title, rows) in zip(grid[:, 0], panels.items(), strict=True):
-        for place, (key, variant) in enumerate(content["variants"].items()):
-            values = [speed(row, "fused", key) or math.nan for row in rows]
-            if key != "fused" and not all(map(math.isnan, values)):
-                colour, name = f"C{place % 10}", f"over {variant['label']}"
-                axes.plot(values, "o-", ms=4, lw=0.8, color=colour, label=name)
-        axes.axhline(1.0, color="#444444", linewidth=1.0, linestyle="--")
-        settings = map(setting_of, rows)
-        names = [f"{s.shape} r={s.r}" + f" p={s.p:g}" * (s.p > 0) for s in settings]
-        axes.set_xticks(range(len(names)), names, fontsize=7, rotation=90)
-        axes.set_title(title, loc="left", fontsize=11)
-        axes.set_ylabel("times as fast")
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.grid(axis="y", linewidth=0.4, alpha=0.6)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
-    device = content["device"]["name"]
-    figure.suptitle(
-        f"Speed of the fused LoRA linear over others, above 1 is faster\n{device}, "
-        f"{content['date']}, torch {content['versions']['torch']}"
-    )
-    figure.savefig(path)
-
-
 def write(content: Content, directory: Path) -> list[str]:
     """Write everything into ``directory``; returns a line about each file."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -397,36 +329,21 @@ def write(content: Content, directory: Path) -> list[str]:
         for v in verdicts(content)
     ]
     (directory / JSON_NAME).write_text(json.dumps(content | {"targets": judged}, indent=1) + "\n")
-    return [f"wrote {directory / JSON_NAME}", *render(content, directory / MARKDOWN_NAME)]
-
-
-def render(content: Content, path: Path) -> list[str]:
-    path.write_text(markdown(content))
-    lines, image = [f"wrote {path}"], path.with_suffix(".png")
-    if content["rows"]:
-        try:
-            picture(content, image)
-            lines.append(f"wrote {image}")
-        except ImportError as error:
-            lines.append(f"no {image.name}: {error}")
-    return lines
+    (directory / MARKDOWN_NAME).write_text(markdown(content))
+    return [f"wrote {directory / name}" for name in (JSON_NAME, MARKDOWN_NAME)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("results", type=Path, help=f"a {JSON_NAME}")
-    parser.add_argument("--out", type=Path, help=f"the Markdown; default {MARKDOWN_NAME} beside it")
-    chosen = parser.parse_args(arguments)
+    path = parser.parse_args(arguments).results
     try:
-        content = json.loads(chosen.results.read_text())
-        rows = content["rows"] or mixed_rows(content)
+        content = json.loads(path.read_text())
+        page = markdown(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(f"{chosen.results} is no report of bench: {error!r}")
-    if not rows:
-        parser.error(f"{chosen.results} has no rows")
+        parser.error(f"{path} is no report of bench: {error!r}")
+    path.with_name(MARKDOWN_NAME).write_text(page)
     print(summary(content))
-    out = chosen.out or chosen.results.with_name(MARKDOWN_NAME)
-    print("\n".join(render(content, out)))
 
 
 if __name__ == "__main__":

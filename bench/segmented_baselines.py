@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_kernels as lk
-from lora_kernels.backends import cpu
 from lora_kernels.layers.packed import PackedWeight
 from lora_kernels.planning.config import Config
 from lora_kernels.planning.device import facts
 from lora_kernels.planning.validity import invalid_reason
-from lora_kernels.spec import native
 from lora_kernels.spec.problem import Problem
 
+from .baselines import frozen_linear, packed_linear, peft_missing, unpacked_reason
 from .segmented_cases import MixedInputs, MixedSetting
 
 # plain: x W^T. mixed: with every row's adapter. part: that adapter's part, added to a y that the
@@ -103,9 +102,7 @@ class PackedBase(Ours):
 
     def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
         super().__init__(setting, inputs)
-        # Its B is zero, so that what it merges is the plain weight.
-        self.layer = lk.FusedLoRALinear.from_linear(_frozen_linear(inputs.weight), r=1).eval()
-        self.layer.merge()
+        self.layer = packed_linear(inputs.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)
@@ -114,11 +111,7 @@ class PackedBase(Ours):
 
     @classmethod
     def missing(cls, setting: MixedSetting, device: str) -> str | None:
-        if device != "cpu":
-            return "weights are packed for the CPU's kernels only"
-        if cpu.packs(torch.empty(0, dtype=getattr(torch, setting.dtype))):
-            return None
-        return f"no weight is packed here: {native.why_not() or setting.dtype}"
+        return unpacked_reason(setting, device)
 
 
 class Fused(MixedVariant):
@@ -169,7 +162,7 @@ class Peft(MixedVariant):
         self.layers: list[Any] = []
         weights = inputs.weight.split(setting.widths)
         for weight, a, b in zip(weights, inputs.lora_a, inputs.lora_b, strict=True):
-            model = nn.ModuleDict({"linear": _frozen_linear(weight)})
+            model = nn.ModuleDict({"linear": frozen_linear(weight)})
             for slot, name in enumerate(names):
                 with warnings.catch_warnings():
                     # Several adapters are what this is about.
@@ -186,11 +179,7 @@ class Peft(MixedVariant):
 
     @classmethod
     def missing(cls, setting: MixedSetting, device: str) -> str | None:
-        try:
-            import peft  # noqa: F401
-        except ImportError as error:
-            return f"peft cannot be imported: {error}"
-        return None
+        return peft_missing()
 
 
 class Gather(Tail):
@@ -317,10 +306,3 @@ MIXED_VARIANTS: dict[str, type[MixedVariant]] = {
         Ours,
     )
 }
-
-
-def _frozen_linear(weight: Tensor) -> nn.Linear:
-    n, k = weight.shape
-    linear = nn.Linear(k, n, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return linear

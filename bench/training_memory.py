@@ -19,16 +19,15 @@ trained something else than PEFT does, or was not computed by our kernels.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
-import json
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,12 @@ import torch
 from tqdm import tqdm
 
 import lora_kernels as lk
-from lora_kernels.planning.device import facts
+from lora_kernels.integrations.compare_memory import SavedTensors, step_peak
 
-from .memory import Resident, SavedTensors, step_peak
-from .report import piped
-from .turns import Call, run_together
+from .apart import call_apart
+from .tables import origin, piped, told, write
 
 OUT = Path(__file__).parent / "out" / "memory"
-JSON_NAME, TABLE_NAME = "memory.json", "memory.md"
 
 PEFT, OURS, SWAPPED = "PEFT", "lora_kernels", "PEFT, accelerate_peft"
 
@@ -111,11 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     content = run(args)
     lines = table(content)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / JSON_NAME).write_text(json.dumps(content, indent=1) + "\n")
-    (args.out / TABLE_NAME).write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    print(f"\nwrote {args.out / JSON_NAME}, {TABLE_NAME}")
+    write(content, lines, args.out, "memory")
+    print("\n".join([*lines, "", f"wrote {args.out / 'memory.json'}, memory.md"]))
     for line in content["failures"]:
         print(f"FAILED: {line}", file=sys.stderr)
     return 1 if content["failures"] else 0
@@ -138,8 +132,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     size = SIZES["quick" if args.quick else device]
     libraries = [PEFT] * (importlib.util.find_spec("peft") is not None) + [OURS]
     libraries += [SWAPPED] * (PEFT in libraries)
-    machine = facts(device)
-    units = "threads" if device == "cpu" else "processors"
     rows = []
     failures: list[str] = []
     chosen = settings(MICRO_BATCHES)[: args.rows]
@@ -149,7 +141,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for library in libraries:
             bar.set_description(f"{setting.title}, {library}")
             try:
-                cells[library] = _in_a_process((library, setting, size, device))
+                cells[library] = _apart((library, setting, size, device))
             except RuntimeError as error:
                 failures.append(f"{setting.title}, {library}: {error}")
             bar.update()
@@ -157,11 +149,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         rows.append({"setting": asdict(setting), "cells": cells})
     bar.close()
     packages = ["torch", "transformers", *(["peft"] if PEFT in libraries else [])]
-    return {
-        "date": f"{datetime.now():%Y-%m-%d %H:%M}",
+    return origin(device, packages) | {
         "device": device,
-        "device_name": f"{machine.name} ({machine.arch}, {machine.processors} {units})",
-        "versions": {package: version(package) for package in packages},
         "size": asdict(size),
         "libraries": libraries,
         "rows": rows,
@@ -169,11 +158,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _in_a_process(cell: Cell) -> dict[str, Any]:
-    """:func:`measure` where nothing has been allocated before; raises RuntimeError."""
-    call = Call("bench.training_memory:measure", cell)
-    (measured,) = run_together([call], {"HF_HUB_OFFLINE": "1"}, CELL_SECONDS)
-    return measured
+def _apart(cell: Cell) -> dict[str, Any]:
+    return call_apart("bench.training_memory:measure", cell, CELL_SECONDS)
 
 
 def problems(cells: dict[str, Any], device: str) -> list[str]:
@@ -242,6 +228,29 @@ def measure(library: str, setting: Setting, size: Size, device: str) -> dict[str
     }
 
 
+class Resident:
+    """What this process's resident set has grown by at most since the construction; on Linux."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        # The high-water mark starts again from here; where that is not allowed it stays.
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        self._before = self._now("VmRSS")
+
+    def grown(self) -> int | None:
+        """Bytes; None where the system does not tell."""
+        peak = self._now("VmHWM")
+        return None if peak is None or self._before is None else peak - self._before
+
+    @staticmethod
+    def _now(field: str) -> int | None:
+        with suppress(OSError):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(s.split()[1]) * 1024 for s in lines if s.startswith(f"{field}:"))
+        return None
+
+
 def build(library: str, setting: Setting, size: Size, device: str) -> Any:
     """The same weights for the same size, with an adapter on every linear layer but the head."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -289,7 +298,6 @@ _COLUMNS = (
 def table(content: dict[str, Any]) -> list[str]:
     """Markdown: a line per trick and library, each number beside PEFT's without any trick."""
     size = Size(**content["size"])
-    versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     columns = [
         (key, head)
         for key, head in _COLUMNS
@@ -312,7 +320,7 @@ def table(content: dict[str, Any]) -> list[str]:
             ]
             body.append([title, library, *numbers])
     return [
-        f"{content['date']}, {content['device_name']}, {versions}. A Llama of {size.layers} "
+        f"{told(content)}. A Llama of {size.layers} "
         f"blocks, {size.hidden} wide; {size.batch} x {size.tokens} tokens per step; adapters of "
         f"rank {size.rank} on all linear layers but the head, dropout {size.dropout:g}, AdamW. "
         "In brackets: how many times as much the first line takes.",

@@ -1,21 +1,17 @@
 from __future__ import annotations
 
-import importlib.util
+import json
 import os
 import re
+import shutil
 import sys
 import time
 from dataclasses import asdict
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench.turns import Call, Turns, UserError, run_together
-
 from . import __doc__ as description
-from . import report
-from .settings import OURS, PEFT, Settings, parse
+from .settings import OURS, PEFT, Settings, UserError, parse
 from .text import finetuning_corpus, largest_packages, parts, pretraining_text
 
 
@@ -23,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo; returns the exit status: 1 for a failed check, 2 for a wrong argument."""
     settings = parse(arguments, (description or "").split("\n\n")[1])
     try:
+        prepare_environment(settings)
         content = run(settings)
     except UserError as error:
         # Other libraries' messages go on over several lines; their first says what is wrong.
@@ -30,96 +27,114 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    from . import report
+
     print("\n".join(report.write(content, settings.out)))
     return 0 if all(check.passed for check in report.checks(content)) else 1
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """Everything but the report; returns what can be written as JSON.
+def prepare_environment(settings: Settings) -> None:
+    """What must be set before torch and transformers are imported, and a folder to write to.
 
     Raises:
-        UserError: an argument that cannot be used; what can be told without loading the model is
-            told before anything slow.
+        UserError: the model or the folder cannot be used.
     """
-    began = time.perf_counter()
-    environment = child_environment(settings.model)
-    if settings.served_tokens >= settings.context:
-        raise UserError(f"--context must be above the {settings.served_tokens} served tokens")
-    corpus = finetuning_corpus(settings.data)
-    _make_directory(settings.out)
-    settings.train_text, settings.held_out_text = corpus.train, corpus.held_out
-    settings.texts = (
-        parts(corpus, settings.context) if settings.data is not None else largest_packages()
-    )
-    print(f"text to fine-tune on: {corpus}")
-    if not settings.model:
-        settings.pretraining_text = pretraining_text(without=corpus.files)
-        print(f"text to pre-train on: {len(settings.pretraining_text):,} characters of the library")
-    (base,) = run_together([Call("examples.demo.training:prepare", (settings,))], environment)
+    # Threads that spin while they wait for each other stand still on a machine that is busy with
+    # something else: 60 ms a step instead of 1100 (two cores, load 4, November 2026).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not may_use_the_network(settings.model):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        # Whatever repository it lies in: nothing here is to be committed.
+        (settings.out / ".gitignore").write_text("*\n")
+    except OSError as error:
+        raise UserError(f"cannot write to {settings.out}: {error.strerror}") from error
+    # Every library starts from the adapter in it: one of an earlier run is of another shape.
+    shutil.rmtree(settings.out / "initial-adapter", ignore_errors=True)
 
-    libraries = [OURS, PEFT] if settings.peft and importlib.util.find_spec("peft") else [OURS]
-    turns = Turns(len(libraries), settings.finetune_seconds)
-    calls = [
-        Call("examples.demo.training:adapt", (library, party, settings, turns))
-        for party, library in enumerate(libraries)
-    ]
-    results = dict(zip(libraries, run_together(calls, environment), strict=True))
-    (serving,) = run_together([Call("examples.demo.serving:serve", (settings,))], environment)
-    packages = ["torch", "transformers", *(["peft"] if PEFT in results else [])]
-    kept = {
-        k: v
-        for k, v in asdict(settings).items()
-        if k != "out" and not k.endswith(("_text", "texts"))
-    }
-    return {
-        "date": f"{datetime.now():%Y-%m-%d %H:%M}",
-        "versions": {package: version(package) for package in packages},
-        "settings": kept | {"learning_rate": settings.rate},
+
+def may_use_the_network(model: str | None) -> bool:
+    """For a name on the hub alone; a path where there is no model is an error."""
+    if model is None:
+        return False
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} holds no model: there is no config.json in it")
+    elif path.exists():
+        raise UserError(f"{path} is a file: a model is a directory, or a name on the hub")
+    elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
+        return True
+    else:
+        raise UserError(f"there is no model directory {path}")
+    return False
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Everything but the report; returns what can be written as JSON."""
+    began = time.perf_counter()
+    corpus = finetuning_corpus(settings.data)
+    print(f"text to fine-tune on: {corpus}")
+
+    import transformers
+
+    import lora_kernels as lk
+    from bench import tables
+
+    from . import serving, training
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.set_seed(settings.seed)
+    tokenizer = training.load_tokenizer(settings)
+    rows, held_out = training.finetuning_rows(settings, tokenizer, corpus)
+    if settings.model is None:
+        text = pretraining_text(without=corpus.files)
+        print(f"text to pre-train on: {len(text):,} characters of the library")
+        base = training.new_model(settings, tokenizer).to(training.DEVICE)
+        text_rows = training.rows_of(tokenizer, text, settings.context)
+        pretraining = training.pretrain(settings, base, text_rows)
+    else:
+        base, pretraining = training.load_model(settings).to(training.DEVICE), None
+    base.eval().requires_grad_(False)
+    libraries = [OURS] + [PEFT] * (settings.peft and training.has_peft())
+    try:
+        models = {
+            each: training.adapted(each, settings, base, settings.dropout) for each in libraries
+        }
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    adapters = lk.lora_report(models[OURS])
+    content = tables.origin(
+        training.DEVICE, ["torch", "transformers", *(["peft"] if PEFT in models else [])]
+    )
+    content |= {
+        "settings": {k: v for k, v in asdict(settings).items() if k != "out"},
+        "learning_rate": settings.rate,
         "saved_at_dropout": settings.usual_dropout,
         "is_default": settings.is_default,
         "corpus": str(corpus),
-        "base": base,
-        "runs": results,
-        "serving": serving,
-        "seconds": time.perf_counter() - began,
+        "base": {
+            "name": settings.model or f"{type(base).__name__}, made here",
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "parameters": adapters.all_parameters - adapters.trainable_parameters,
+            "adapted_layers": len(adapters.adapted),
+            "trainable_parameters": adapters.trainable_parameters,
+            "pretraining": pretraining,
+            "before": training.evaluate(settings, base, held_out, "base model"),
+        },
+        "runs": training.finetune(settings, models, rows),
     }
-
-
-def child_environment(model: str | None) -> dict[str, str]:
-    """What the processes get: one GPU at most, and no network unless ``model`` is a hub's name.
-
-    Raises:
-        UserError: ``model`` is a directory without a model, or a path where there is nothing.
-    """
-    # The first GPU: the Trainer would spread a model over all that it sees.
-    environment = {
-        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
-        "TOKENIZERS_PARALLELISM": "false",
-        # Threads that spin while they wait for each other stand still on a machine that is busy
-        # with something else: 60 ms a step instead of 1100 (two cores, load 4, November 2026).
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-    }
-    if model is not None:
-        path = Path(model).expanduser()
-        if path.is_dir():
-            if not (path / "config.json").is_file():
-                raise UserError(f"{path} holds no model: there is no config.json in it")
-        elif path.exists():
-            raise UserError(f"{path} is a file: a model is a directory, or a name on the hub")
-        elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
-            return environment
-        else:
-            raise UserError(f"there is no model directory {path}")
-    return environment | {"HF_HUB_OFFLINE": "1"}
-
-
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        # Whatever repository it lies in: nothing here is to be committed.
-        (path / ".gitignore").write_text("*\n")
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}") from error
+    for library, result in content["runs"].items():
+        batch, title = rows[: settings.batch], f"adapted by {library}"
+        result["saved_bytes"] = training.saved_bytes(library, settings, base, batch)
+        result["after"] = training.evaluate(settings, models[library], held_out, title)
+    content["runs"][OURS] |= training.examine(settings, base, models[OURS], held_out[:4])
+    texts = largest_packages() if settings.data is None else parts(corpus, settings.context)
+    content["serving"] = serving.serve(settings, base, tokenizer, texts)
+    content["seconds"] = time.perf_counter() - began
+    return json.loads(json.dumps(content))
 
 
 if __name__ == "__main__":

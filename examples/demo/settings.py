@@ -1,7 +1,4 @@
-"""What the demo is asked for: everything that its processes must agree on.
-
-Nothing here imports torch: a wrong argument is told at once.
-"""
+"""What the demo is asked for. Nothing here imports torch: a wrong argument is told at once."""
 
 from __future__ import annotations
 
@@ -12,14 +9,13 @@ from pathlib import Path
 OURS, PEFT = "lora_kernels", "PEFT"
 OUT = Path(__file__).parent / "out"
 
-# A model that has learned for a minute takes more than one that has learned for months.
-LEARNING_RATE, LEARNING_RATE_OF_USERS_MODEL = 1e-2, 2e-4
+
+class UserError(Exception):
+    """Something that the user must change; the message says what, and is all that is shown."""
 
 
 @dataclass
 class Settings:
-    """``texts``: name -> text to train one of the served adapters on, and text held out of it."""
-
     out: Path = OUT
     model: str | None = None
     data: str | None = None
@@ -41,23 +37,16 @@ class Settings:
     layers: int | None = None
     width: int | None = None
     pretrain_seconds: float = 60.0
-    pretrain_batch: int | None = None
-    pretrain_learning_rate: float | None = None
 
     adapter_steps: int = 80
     adapter_seconds: float = 25.0
     served_tokens: int = 48
     stream_batches: int = 8
 
-    train_text: str = ""
-    held_out_text: str = ""
-    pretraining_text: str = ""
-    texts: dict[str, tuple[str, str]] | None = None
-
     @property
     def rate(self) -> float:
-        default = LEARNING_RATE_OF_USERS_MODEL if self.model else LEARNING_RATE
-        return self.learning_rate or default
+        # A model that has learned for a minute takes more than one that has learned for months.
+        return self.learning_rate or (2e-4 if self.model else 1e-2)
 
     @property
     def usual_dropout(self) -> float:
@@ -69,23 +58,19 @@ class Settings:
         """Whether the model and all text are the demo's own, so that it knows what they do."""
         return self.model is None and self.data is None
 
-    @property
-    def base(self) -> str:
-        """Where the base model that gets adapted is loaded from."""
-        return self.model or str(self.out / "base")
 
-    @property
-    def initial_adapter(self) -> Path:
-        """The untrained adapter that every library starts from."""
-        return self.out / "initial-adapter"
-
-    @property
-    def adapter(self) -> Path:
-        return self.out / "adapter"
-
-    @property
-    def adapters(self) -> Path:
-        return self.out / "adapters"
+_HELP = {
+    "rank": "of the adapter",
+    "alpha": "of the adapter",
+    "dropout": "of the adapter's input; 0 makes the losses comparable",
+    "learning_rate": "of the fine-tuning; by the model",
+    "batch": "sequences per step",
+    "context": "tokens per sequence",
+    "steps": "of fine-tuning, at most",
+    "finetune_seconds": "for the fine-tuning of all libraries together",
+    "pretrain_seconds": "for the pre-training of the demo's own model",
+    "seed": "of everything",
+}
 
 
 def parse(arguments: list[str] | None, description: str) -> Settings:
@@ -97,29 +82,19 @@ def parse(arguments: list[str] | None, description: str) -> Settings:
     add("--no-peft", dest="peft", action="store_false", help="leave the comparison out")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 for --model on a GPU")
-    helps = {
-        "rank": "of the adapter",
-        "alpha": "of the adapter",
-        "dropout": "of the adapter's input; 0 makes the losses comparable",
-        "learning_rate": "of the fine-tuning; by the model",
-        "batch": "sequences per step",
-        "context": "tokens per sequence",
-        "steps": "of fine-tuning, at most",
-        "finetune_seconds": "for the fine-tuning of all libraries together",
-        "pretrain_seconds": "for the pre-training of the demo's own model",
-        "seed": "of everything",
-    }
-    for name, text in helps.items():
+    for name, text in _HELP.items():
         default = getattr(Settings, name)
         kind = float if default is None else type(default)
         shown = "" if default is None else f" ({default})"
         option = f"--{name.replace('_', '-')}"
         add(option, type=kind, default=default, metavar="N", help=text + shown)
     settings = Settings(**vars(parser.parse_args(arguments)))
-    for name in helps.keys() - {"seed", "dropout"}:
+    for name in _HELP.keys() - {"seed", "dropout"}:
         value = getattr(settings, name)
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"--{name.replace('_', '-')}: {value} is not above 0")
     if not 0 <= settings.dropout < 1:
         parser.error(f"--dropout: {settings.dropout} is not in [0, 1)")
+    if settings.served_tokens >= settings.context:
+        parser.error(f"--context must be above the {settings.served_tokens} served tokens")
     return settings

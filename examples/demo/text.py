@@ -4,46 +4,37 @@ from __future__ import annotations
 
 import ast
 import sysconfig
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
-from bench.turns import UserError
+from .settings import UserError
 
 # The language reference that help() prints: prose, where the rest is code. From 60 steps on its
 # sources a base gained 0.17 nats a byte, on asyncio, email, unittest, xml or tkinter 0.01 to 0.05.
 DEFAULT_PACKAGE = "pydoc_data"
+# Tests; what is not the standard library; tables of numbers.
+_NOT_TEXT = frozenset(["test", "tests", "idle_test", "site-packages", "dist-packages"])
+_NOT_TEXT |= {"__pycache__", "encodings", "ensurepip"}
 
-# Tests; what is not the standard library; tables of numbers; what describes one machine's build.
-_NOT_TEXT = frozenset(
-    ["test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"]
-    + ["encodings", "ensurepip"]
-)
-
-HELD_OUT_SHARE = 0.1
-
-# A demo reads a sample of somebody's text, not a corpus into memory.
-MAX_BYTES = 32 << 20
-# Far more than a few dozen steps on a part of it read.
-_LONGEST_PART = 200_000
-
+# A demo reads a sample of a user's text, not a corpus into memory; far more than a few dozen steps
+# on a part of it read.
+MAX_CHARACTERS, _LONGEST_PART = 32 << 20, 200_000
 ADAPTERS = 10
 
 
-@dataclass(frozen=True)
-class Corpus:
+class Corpus(NamedTuple):
     """Text to train on, text that is not in it, and the files that both came from."""
 
-    description: str
+    name: str
     train: str
     held_out: str
     files: frozenset[Path]
 
     def __str__(self) -> str:
-        return (
-            f"{self.description}, {len(self.files)} files: {len(self.train):,} characters, "
-            f"and {len(self.held_out):,} held out"
-        )
+        files = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
+        sizes = f"{len(self.train):,} characters, and {len(self.held_out):,} held out"
+        return f"{self.name}, {files}: {sizes}"
 
 
 def standard_library() -> Path:
@@ -51,59 +42,44 @@ def standard_library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def library_sources(
-    root: Path | None = None, without: Collection[Path] = (), package: str | None = None
-) -> list[Path]:
-    """The standard library's sources, minus tests and the files of ``without``; or one package's.
-
-    Raises:
-        UserError: there are none (a Python whose library is in an archive, say).
-    """
-    root = standard_library() if root is None else root
-    folder = root if package is None else root / package
-    excluded = {path.resolve() for path in without}
+def library_sources(package: str = "") -> list[Path]:
+    """The standard library's sources, minus tests; or those of one package."""
+    root = standard_library()
     files = [
         path
-        for path in sorted(folder.rglob("*.py"))
+        for path in sorted((root / package).rglob("*.py"))
         if _NOT_TEXT.isdisjoint(path.relative_to(root).parts)
         and not path.name.startswith("_sysconfigdata")
-        and path.resolve() not in excluded
     ]
     if not files:
-        raise UserError(f"this Python has no sources under {folder}: name a text with --data")
+        raise UserError(f"this Python has no sources under {root / package}: name a text by --data")
     return files
 
 
 def pretraining_text(without: Iterable[Path]) -> str:
     """The standard library's sources in one string, minus the default package and ``without``."""
-    package = library_sources(package=DEFAULT_PACKAGE)
-    texts = (_decoded(path) for path in library_sources(without=[*package, *without]))
-    return "\n".join(text for text in texts if text)
+    excluded = {path.resolve() for path in (*library_sources(DEFAULT_PACKAGE), *without)}
+    return "\n".join(_read(p) for p in library_sources() if p.resolve() not in excluded)
 
 
-def largest_packages(count: int = ADAPTERS) -> dict[str, tuple[str, str]]:
-    """{name: (text to train on, text held out)} of the standard library's packages with the most
-    source text; fewer where this Python has fewer of them, none where it has no sources."""
-    root = standard_library()
-    found = []
-    for folder in sorted(root.iterdir()) if root.is_dir() else []:
-        name = folder.name
-        if not (folder / "__init__.py").is_file() or name in _NOT_TEXT | {DEFAULT_PACKAGE}:
-            continue
-        texts = [(path, _decoded(path) or "") for path in library_sources(package=name)]
-        found.append((-sum(len(text) for _, text in texts), name, texts))
-    corpora = {name: _corpus(name, texts) for _, name, texts in sorted(found)[:count]}
-    return {name: (corpus.train, corpus.held_out) for name, corpus in corpora.items()}
+def largest_packages() -> list[Corpus]:
+    """The standard library's packages with the most source text."""
+    packages = [path.parent for path in standard_library().glob("*/__init__.py")]
+    names = {path.name for path in packages} - _NOT_TEXT - {DEFAULT_PACKAGE}
+    texts = {name: [(path, _read(path)) for path in library_sources(name)] for name in names}
+    sizes = {name: -sum(len(text) for _, text in found) for name, found in texts.items()}
+    largest = sorted(names, key=lambda name: (sizes[name], name))[:ADAPTERS]
+    return [_corpus(name, texts[name]) for name in largest]
 
 
-def parts(corpus: Corpus, context: int, count: int = ADAPTERS) -> dict[str, tuple[str, str]]:
-    """The same of the user's text, cut into parts of equal length: as many as are long enough."""
+def parts(corpus: Corpus, context: int) -> list[Corpus]:
+    """The user's text cut into parts of equal length: as many as are long enough, ten at most."""
     text = corpus.train + corpus.held_out
     # A tenth of a part is held out: a block of tokens, of some four characters each.
-    count = max(min(count, len(text) // (40 * context)), 1)
+    count = max(min(ADAPTERS, len(text) // (40 * context)), 1)
     size = len(text) // count
     chunks = (text[i * size : (i + 1) * size][:_LONGEST_PART] for i in range(count))
-    return {f"part-{i + 1}": split(chunk) for i, chunk in enumerate(chunks)}
+    return [Corpus(f"part-{i}", *split(chunk), corpus.files) for i, chunk in enumerate(chunks, 1)]
 
 
 def finetuning_corpus(data: str | None) -> Corpus:
@@ -113,49 +89,40 @@ def finetuning_corpus(data: str | None) -> Corpus:
     read, nor is what is no UTF-8 text.
 
     Raises:
-        UserError: ``data`` does not exist, is no text, or is empty.
+        UserError: ``data`` does not exist, or holds no text.
     """
     if data is None:
-        files = library_sources(package=DEFAULT_PACKAGE)
-        texts = ((path, prose(_decoded(path) or "")) for path in files)
-        return _corpus(f"the prose in the standard library's {DEFAULT_PACKAGE}", texts)
+        files = library_sources(DEFAULT_PACKAGE)
+        name = f"the prose in the standard library's {DEFAULT_PACKAGE}"
+        return _corpus(name, ((path, prose(_read(path))) for path in files))
     path = Path(data).expanduser()
-    if path.is_dir():
-        files = [
-            file
-            for file in sorted(path.rglob("*"))
-            if file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        ]
-        if not files:
-            raise UserError(f"there is no file in {path}")
-    elif path.is_file():
-        files = [path]
-        if _decoded(path) is None:
-            raise UserError(f"{path} is not text in UTF-8")
-    else:
+    if not path.exists():
         raise UserError(f"there is no file or directory {path}")
-    return _corpus(str(path), ((file, _decoded(file) or "") for file in files))
+    inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [
+        file
+        for file in inside
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    return _corpus(str(path), ((file, _read(file)) for file in files))
 
 
 def split(text: str) -> tuple[str, str]:
     """``text`` in two: nine tenths and the rest, cut at a line's end if there is one near."""
-    cut = int(len(text) * (1 - HELD_OUT_SHARE))
+    cut = int(len(text) * 0.9)
     end = text.rfind("\n", len(text) // 2, cut) + 1
     return text[: end or cut], text[end or cut :]
 
 
 def prose(source: str) -> str:
     """The texts of more than a line in a Python source, docstrings among them."""
-    constants = (
-        node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)
-    )
-    return "\n".join(text for text in constants if isinstance(text, str) and "\n" in text)
+    nodes = (node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))
+    return "\n".join(text for text in nodes if isinstance(text, str) and "\n" in text)
 
 
-def _corpus(description: str, documents: Iterable[tuple[Path, str]]) -> Corpus:
+def _corpus(name: str, documents: Iterable[tuple[Path, str]]) -> Corpus:
     texts: dict[str, Path] = {}
-    left = MAX_BYTES
+    left = MAX_CHARACTERS
     for path, text in documents:
         text = text[:left]
         # A second copy of a file would put what one copy holds out into the other's training part.
@@ -163,28 +130,18 @@ def _corpus(description: str, documents: Iterable[tuple[Path, str]]) -> Corpus:
             texts[text] = path.resolve()
             left -= len(text)
     if not texts:
-        raise UserError(f"there is no text in {description}: nothing but empty or binary files")
-    train, held_out = zip(*(split(text) for text in texts), strict=True)
-    return Corpus(description, "\n".join(train), "\n".join(held_out), frozenset(texts.values()))
+        raise UserError(f"there is no text in UTF-8 in {name}")
+    train, held_out = ("\n".join(each) for each in zip(*map(split, texts), strict=True))
+    return Corpus(name, train, held_out, frozenset(texts.values()))
 
 
-def _decoded(path: Path) -> str | None:
-    """The file's text, its first ``MAX_BYTES`` at most; None where it is no UTF-8 text.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+def _read(path: Path) -> str:
+    """The file's text, as far as it is read here; none where it is not UTF-8."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES)
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MAX_CHARACTERS)
+    except UnicodeDecodeError:
+        return ""
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    if b"\0" in content:
-        return None
-    try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        # A character that the limit cut in two is no defect of the file.
-        if error.start >= MAX_BYTES - 4:
-            return content[: error.start].decode("utf-8-sig")
-        return None
+    return "" if "\0" in text else text

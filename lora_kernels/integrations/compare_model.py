@@ -168,8 +168,10 @@ def adapted(model: Any, source: Source, r: int) -> Any:
     import peft
 
     with warnings.catch_warnings():
-        # PEFT sets what it warns of by itself.
+        # PEFT sets what it warns of by itself; and PEFT 0.21 reads an attribute that transformers
+        # 5.23 has renamed.
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         folder = source.adapter
         if folder is not None:
             return or_error(

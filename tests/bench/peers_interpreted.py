@@ -20,8 +20,8 @@ from triton.runtime import interpreter
 
 from bench import bench_lora_linear, bench_segmented, checks, peers
 from bench.cases import Setting
+from bench.peers import TRAINING_PEERS
 from bench.peers_serving import MIXED_PEERS
-from bench.peers_training import TRAINING_PEERS
 from bench.segmented_cases import MixedSetting, draw
 
 # Unequal slices, equal ones, one; M and K between multiples of the tiles.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bench_lora_linear, bench_segmented, gpu, peers
+from bench import bench_lora_linear, bench_segmented, peers
 from bench.baselines import Addmm
 from bench.cases import Setting
 from bench.measure import CpuClock
+from bench.peers import TRAINING_PEERS
 from bench.peers_serving import MIXED_PEERS
-from bench.peers_training import TRAINING_PEERS
 from bench.segmented_baselines import Loop
 from bench.segmented_cases import MixedSetting
 
@@ -90,26 +89,22 @@ def test_a_copy_is_imported_without_the_rest_of_its_engine(copies):
     assert peers.version("somebodys") == "1.2.3"
 
 
-def test_a_copy_that_does_not_load_is_a_reason_and_is_asked_once(copies):
+def test_a_copy_that_does_not_load_is_a_reason_and_is_asked_once(copies, monkeypatch):
     asked = []
 
-    @peers.load_once
     def load():
         asked.append(1)
         return peers.load("somebodys", ["somebodys.kernel"], {}, {})
 
     write(copies / "somebodys", {"somebodys/kernel.py": "import an_absent_package\n"})
     for _ in range(2):
-        with pytest.raises(peers.MissingPeerError, match=r"ModuleNotFoundError.*an_absent_package"):
-            load()
+        found = peers.engine(load)
+        assert isinstance(found, peers.MissingPeerError)
+        assert "ModuleNotFoundError: No module named 'an_absent_package'" in str(found)
     assert asked == [1]
-
-
-def test_another_of_that_name_is_a_reason(copies, monkeypatch):
-    write(copies / "somebodys", {"somebodys/kernel.py": ""})
     monkeypatch.setitem(sys.modules, "somebodys", sys)
     with pytest.raises(peers.MissingPeerError, match="imported already"):
-        peers.load("somebodys", ["somebodys.kernel"], {}, {})
+        load()
 
 
 class _Raises(Loop):
@@ -261,13 +256,6 @@ def test_peers_that_end_their_process_are_found(monkeypatch):
     assert not peers.broken_here({})
 
 
-def test_the_run_on_a_gpu_passes_the_folder_on():
-    found = gpu.stages(Path("out"), 60, True, Path("elsewhere"))
-    (bench,) = [stage for stage in found if stage.name == "bench"]
-    assert bench.command[bench.command.index("--peers") + 1] == "elsewhere"
-
-
-SOURCE = peers.Source(None, ("somebodys/ops/*_op.py", "somebodys/plans/*.json"))
 FILES = {
     "somebodys/ops/shrink_op.py": "kernel = 1",
     "somebodys/ops/server.py": "raise SystemExit",
@@ -275,60 +263,45 @@ FILES = {
     "somebodys/plans/H200.json": "{}",
     "somebodys/vendor/LICENSE": "of another",
 }
-PAPERS = {"LICENSE": "theirs", "PKG-INFO": "Version: 7\n"}
-COLLECTED = ["LICENSE", "PKG-INFO", "somebodys/ops/shrink_op.py", "somebodys/plans/H200.json"]
+PATTERNS = ("somebodys/ops/*_op.py", "somebodys/plans/*.json")
+COLLECTED = ["LICENSE", "METADATA", "somebodys/ops/shrink_op.py", "somebodys/plans/H200.json"]
 
 
-def test_a_copy_holds_the_files_it_needs(tmp_path):
+@pytest.mark.parametrize("papers", ["", "somebodys-7.dist-info/"])
+def test_a_copy_holds_the_files_it_needs(tmp_path, monkeypatch, papers):
     origin, target = tmp_path / "origin", tmp_path / "target"
-    write(origin, FILES | PAPERS)
+    write(origin, FILES | {f"{papers}METADATA": "Version: 7\n", f"{papers}LICENSE": "theirs"})
     write(target / "somebodys", {"somebodys/ops/of_an_earlier_op.py": ""})
-    assert peers.collect("somebodys", SOURCE, origin, target) == COLLECTED
+    assert peers.collect("somebodys", PATTERNS, origin, target) == COLLECTED
     found = [p.relative_to(target / "somebodys") for p in target.rglob("*") if p.is_file()]
     assert sorted(map(str, found)) == COLLECTED
     assert (target / "somebodys" / "LICENSE").read_text() == "theirs"
+    monkeypatch.setattr(peers, "_directory", target)
+    assert peers.version("somebodys") == "7"
+    with pytest.raises(SystemExit, match="none of the files"):
+        peers.collect("somebodys", ("else/*.py",), origin, target)
 
 
-def test_a_copy_comes_from_a_wheel_or_a_clone(tmp_path, monkeypatch):
-    wheel, target = tmp_path / "somebodys-7.whl", tmp_path / "target"
-    with zipfile.ZipFile(wheel, "w") as file:
-        for name, text in FILES.items():
-            file.writestr(name, text)
-        for name, text in (("METADATA", "Version: 7\n"), ("licenses/LICENSE", "theirs")):
-            file.writestr(f"somebodys-7.dist-info/{name}", text)
-    collected = peers.collect("somebodys", SOURCE, wheel, target)
-    assert collected == ["LICENSE", "METADATA", *COLLECTED[2:]]
-
-    clone = tmp_path / "clone"
-    write(clone, FILES)
-    git = ["git", "-C", str(clone), "-c", "user.name=n", "-c", "user.email=e@example.org"]
+def test_a_copy_of_a_clone_names_its_commit(tmp_path, monkeypatch):
+    write(tmp_path / "clone", FILES)
+    git = ["git", "-C", str(tmp_path / "clone"), "-c", "user.name=n", "-c", "user.email=e@x.org"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
         subprocess.run([*git, *command], check=True)
-    peers.collect("somebodys", SOURCE, clone, target)
-    commit = (target / "somebodys" / "COMMIT").read_text().strip()
-    monkeypatch.setattr(peers, "_directory", target)
-    assert len(commit) == 40 and peers.version("somebodys") == f"commit {commit[:12]}"
+    peers.collect("somebodys", PATTERNS, tmp_path / "clone", tmp_path)
+    commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True)
+    monkeypatch.setattr(peers, "_directory", tmp_path)
+    assert peers.version("somebodys") == f"commit {commit[:12]}"
 
 
-def test_an_origin_without_the_files_is_refused(tmp_path):
-    write(tmp_path / "origin", PAPERS)
-    with pytest.raises(SystemExit, match="none of the files"):
-        peers.collect("somebodys", SOURCE, tmp_path / "origin", tmp_path / "target")
-
-
-def test_git_ignores_the_copies():
-    ignored = (ROOT / ".gitignore").read_text().splitlines()
-    assert f"{peers.DEFAULT_DIRECTORY.relative_to(ROOT)}/" in ignored
-
-
-# Those of metadata alone are built by the others too.
-@pytest.mark.parametrize("key", [key for key in EVERY_PEER if not key.endswith("_table")])
-def test_a_peer_is_right_in_the_interpreter(key):
+def test_a_peer_is_right_in_the_interpreter():
     directory = peers.DEFAULT_DIRECTORY
-    if not (directory / EVERY_PEER[key].package).is_dir():
-        pytest.skip(f"no copy of {EVERY_PEER[key].package} (python -m bench.peers)")
+    # Those of metadata alone are built by the others too.
+    known = [key for key in EVERY_PEER if not key.endswith("_table")]
+    keys = [key for key in known if (directory / EVERY_PEER[key].package).is_dir()]
+    if not keys:
+        pytest.skip("no copies (python -m bench.peers)")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.peers_interpreted", str(directory), key],
+        [sys.executable, "-m", "tests.bench.peers_interpreted", str(directory), *keys],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -336,5 +309,8 @@ def test_a_peer_is_right_in_the_interpreter(key):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
-    assert done.stdout.count(": right") == (5 if key in MIXED_PEERS else 4 - (key == "lorafusion"))
-    assert ("told wrong slots" in done.stdout) == (key in MIXED_PEERS)
+    for key in keys:
+        right = 5 if key in MIXED_PEERS else 4 - (key == "lorafusion")
+        lines = [line for line in done.stdout.splitlines() if line.startswith(f"{key} ")]
+        assert sum(line.endswith(": right") for line in lines) == right, key
+        assert any("told wrong slots" in line for line in lines) == (key in MIXED_PEERS), key

@@ -75,20 +75,17 @@ def test_twice_the_speed_is_two_and_the_mean_is_geometric():
     assert (worst.value, worst.worst_cell, worst.outcome) == (0.5, "1x2048x2048 r=8", "not met")
 
 
-@pytest.mark.parametrize(
-    ("mode", "theirs", "statistic", "theirs_s", "outcome"),
-    [
+def test_met_or_not():
+    for mode, theirs, statistic, theirs_s, outcome in (
         ("forward", "plain", "worst", 1 / 1.15, "met"),
         ("forward", "plain", "worst", 1 / 1.16, "not met"),
         ("forward", "peft", "mean", 1.3, "met"),
         ("forward", "peft", "mean", 1.29, "not met"),
         ("training", "plain", "mean", 1 / 1.13, "not met"),
         ("training", "plain", "worst", 0.1, "-"),
-    ],
-)
-def test_met_or_not(mode, theirs, statistic, theirs_s, outcome):
-    run = content(row({theirs: theirs_s, "fused": 1.0}, mode=mode))
-    assert judge(target(mode, theirs, statistic), run).outcome == outcome
+    ):
+        run = content(row({theirs: theirs_s, "fused": 1.0}, mode=mode))
+        assert judge(target(mode, theirs, statistic), run).outcome == outcome, (mode, theirs_s)
 
 
 def test_a_missing_variant_is_no_success_and_only_its_own_dtype_and_mode_count():
@@ -144,7 +141,7 @@ def test_the_report_has_every_ratio_and_says_what_is_missing(tmp_path):
     }
     run["unmeasured"] = {"failed": ["a-row"]}
     written = report.write(run, tmp_path)
-    assert len(written) == 3 and all(path.stat().st_size for path in tmp_path.iterdir())
+    assert len(written) == 2 and all(path.stat().st_size for path in tmp_path.iterdir())
     text = (tmp_path / report.MARKDOWN_NAME).read_text()
     for part in (
         *("Targets", "not met", "no number", "1.25", "0.80", "2.40", "native, packed", "a-row"),
@@ -152,7 +149,7 @@ def test_the_report_has_every_ratio_and_says_what_is_missing(tmp_path):
         "no number for csgmv (sglang not copied): no copy of sglang (1 of 1 rows)",
     ):
         assert part in text, part
-    assert "one direction" not in text and "1.40 is 1.4x faster" in text
+    assert "1.40 is 1.4x faster" in text
     saved = json.loads((tmp_path / report.JSON_NAME).read_text())
     assert {t["outcome"] for t in saved["targets"]} >= {"met", "not met"}
 
@@ -175,11 +172,11 @@ def test_committed_results_are_what_their_reports_say(path):
         assert markdown.read_text() == report.markdown(found)
 
 
-@pytest.mark.parametrize("m", [1, 2, 63, 64, 65, 2048])
-def test_checked_rows_hold_the_first_and_the_last(m):
-    rows = checks.rows_to_check(m, 64).tolist()
-    assert rows[0] == 0 and rows[-1] == m - 1 and rows == sorted(set(rows))
-    assert len(rows) == min(m, 64)
+def test_checked_rows_hold_the_first_and_the_last():
+    for m in (1, 2, 63, 64, 65, 2048):
+        rows = checks.rows_to_check(m, 64).tolist()
+        assert rows[0] == 0 and rows[-1] == m - 1 and rows == sorted(set(rows))
+        assert len(rows) == min(m, 64)
 
 
 def test_work_counts_each_operand_once():

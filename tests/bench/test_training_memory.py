@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import lora_kernels as lk
-from bench import memory, training_memory
-from bench.memory import SavedTensors
+from bench import training_memory
+from bench.apart import call_apart
 from bench.training_memory import OURS, PEFT
+from lora_kernels.integrations.compare_memory import SavedTensors, step_peak
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -81,7 +82,7 @@ def test_the_peak_of_a_step_is_what_was_out_at_a_time():
         second, third = (torch.empty(2 * mib, dtype=torch.uint8) for _ in range(2))
         del second, third
 
-    assert memory.step_peak(step, "cpu") == 4 * mib
+    assert step_peak(step, "cpu") == 4 * mib
 
 
 def cell(**changes):
@@ -149,9 +150,20 @@ def test_a_failed_cell_is_told_and_the_others_stand(tmp_path, monkeypatch, capfd
             raise RuntimeError("measure failed: out of memory")
         return {"saved_bytes": 2**20, "step_s": 1.0} | cell(answers={})
 
-    monkeypatch.setattr(training_memory, "_in_a_process", answer)
+    monkeypatch.setattr(training_memory, "_apart", answer)
     arguments = ["--quick", "--rows", "2", "--device", "cpu", "--out", str(tmp_path)]
     assert training_memory.main(arguments) == 1
     text = (tmp_path / "memory.md").read_text()
     assert text.count("failed") and "1.0 (1.00x)" in text
     assert "out of memory" in capfd.readouterr().err
+
+
+def test_a_call_apart_passes_on_what_goes_wrong(capfd):
+    assert call_apart("math:sqrt", (16.0,), 60) == 4.0
+    for call, said in (
+        (("math:sqrt", (-1.0,), 60), "math:sqrt failed: ValueError"),
+        (("os:_exit", (3,), 60), "exit code 3"),
+        (("time:sleep", (60,), 1), "not done after 1 s"),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            call_apart(*call)

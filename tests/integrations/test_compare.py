@@ -252,6 +252,7 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch, capsys
         ([2.0] * 5, [1.0] * 5, "ours 2.00x faster"),
         ([1.0] * 5, [1.5] * 5, "ours 1.50x slower"),
         ([1.0, 2.0, 1.0, 2.0, 1.0], [2.0, 1.0, 2.0, 1.0, 1.5], "no clear difference"),
+        ([2.0, 9.0], [1.0, 1.0], "no clear difference"),
     ],
 )
 def test_a_ratio_says_which_way(theirs, ours, said):
