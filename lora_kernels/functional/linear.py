@@ -207,7 +207,7 @@ def _forward(
     call: Call,
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] and S [M, r]."""
-    return ops.direct_lora_linear_fwd(
+    return ops.lora_linear_fwd(
         rows_of(x, call.dtype),
         weight if weight.dtype == call.dtype else weight.to(call.dtype),
         lora_a,
@@ -227,7 +227,7 @@ def packed_linear(
     """``x W^T + bias`` by the kernel of :func:`lora_linear` with an adapter of rank 0, without a
     graph: x [..., K] -> [..., N]."""
     k, n = weight.shape if fan_in_fan_out else weight.shape[::-1]
-    y, _ = ops.direct_lora_linear_fwd(
+    y, _ = ops.lora_linear_fwd(
         rows_of(x, weight.dtype),
         weight,
         weight.new_empty(0, k),
@@ -288,7 +288,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows = None if x is None else rows_of(x, dtype)
     dx = dw = da = db = dbias = d = None
     if need_x:
-        dx, d = ops.direct_lora_linear_dx(
+        dx, d = ops.lora_linear_dx(
             dy,
             weight if weight.dtype == dtype else weight.to(dtype),
             lora_a,
@@ -306,9 +306,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             dx = dx.view(x_shape)
     elif need_a:
         # D = c dY B: no mask, only its 1/(1-p).
-        d = ops.direct_lora_shrink(dy, lora_b.t(), scale, None, dropout_p)
+        d = ops.lora_shrink(dy, lora_b.t(), scale, None, dropout_p)
     if need_a or need_b or need_bias:
-        da, db, dbias = ops.direct_lora_linear_dab(
+        da, db, dbias = ops.lora_linear_dab(
             dy,
             rows if need_a else None,
             s,
