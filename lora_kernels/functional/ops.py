@@ -85,7 +85,8 @@ def is_observed() -> bool:
     """True under torch.compile, a dispatch mode, torch.func, forward-mode derivatives or
     torch.jit.trace."""
     return (
-        torch.compiler.is_compiling()
+        # Other compilers have a dispatch mode.
+        torch.compiler.is_dynamo_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
@@ -94,11 +95,10 @@ def is_observed() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether ``torch.func`` or a forward-mode derivative is at work, which know no operator of
-    ours."""
+    """True under ``torch.func`` and forward-mode derivatives, which know no operator of ours."""
     # Dynamo follows torch.func, and knows nothing of the other.
     return torch._C._are_functorch_transforms_active() or (
-        not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+        forward_ad._current_level >= 0 and not torch.compiler.is_dynamo_compiling()
     )
 
 
@@ -182,8 +182,8 @@ def _fake(op: str, given: dict[str, Any]) -> Any:
     """Empty results of an operator, by its family."""
     if op.endswith("_"):
         return None
-    m, n, k, r, slices = sizes(given)
     rows = rows_of(given)
+    m, n, k, r, slices = sizes(rows, given)
     shape = (m, slices, r) if "table" in given else (m, r)
     tail = rows.new_empty(shape, dtype=reference.tail_dtype(rows.dtype))
     if op.endswith("shrink"):
@@ -192,7 +192,7 @@ def _fake(op: str, given: dict[str, Any]) -> Any:
 
 
 def _fake_lora_linear_dab(op: str, given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    _, n, k, r, _ = sizes(given)
+    _, n, k, r, _ = sizes(given["dy"], given)
 
     def gradient(name: str, *shape: int) -> Tensor:
         dtype: torch.dtype | None = given[name]
@@ -203,7 +203,7 @@ def _fake_lora_linear_dab(op: str, given: dict[str, Any]) -> tuple[Tensor, Tenso
 
 
 def _fake_segmented_lora_dab(op: str, given: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    _, _, k, r, n = sizes(given)
+    _, _, k, r, n = sizes(given["dy"], given)
     slots, new = given["table"][1].shape[0], given["dy"].new_empty
     da: list[Tensor] = []
     db: list[Tensor] = []

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..functional.linear import is_foreign
+from ..functional.checks import is_foreign
 from .packed import PackedLinear
 
 # Classes that hold their weight as [in, out], recognised by predicates that the integrations add

@@ -78,9 +78,9 @@ def rows_of(given: dict[str, Any]) -> Tensor:
     return rows
 
 
-def sizes(given: dict[str, Any]) -> tuple[int, int, int, int, int]:
+def sizes(rows: Tensor, given: dict[str, Any]) -> tuple[int, int, int, int, int]:
     """M, N, K, r (of segmented operators r_max) and the slices of a call, by its arguments."""
-    m = rows_of(given).shape[0]
+    m = rows.shape[0]
     a, b = given.get("lora_a"), given.get("lora_b")
     if "table" not in given:
         if a is not None:
@@ -104,8 +104,8 @@ def _width(rows: Tensor | None) -> int:
 
 
 def _linear(op: str, given: dict[str, Any]) -> Problem:
-    m, n, k, r, _ = sizes(given)
     rows, weight = rows_of(given), given.get("weight")
+    m, n, k, r, _ = sizes(rows, given)
     return Problem(
         op,
         m,
@@ -136,8 +136,8 @@ def suits_descriptor(t: Tensor, transposed: bool) -> bool:
 
 
 def _segmented(op: str, given: dict[str, Any]) -> Problem:
-    m, n, k, r, slices = sizes(given)
     rows, a, b = rows_of(given), given.get("lora_a"), given.get("lora_b")
+    m, n, k, r, slices = sizes(rows, given)
     stacks = b or a
     adapter = stacks[0].dtype if stacks else given["da_dtype"] or given["db_dtype"] or rows.dtype
     return Problem(
