@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from ..spec import reference
 from . import ops
-from .linear import check_rng, compute_dtype, draw_rng, result_of, rows_of, scale_tensor
+from .checks import check_rng, compute_dtype, scale_tensor
+from .linear import draw_rng, result_of, rows_of
 
 # Rows of W that are converted at once, so that no wider copy of W exists.
 _ROWS = 256
@@ -142,7 +143,7 @@ class _DoRALinear(torch.autograd.Function):
         ratio = magnitude.to(norm.dtype) / norm
         # What m's gradient needs cannot be had from y: m may be 0, and the bias hides small rows.
         fused = {} if need_m else {"bias": bias, "out_scale": ratio}
-        rows, s = ops.direct_lora_linear_fwd(
+        rows, s = ops.lora_linear_fwd(
             rows_of(x, weight.dtype), weight, lora_a, lora_b, scale,
             fan_in_fan_out=fan_in_fan_out, **fused,
         )  # fmt: skip
@@ -169,14 +170,14 @@ class _DoRALinear(torch.autograd.Function):
         dy = rows_of(grad, dtype)
         dx = d = da = db = dbias = dm = None
         if need_x or need_a:
-            dx, d = ops.direct_lora_linear_dx(
+            dx, d = ops.lora_linear_dx(
                 dy, weight, lora_a, lora_b, scale,
                 fan_in_fan_out=ctx.fan_in_fan_out, out_scale=ratio,
             )  # fmt: skip
             shape, x_dtype = ctx.like_x
             dx = dx.to(x_dtype).view(shape)
         if need_a or need_b or need_bias:
-            da, db, dbias = ops.direct_lora_linear_dab(
+            da, db, dbias = ops.lora_linear_dab(
                 dy, rows_of(x, dtype) if need_a else None, s, d if need_a else None,
                 da_dtype=lora_a.dtype if need_a else None,
                 db_dtype=lora_b.dtype if need_b else None,

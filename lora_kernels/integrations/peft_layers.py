@@ -33,12 +33,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..functional.linear import NOT_PACKED, Call, Packed, checked_lora_linear, scale_tensor
+from ..functional.checks import scale_tensor
+from ..functional.linear import Operands, checked_lora_linear
 from ..functional.ops import PLAIN, autocast_enabled
 from ..functional.segmented import segmented_linear
 from ..layers import replacing
 from ..layers.foreign import is_conv1d, is_dispatched, is_falcon_linear
-from ..layers.packed import PackedWeight, gathered_by_fsdp
+from ..layers.packed import PackedWeight, Packing
 from ..models.foreign import offload_reason
 from ..spec.segments import SegmentTable
 from .peft_calls import Calls
@@ -68,12 +69,10 @@ class _Adapter(NamedTuple):
     dropout_p: float
 
 
-class FusedLinear(lora.Linear):
+class FusedLinear(Packing, lora.Linear):
     """``peft.tuners.lora.Linear`` on our kernels; made by :func:`swap`, never by a constructor."""
 
     kernel_calls: Calls
-    _packed: PackedWeight
-    _pack_weight: str
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in_features] -> [..., out_features], as PEFT's layer."""
@@ -135,8 +134,10 @@ class FusedLinear(lora.Linear):
         if adapter.bias is not None:
             bias = _add(bias, adapter.bias * adapter.scaling)
         scale = scale_tensor(adapter.scaling, x.device, base.dtype)
-        call = Call(adapter.dropout_p, base.transposed, base.dtype, self._packed_copies(x, base))
-        return checked_lora_linear(x, base.weight, adapter.a, adapter.b, scale, bias, call)
+        packed = self._packed_copies(base.weight, base.transposed, base.dtype)
+        operands = x, base.weight, adapter.a, adapter.b, scale, bias, None
+        options = adapter.dropout_p, base.transposed, base.dtype, *packed
+        return checked_lora_linear(Operands(*operands, *options))
 
     def _fused_sum(self, x: Tensor, base: _Base, adapters: list[_Adapter]) -> Tensor:
         # Adapters that see the same x are one adapter of the summed rank. Each mask makes an x of
@@ -190,7 +191,7 @@ class FusedLinear(lora.Linear):
             table,
             base.bias,
             fan_in_fan_out=base.transposed,
-            packed=self._packed_copies(x, base),
+            packed=self._packed_copies(base.weight, base.transposed, base.dtype),
         )
 
     def _base_operands(self, x: Tensor) -> _Base | str:
@@ -288,54 +289,21 @@ class FusedLinear(lora.Linear):
             return "shapes that do not fit, or dropout of everything"
         return _Adapter(name, a, b, bias, scaling, dropout_p)
 
-    def _packed_copies(self, x: Tensor, base: _Base) -> Packed:
-        training = self.training
-        if self._pack_weight == "never" or (training and self._pack_weight == "eval"):
-            return NOT_PACKED
-        if gathered_by_fsdp(self):
-            self._packed.drop()
-            return NOT_PACKED
-        # A traced call would make its copy a constant of the graph.
-        if base.dtype != base.weight.dtype or torch.compiler.is_compiling():
-            return NOT_PACKED
-        packed = self._packed.get(base.weight, base.transposed)
-        if training and torch.is_grad_enabled():
-            return packed, self._packed.get(base.weight, base.transposed, for_dx=True)
-        return packed, None
-
     # What PEFT writes into the base weight, it writes through .data, a small adapter perhaps in few
     # places: the packed copies go first. While merged none is made, so unmerging finds none.
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        self._packed.drop()
+        self.drop_packed()
         super().merge(*args, **kwargs)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         # PiSSA, OLoRA and their like take their adapter out of the weight.
-        self._packed.drop()
+        self.drop_packed()
         super().update_layer(*args, **kwargs)
 
     def set_base_weight(self, weight_data: Tensor) -> None:
-        self._packed.drop()
+        self.drop_packed()
         super().set_base_weight(weight_data)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLinear:
-        # They would hold the memory of the weight that is moved or cast.
-        self._packed.drop()
-        super()._apply(fn, recurse)
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # As in _apply; and a Parameter to which a weak reference exists cannot be swapped
-        # (torch.__future__.set_swap_module_params_on_conversion). The base layer's turn is next.
-        self._packed.drop()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> FusedLinear:
-        if mode and self._pack_weight == "eval":
-            self._packed.drop()
-        super().train(mode)
-        return self
 
     def _get_name(self) -> str:
         # What PEFT prints of it is known by heart to others' code.
@@ -396,8 +364,7 @@ def swap(layer: Any, calls: Calls, pack_weight: str) -> None:
         _rebind(layer)
     layer.kernel_calls = calls
     if vars(layer).get("_pack_weight") != pack_weight:
-        layer._pack_weight = pack_weight
-        layer._packed.drop()
+        layer.pack_weight = pack_weight
 
 
 def restore(layer: Any) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional.linear import lora_linear
-from ..functional.ops import without_autocast
+from ..functional.checks import check, scale_tensor
+from ..functional.linear import Operands, checked_lora_linear, lora_linear
+from ..functional.ops import PLAIN, without_autocast
 from .foreign import carry_dispatch_hook
 from .merging import MergeableLinear, Plain
 from .replacing import share_hooks, share_linear, unsupported_reason
@@ -264,18 +265,18 @@ class FusedLoRALinear(MergeableLinear):
         return self._adapted_forward(input)
 
     def _adapted_forward(self, input: Tensor) -> Tensor:
-        assert self.lora_A is not None and self.lora_B is not None
-        return lora_linear(
-            input,
-            self.weight,
-            self.lora_A,
-            self.lora_B,
-            self._scale,
-            self.bias,
-            dropout_p=self.lora_dropout,
-            training=self.training,
-            fan_in_fan_out=self.fan_in_fan_out,
-            packed=self._packed_copies(input),
+        (weight, bias, a, b), kn = self._tensors(), self.fan_in_fan_out
+        scale: Any = self._buffers["_scale"]
+        p = self.lora_dropout if self.training else 0.0
+        if type(input) not in PLAIN or type(weight) not in PLAIN:
+            options: Any = {"training": self.training, "fan_in_fan_out": kn}
+            return lora_linear(input, weight, a, b, scale, bias, dropout_p=p, **options)
+        dtype = check(input, weight, a, b, bias, p, kn)
+        if dtype == torch.float64 or scale.device != input.device:
+            scale = scale_tensor(scale, input.device, dtype)
+        packed = self._packed_copies(weight, kn, dtype)
+        return checked_lora_linear(
+            Operands(input, weight, a, b, scale, bias, None, p, kn, dtype, *packed)
         )
 
     def warmup_call(
@@ -322,7 +323,6 @@ class FusedLoRALinear(MergeableLinear):
     def _apply_to_pristine(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
         scale = self._scale
         was_meta = self.lora_A is not None and self.lora_A.is_meta
-        self.drop_packed()
         super()._apply(fn, recurse)
         # .half() must not round the scale, to_empty() must not lose it.
         self._keep_scale(scale)
@@ -338,7 +338,6 @@ class FusedLoRALinear(MergeableLinear):
             self._scale = self._new_scale()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.drop_packed()
         self._with_pristine_weight(lambda: self._load_pristine(*args, **kwargs))
 
     def _load_pristine(self, *args: Any, **kwargs: Any) -> None:

@@ -193,8 +193,6 @@ class MergeableLinear(PackedLinear):
         ``keep_base=False`` stays)."""
         if mode and self._base:
             self.unmerge()
-        if mode and self._pack_weight == "eval":
-            self.drop_packed()
         super().train(mode)
         return self
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..functional.linear import is_dtensor
+from ..functional.checks import is_dtensor
 from ..layers.fused import FusedLoRALinear
 from ..layers.merging import write_obstacle
 from .apply import (
