@@ -35,6 +35,7 @@ from .config import LoRAConfig, exact_patterns
 from .foreign import stored_value
 from .on_disk import (
     CONFIG_NAME,
+    MAGNITUDE,
     PREFIX,
     WEIGHTS_NAME,
     Layer,
@@ -145,7 +146,15 @@ def load_adapter(
             raise ValueError(
                 f"merge_adapter(model, keep_base=False) removed the adapter of {first_few(removed)}"
             )
-        wanted = {n: Layer(m.r, m.in_features, m.out_features) for n, m in layers.items()}
+        wanted = {
+            n: Layer(m.r, m.in_features, m.out_features, use_dora=m.use_dora)
+            for n, m in layers.items()
+        }
+        if config.use_dora != present.use_dora:
+            raise ValueError(
+                f"{folder / CONFIG_NAME}: use_dora is {config.use_dora}, the model was adapted "
+                f"with use_dora={present.use_dora}"
+            )
         saved = {name: root.get_submodule(name) for name in applied(root).report.modules_to_save}
     else:
         config.modules_to_save = files.modules_to_save(root) or None
@@ -156,11 +165,12 @@ def load_adapter(
             assert isinstance(weight, Tensor)
             transposed = not isinstance(module, nn.Linear)
             out_features, in_features = weight.shape[::-1] if transposed else weight.shape
-            wanted[names[0]] = Layer(config.rank(names[0]), in_features, out_features)
+            rank = config.rank(names[0])
+            wanted[names[0]] = Layer(rank, in_features, out_features, use_dora=config.use_dora)
         saved = selection.modules_to_save
     pairs = files.take_pairs(root, wanted)
     for name, layer in layers.items():
-        obstacle = write_obstacle(layer, ("lora_A", "lora_B"))
+        obstacle = write_obstacle(layer, layer._adapter_names())
         if obstacle is not None:
             raise ValueError(f"no adapter can be loaded into {name}: {obstacle}")
     others, embeddings = files.match_rest(
@@ -176,9 +186,9 @@ def load_adapter(
         for parameter, tensor in others.values():
             parameter.copy_(tensor)
     # After the base weights: a merged layer merges again.
-    for name, (lora_a, lora_b) in pairs.items():
+    for name, tensors in pairs.items():
         alpha, use_rslora = config.alpha(name), config.use_rslora
-        layers[name].set_lora(lora_a, lora_b, lora_alpha=alpha, use_rslora=use_rslora)
+        layers[name].set_lora(*tensors, lora_alpha=alpha, use_rslora=use_rslora)
     # Which layers there are, and how they train, stays what it was.
     record = applied(root)
     record.config = replace(
@@ -211,6 +221,8 @@ def _tensors(
         assert layer.lora_A is not None and layer.lora_B is not None
         tensors[f"{name}.lora_A.weight"] = stored_value(layer, "lora_A")
         tensors[f"{name}.lora_B.weight"] = stored_value(layer, "lora_B")
+        if layer.use_dora:
+            tensors[name + MAGNITUDE] = stored_value(layer, MAGNITUDE[1:])
         if config.bias != "none" and layer.bias is not None:
             tensors[f"{name}.base_layer.bias"] = stored_value(layer, "bias")
     if config.bias == "all":

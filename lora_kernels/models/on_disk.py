@@ -37,7 +37,6 @@ _FLOATS = (
 
 # Fields of PEFT's LoraConfig that change what a layer computes in a way FusedLoRALinear does not.
 _UNSUPPORTED = (
-    "use_dora",
     "lora_bias",
     "layer_replication",
     "trainable_token_indices",
@@ -99,18 +98,21 @@ class Layer(NamedTuple):
     in_features: int
     out_features: int
     is_embedding: bool = False
+    use_dora: bool = False
 
-    def shapes(self, name: str) -> dict[str, tuple[int, int]]:
-        """Of A and of B, by their keys."""
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Of A, of B and with DoRA of the magnitude, by their keys."""
         ending_a, ending_b = EMBEDDING if self.is_embedding else LINEAR
-        return {
+        shapes: dict[str, tuple[int, ...]] = {
             name + ending_a: (self.rank, self.in_features),
             name + ending_b: (self.out_features, self.rank),
         }
+        return shapes | ({name + MAGNITUDE: (self.out_features,)} if self.use_dora else {})
 
 
 LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+MAGNITUDE = ".lora_magnitude_vector"
 
 
 @dataclass
@@ -135,16 +137,17 @@ class AdapterFiles:
 
     def take_pairs(
         self, model: nn.Module, layers: Mapping[str, Layer]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """A and B of every layer of ``model``, which are removed from ``tensors``.
+    ) -> dict[str, tuple[Tensor, ...]]:
+        """A and B (with DoRA, the magnitude) of every layer of ``model``, which are removed from
+        ``tensors``.
 
         Raises:
             ValueError: one is missing, of the wrong shape, or no floating point numbers.
         """
-        pairs = {}
+        pairs: dict[str, tuple[Tensor, ...]] = {}
         missing, wrong = [], []
         for name, layer in layers.items():
-            pair = []
+            pair: list[Tensor] = []
             for key, shape in layer.shapes(name).items():
                 tensor = self.tensors.pop(key, None)
                 if tensor is None:
@@ -158,8 +161,7 @@ class AdapterFiles:
                     wrong.append(f"{key} is {tensor.dtype}")
                 else:
                     pair.append(tensor)
-            if len(pair) == 2:
-                pairs[name] = (pair[0], pair[1])
+            pairs[name] = tuple(pair)
         if wrong:
             raise ValueError(f"{self.label}: {first_few(wrong)}")
         if missing:
@@ -397,7 +399,7 @@ def places_of(model: nn.Module, adapted: Collection[str]) -> dict[str, Tensor]:
     places = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         owner, _, last = key.rpartition(".")
-        if owner in adapted and last in ("lora_A", "lora_B"):
+        if owner in adapted and last in ("lora_A", "lora_B", MAGNITUDE[1:]):
             continue
         if isinstance(tensor, Tensor):
             places[key] = tensor
