@@ -183,8 +183,8 @@ class FusedLoRALinear(MergeableLinear):
         device, dtype = self.weight.device, self.weight.dtype
         if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16):
             dtype = torch.float32
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
+        for name, shape in zip(("lora_A", "lora_B"), self._adapter_shapes(), strict=True):
+            setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         if use_dora:
             m = torch.empty(self.out_features, device=device, dtype=dtype)
             self.lora_magnitude_vector = nn.Parameter(m)
@@ -233,6 +233,14 @@ class FusedLoRALinear(MergeableLinear):
             )
             with torch.no_grad():
                 self.lora_magnitude_vector.copy_(norm)
+
+    def _adapter_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (self.r, self.in_features), (self.out_features, self.r)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [r, in_features] and B [out_features, r] as the operator takes them."""
+        _, _, a, b = self._tensors()
+        return a, b
 
     def _adapter_names(self) -> list[str]:
         return ["lora_A", "lora_B"] + ["lora_magnitude_vector"] * self.use_dora
@@ -363,7 +371,8 @@ class FusedLoRALinear(MergeableLinear):
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         # Merging under autocast must not round the factors.
         with without_autocast(self.weight.device.type):
-            delta = (self.lora_B.to(dtype) @ self.lora_A.to(dtype)).mul_(self._scaling)
+            a, b = self.factors()
+            delta = (b.to(dtype) @ a.to(dtype)).mul_(self._scaling)
             if self.use_dora:
                 w, kn = self._pristine(), self.fan_in_fan_out
                 norm = dora_norm(w, self.lora_A, self.lora_B, self._scale, kn)

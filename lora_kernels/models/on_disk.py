@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..layers.sliced import spread
 from .config import LoRAConfig
 
 CONFIG_NAME = "adapter_config.json"
@@ -60,6 +61,9 @@ _IRRELEVANT = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "corda_config",
+        # Of releases before 0.3; resolved by _without_slices.
+        "enable_lora",
+        "merge_weights",
         "ensure_weight_tying",
         "eva_config",
         "fan_in_fan_out",
@@ -287,9 +291,13 @@ def read_adapter(folder: Path, model: nn.Module) -> AdapterFiles:
         ValueError: a file cannot be read, or says what is not computed here.
     """
     names = names_of(model)
-    config = _checked(_read_json(folder), folder / CONFIG_NAME, names)
+    content = _read_json(folder)
+    config = _checked(content, folder / CONFIG_NAME, names)
     label = str(folder / WEIGHTS_NAME)
-    return AdapterFiles(config, without_prefix(_read_tensors(folder), names), label)
+    tensors = without_prefix(_read_tensors(folder), names)
+    if content.get("enable_lora") is not None:
+        _without_slices(config, tensors, content["enable_lora"], label)
+    return AdapterFiles(config, tensors, label)
 
 
 def from_state_dict(
@@ -298,6 +306,26 @@ def from_state_dict(
     """As :func:`read_adapter`, of tensors with PEFT's keys and the fields of PEFT's file."""
     names = names_of(model)
     return AdapterFiles(_checked(content, label, names), without_prefix(tensors, names), label)
+
+
+def _without_slices(
+    config: LoRAConfig, tensors: dict[str, Tensor], enable_lora: Any, label: str
+) -> None:
+    """Turn the adapters of PEFT before 0.3, whose layers were loralib's ``MergedLinear``, into plain
+    ones of e times the rank for e enabled slices, with the same product."""
+    if not (isinstance(enable_lora, list) and any(enable_lora)):
+        raise ValueError(f"{label}: enable_lora is {enable_lora!r}, no list that enables a slice")
+    for key, tensor in tensors.items():
+        if key.endswith(LINEAR[1]):
+            if tensor.dim() == 3:
+                tensor = tensor.squeeze(-1)
+            if tensor.dim() != 2 or len(tensor) % sum(enable_lora):
+                raise ValueError(
+                    f"{label}: {key} is {list(tensor.shape)}, enable_lora {enable_lora}"
+                )
+            tensors[key] = spread(tensor, enable_lora)
+    config.r *= sum(enable_lora)
+    config.lora_alpha *= sum(enable_lora)
 
 
 def _read_json(folder: Path) -> dict[str, Any]:
