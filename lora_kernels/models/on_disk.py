@@ -311,8 +311,8 @@ def from_state_dict(
 def _without_slices(
     config: LoRAConfig, tensors: dict[str, Tensor], enable_lora: Any, label: str
 ) -> None:
-    """Turn the adapters of PEFT before 0.3, whose layers were loralib's ``MergedLinear``, into plain
-    ones of e times the rank for e enabled slices, with the same product."""
+    """Turn the adapters of PEFT before 0.3, whose layers were loralib's ``MergedLinear``, into
+    plain ones of e times the rank for e enabled slices, with the same product."""
     if not (isinstance(enable_lora, list) and any(enable_lora)):
         raise ValueError(f"{label}: enable_lora is {enable_lora!r}, no list that enables a slice")
     for key, tensor in tensors.items():
