@@ -92,6 +92,9 @@ def dora_linear(
     if norm is None:
         norm = dora_norm(weight, lora_a, lora_b, scale, fan_in_fan_out)
     p = dropout_p if training else 0.0
+    if ops.is_transformed():
+        operands = x, weight, lora_a, lora_b, magnitude, norm, scale, bias
+        return _composed(*operands, fan_in_fan_out, p, rng)
     if p == 0.0:
         return _apply(x, weight, lora_a, lora_b, magnitude, norm, scale, bias, fan_in_fan_out)
     rng = draw_rng(x.device) if rng is None else check_rng(rng, x.device)
@@ -101,6 +104,34 @@ def dora_linear(
         kept = F.linear(rows - dropped, weight.t() if fan_in_fan_out else weight)
         y = _apply(dropped, weight, lora_a, lora_b, magnitude, norm, scale, bias, fan_in_fan_out)
         return result_of(x, kept + y)
+
+
+def _composed(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    fan_in_fan_out: bool,
+    p: float,
+    rng: Tensor | None,
+) -> Tensor:
+    """y by plain torch operations, which every transformation knows."""
+    w = weight.t() if fan_in_fan_out else weight
+    acc = reference.accumulate_dtype(weight.dtype)
+    with ops.without_autocast(x.device.type):
+        rows = dropped = rows_of(x, weight.dtype)
+        if p > 0.0:
+            rng = draw_rng(x.device) if rng is None else rng
+            dropped = reference.masked(rows, rng, p) / (1.0 - p)
+        s = F.linear(dropped.to(acc), lora_a.to(acc)) * scale.to(acc)
+        y = F.linear(dropped.to(acc), w.to(acc)) + F.linear(s, lora_b.to(acc))
+        y = y * (magnitude.to(acc) / norm) + F.linear((rows - dropped).to(acc), w.to(acc))
+        y = (y if bias is None else y + bias).to(weight.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[1])
 
 
 class _Masked(torch.autograd.Function):
@@ -162,38 +193,45 @@ class _DoRALinear(torch.autograd.Function):
         return result_of(x, y)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, s, rows, weight, lora_a, lora_b, norm, ratio, scale, bias = ctx.saved_tensors
-        need_x, _, need_a, need_b, need_m, _, _, need_bias, _ = ctx.needs_input_grad
-        dtype = weight.dtype
-        dy = rows_of(grad, dtype)
-        dx = d = da = db = dbias = dm = None
-        if need_x or need_a:
-            dx, d = ops.lora_linear_dx(
-                dy, weight, lora_a, lora_b, scale,
-                fan_in_fan_out=ctx.fan_in_fan_out, out_scale=ratio,
-            )  # fmt: skip
-            shape, x_dtype = ctx.like_x
-            dx = dx.to(x_dtype).view(shape)
-        if need_a or need_b or need_bias:
-            da, db, dbias = ops.lora_linear_dab(
-                dy, rows_of(x, dtype) if need_a else None, s, d if need_a else None,
-                da_dtype=lora_a.dtype if need_a else None,
-                db_dtype=lora_b.dtype if need_b else None,
-                dbias_dtype=bias.dtype if need_bias else None,
-                out_scale=ratio,
-            )  # fmt: skip
-        if need_m:
-            dm = ((dy.to(norm.dtype) * rows).sum(0) / norm).to(ctx.like_m)
-        return (
-            dx if need_x else None,
-            None,
-            da if need_a else None,
-            db if need_b else None,
-            dm,
-            None,
-            None,
-            dbias if need_bias else None,
-            None,
-        )
+        # once_differentiable costs time, and is needed only with create_graph=True.
+        return _backward_once(ctx, grad) if torch.is_grad_enabled() else _backward(ctx, grad)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, s, rows, weight, lora_a, lora_b, norm, ratio, scale, bias = ctx.saved_tensors
+    need_x, _, need_a, need_b, need_m, _, _, need_bias, _ = ctx.needs_input_grad
+    dtype = weight.dtype
+    dy = rows_of(grad, dtype)
+    dx = d = da = db = dbias = dm = None
+    if need_x or need_a:
+        dx, d = ops.lora_linear_dx(
+            dy, weight, lora_a, lora_b, scale,
+            fan_in_fan_out=ctx.fan_in_fan_out, out_scale=ratio,
+        )  # fmt: skip
+        shape, x_dtype = ctx.like_x
+        dx = dx.to(x_dtype).view(shape)
+    if need_a or need_b or need_bias:
+        da, db, dbias = ops.lora_linear_dab(
+            dy, rows_of(x, dtype) if need_a else None, s, d if need_a else None,
+            da_dtype=lora_a.dtype if need_a else None,
+            db_dtype=lora_b.dtype if need_b else None,
+            dbias_dtype=bias.dtype if need_bias else None,
+            out_scale=ratio,
+        )  # fmt: skip
+    if need_m:
+        dm = ((dy.to(norm.dtype) * rows).sum(0) / norm).to(ctx.like_m)
+    return (
+        dx if need_x else None,
+        None,
+        da if need_a else None,
+        db if need_b else None,
+        dm,
+        None,
+        None,
+        dbias if need_bias else None,
+        None,
+    )
+
+
+_backward_once = once_differentiable(_backward)

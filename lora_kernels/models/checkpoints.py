@@ -9,7 +9,7 @@ import os
 import re
 import uuid
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +32,7 @@ from .apply import (
     warn_of_lost_layers,
 )
 from .config import LoRAConfig, exact_patterns
-from .foreign import stored_value
+from .foreign import stored_value, taken_for_experts
 from .on_disk import (
     CONFIG_NAME,
     MAGNITUDE,
@@ -46,13 +46,6 @@ from .on_disk import (
 )
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-
-# Names of layers that PEFT takes for experts, by transformers' name of the kind of mixture: before
-# transformers 5 the experts' own layers were called so.
-EXPERT_NAMES = {
-    "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
-    "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
-}
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -278,7 +271,7 @@ def _content(
 ) -> dict[str, Any]:
     content = asdict(config)
     del content["autocast_adapter_dtype"]
-    taken = _taken_for_experts(model, layers)
+    taken = taken_for_experts(model, layers)
     if taken:
         endings = sorted({name.rpartition(".")[2] for name in taken})
         warnings.warn(
@@ -309,26 +302,6 @@ def _content(
             "task_type": None,
         }
     )
-
-
-def _taken_for_experts(model: nn.Module, layers: Iterable[str]) -> list[str]:
-    """The layers that PEFT does not look for where it reads their names."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if not isinstance(model_type, str):
-        return []
-    try:
-        from transformers.conversion_mapping import (
-            _MODEL_TO_CONVERSION_PATTERN,
-            get_checkpoint_conversion_mapping,
-        )
-    except ImportError:
-        # No transformers, or one from before it fused experts.
-        return []
-    if get_checkpoint_conversion_mapping(model_type) is None:
-        return []
-    kinds = {"mixtral": "mixtral"} | _MODEL_TO_CONVERSION_PATTERN
-    names = EXPERT_NAMES.get(kinds.get(model_type, ""), ())
-    return [name for name in layers if name.rpartition(".")[2] in names]
 
 
 def _modules_to_save(
