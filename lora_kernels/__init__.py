@@ -9,10 +9,13 @@ from .functional.segmented import (
     segmented_shrink,
 )
 from .integrations.peft_swap import accelerate_peft, restore_peft
+from .layers.embedding import LoRAEmbedding
 from .layers.fused import FusedLoRALinear
 from .layers.multi import MultiLoRAEmbedding, MultiLoRALinear
+from .layers.sliced import SlicedLoRALinear
 from .models.apply import LoRAConfig, LoRAReport, apply_lora, lora_report
 from .models.checkpoints import load_adapter, save_adapter
+from .models.loralib import load_loralib, loralib_state_dict, save_loralib
 from .models.unloading import disable_adapter, merge_adapter, unload, unmerge_adapter
 from .models.warming import warmup
 from .planning.answers import Answer, last_plan, record_plans
@@ -25,11 +28,13 @@ __all__ = [
     "AdapterStore",
     "Answer",
     "FusedLoRALinear",
+    "LoRAEmbedding",
     "LoRAConfig",
     "LoRAReport",
     "MultiLoRAEmbedding",
     "MultiLoRALinear",
     "SegmentTable",
+    "SlicedLoRALinear",
     "UnknownAdapterError",
     "accelerate_peft",
     "apply_lora",
@@ -38,12 +43,15 @@ __all__ = [
     "force_plan",
     "last_plan",
     "load_adapter",
+    "load_loralib",
     "lora_linear",
     "lora_report",
+    "loralib_state_dict",
     "merge_adapter",
     "record_plans",
     "restore_peft",
     "save_adapter",
+    "save_loralib",
     "segmented_expand",
     "segmented_linear",
     "segmented_lora",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ..spec import reference
 from . import ops
+from .checks import check, check_rng, is_foreign, scale_tensor
 
 # A packed weight for the forward, and one for dX.
 Packed = tuple[Tensor | None, Tensor | None]
@@ -85,140 +85,101 @@ def lora_linear(
     tensor([[0.5000, 0.5000, 0.5000],
             [0.5000, 0.5000, 0.5000]])
     """
-    dtype = _check(x, weight, lora_a, lora_b, bias, dropout_p, fan_in_fan_out)
+    dtype = check(x, weight, lora_a, lora_b, bias, dropout_p, fan_in_fan_out)
     scale = scale_tensor(scale, x.device, dtype)
     if not training or dropout_p == 0.0:
         rng, dropout_p = None, 0.0
     elif rng is not None:
         rng = check_rng(rng, x.device)
+    if weight.dtype != dtype:
+        packed = NOT_PACKED
+    o = Operands(
+        x, weight, lora_a, lora_b, scale, bias, rng, dropout_p, fan_in_fan_out, dtype, *packed
+    )
     if type(weight) not in ops.PLAIN and is_foreign(weight):
-        return _beside(x, weight, lora_a, lora_b, scale, bias, rng, dropout_p, fan_in_fan_out)
-    call = Call(dropout_p, fan_in_fan_out, dtype, packed if weight.dtype == dtype else NOT_PACKED)
-    return checked_lora_linear(x, weight, lora_a, lora_b, scale, bias, call, rng)
+        return _beside(o)
+    return checked_lora_linear(o)
 
 
-class Call(NamedTuple):
-    """What a call of :func:`lora_linear` is besides its tensors."""
+class Operands(NamedTuple):
+    """The operands of one call, checked, in the order of ``cpu.lora_linear``."""
 
-    # 0.0: none
+    x: Tensor
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    rng: Tensor | None
+    # 0.0: no dropout
     dropout_p: float
     fan_in_fan_out: bool
-    # what is computed in
+    # the compute dtype
     dtype: torch.dtype
-    packed: Packed
+    packed: Tensor | None = None
+    packed_dx: Tensor | None = None
 
 
-def checked_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    call: Call,
-    rng: Tensor | None = None,
-) -> Tensor:
-    """:func:`lora_linear` of checked operands, with ``scale`` as the operators take it."""
-    if call.dropout_p > 0.0 and rng is None:
-        rng = draw_rng(x.device)
-    if ops.records_gradients() and (
+def checked_lora_linear(o: Operands) -> Tensor:
+    """:func:`lora_linear` of checked operands; with dropout and without ``rng`` it draws one."""
+    x, bias = o.x, o.bias
+    if o.dropout_p > 0.0 and o.rng is None:
+        o = o._replace(rng=draw_rng(x.device))
+    differentiable = ops.records_gradients() and (
         x.requires_grad
-        or lora_a.requires_grad
-        or lora_b.requires_grad
-        or weight.requires_grad
+        or o.lora_a.requires_grad
+        or o.lora_b.requires_grad
+        or o.weight.requires_grad
         or (bias is not None and bias.requires_grad)
-    ):
-        y = ops.direct_lora_linear(
-            x,
-            weight,
-            lora_a,
-            lora_b,
-            scale,
-            bias,
-            rng,
-            call.dropout_p,
-            call.fan_in_fan_out,
-            call.dtype,
-            *call.packed,
-        )
+    )
+    if differentiable:
+        y = ops.direct_lora_linear(*o)
         if y is not None:
             return y
-        if ops.is_transformed():
-            return _composed(x, weight, lora_a, lora_b, scale, bias, rng, call)
-        return _LoRALinear.apply(x, weight, lora_a, lora_b, scale, bias, rng, call)
     if ops.is_transformed():
-        return _composed(x, weight, lora_a, lora_b, scale, bias, rng, call)
-    y, _ = _forward(x, weight, lora_a, lora_b, scale, bias, rng, call)
+        return _composed(o)
+    if differentiable:
+        return _LoRALinear.apply(*o)
+    y, _ = _forward(o)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
-def _composed(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    rng: Tensor | None,
-    call: Call,
-) -> Tensor:
-    """y of plain torch operations, which every transformation knows: derivatives of any order,
+def _composed(o: Operands) -> Tensor:
+    """y by plain torch operations, which every transformation knows: derivatives of any order,
     batches of anything."""
-    rows, weight = rows_of(x, call.dtype), weight.to(call.dtype)
-    with ops.without_autocast(x.device.type):
+    with ops.without_autocast(o.x.device.type):
         y, _ = reference.lora_linear_fwd(
-            rows, weight, lora_a, lora_b, scale, bias, rng, call.dropout_p, call.fan_in_fan_out
+            rows_of(o.x, o.dtype), o.weight.to(o.dtype), *o[2:7], o.dropout_p, o.fan_in_fan_out
         )
-    return y.reshape(*x.shape[:-1], y.shape[1])
+    return y.reshape(*o.x.shape[:-1], y.shape[1])
 
 
-def _beside(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    rng: Tensor | None,
-    dropout_p: float,
-    fan_in_fan_out: bool,
-) -> Tensor:
+def _beside(o: Operands) -> Tensor:
     """y where only the class of ``weight`` knows its values: the base by ``F.linear``, the adapter
-    beside it in plain torch operations."""
-    y = F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
+    beside it by plain torch operations."""
+    y = F.linear(o.x, o.weight.t() if o.fan_in_fan_out else o.weight, o.bias)
     acc = torch.promote_types(y.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
-        rows = rows_of(x, acc)
-        if dropout_p > 0.0:
-            rows = reference.masked(rows, draw_rng(x.device) if rng is None else rng, dropout_p)
-        s = rows @ lora_a.to(acc).t() * (scale.to(acc) / (1.0 - dropout_p))
-        delta = s @ lora_b.to(acc).t()
+    with torch.autocast(o.x.device.type, enabled=False):
+        rows = rows_of(o.x, acc)
+        if o.dropout_p > 0.0:
+            rng = draw_rng(o.x.device) if o.rng is None else o.rng
+            rows = reference.masked(rows, rng, o.dropout_p)
+        s = rows @ o.lora_a.to(acc).t() * (o.scale.to(acc) / (1.0 - o.dropout_p))
+        delta = s @ o.lora_b.to(acc).t()
     return y + delta.to(y.dtype).view(y.shape)
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    rng: Tensor | None,
-    call: Call,
-) -> tuple[Tensor, Tensor]:
+def _forward(o: Operands) -> tuple[Tensor, Tensor]:
     """y [M, N] and S [M, r]."""
-    return ops.direct_lora_linear_fwd(
-        rows_of(x, call.dtype),
-        weight if weight.dtype == call.dtype else weight.to(call.dtype),
-        lora_a,
-        lora_b,
-        scale,
-        bias,
-        rng,
-        call.dropout_p,
-        call.fan_in_fan_out,
-        packed=call.packed[0],
+    found: tuple[Tensor, Tensor] = ops.lora_linear_fwd(
+        rows_of(o.x, o.dtype),
+        o.weight if o.weight.dtype == o.dtype else o.weight.to(o.dtype),
+        *o[2:7],
+        o.dropout_p,
+        o.fan_in_fan_out,
+        packed=o.packed,
     )
+    return found
 
 
 def packed_linear(
@@ -227,16 +188,10 @@ def packed_linear(
     """``x W^T + bias`` by the kernel of :func:`lora_linear` with an adapter of rank 0, without a
     graph: x [..., K] -> [..., N]."""
     k, n = weight.shape if fan_in_fan_out else weight.shape[::-1]
-    y, _ = ops.direct_lora_linear_fwd(
-        rows_of(x, weight.dtype),
-        weight,
-        weight.new_empty(0, k),
-        weight.new_empty(n, 0),
-        torch.ones((), device="cpu"),
-        bias,
-        fan_in_fan_out=fan_in_fan_out,
-        packed=packed,
-    )
+    a, b = weight.new_empty(0, k), weight.new_empty(n, 0)
+    one = torch.ones((), device="cpu")
+    o = Operands(x, weight, a, b, one, bias, None, 0.0, fan_in_fan_out, weight.dtype, packed)
+    y, _ = _forward(o)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
@@ -245,50 +200,33 @@ class _LoRALinear(torch.autograd.Function):
     copy of x."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        rng: Tensor | None,
-        call: Call,
-    ) -> Tensor:
-        y, s = _forward(x, weight, lora_a, lora_b, scale, bias, rng, call)
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        o = Operands(*operands)
+        y, s = _forward(o)
         _, need_w, need_a, need_b, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if need_a or need_w else None,
-            s if need_b else None,
-            weight,
-            lora_a,
-            lora_b,
-            scale,
-            rng,
-        )
-        # Its packed weight is not among the saved tensors: a copy of one, which its owner keeps.
-        ctx.call = call
-        ctx.like_x = x.shape, x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return result_of(x, y)
+        kept = o.x if need_a or need_w else None, s if need_b else None
+        ctx.save_for_backward(*kept, o.weight, o.lora_a, o.lora_b, o.scale, o.rng)
+        # The packed weight is not among the saved tensors: a copy of one, which its owner keeps.
+        ctx.options = o.dropout_p, o.fan_in_fan_out, o.dtype, o.packed_dx
+        ctx.x_shape = o.x.shape
+        ctx.bias_dtype = None if o.bias is None else o.bias.dtype
+        return result_of(o.x, y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # What makes second derivatives an error is not free, and of use only where there is a graph
-        # of the gradients.
+        # once_differentiable costs time, and is needed only with create_graph=True.
         return _backward_once(ctx, grad) if torch.is_grad_enabled() else _backward(ctx, grad)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, s, weight, lora_a, lora_b, scale, rng = ctx.saved_tensors
     need_x, need_w, need_a, need_b, _, need_bias, *_ = ctx.needs_input_grad
-    dropout_p, fan_in_fan_out, dtype, packed = ctx.call
+    dropout_p, fan_in_fan_out, dtype, packed = ctx.options
     dy = rows_of(grad, dtype)
     rows = None if x is None else rows_of(x, dtype)
     dx = dw = da = db = dbias = d = None
     if need_x:
-        dx, d = ops.direct_lora_linear_dx(
+        dx, d = ops.lora_linear_dx(
             dy,
             weight if weight.dtype == dtype else weight.to(dtype),
             lora_a,
@@ -297,18 +235,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             rng,
             dropout_p,
             fan_in_fan_out,
-            packed=packed[1],
+            packed=packed,
         )
-        x_shape, x_dtype = ctx.like_x
-        if x_dtype != dtype:
-            dx = dx.to(x_dtype)
-        if len(x_shape) != 2:
-            dx = dx.view(x_shape)
+        # In the compute dtype: autograd casts it to x's.
+        dx = dx.view(ctx.x_shape)
     elif need_a:
         # D = c dY B: no mask, only its 1/(1-p).
-        d = ops.direct_lora_shrink(dy, lora_b.t(), scale, None, dropout_p)
+        d = ops.lora_shrink(dy, lora_b.t(), scale, None, dropout_p)
     if need_a or need_b or need_bias:
-        da, db, dbias = ops.direct_lora_linear_dab(
+        da, db, dbias = ops.lora_linear_dab(
             dy,
             rows if need_a else None,
             s,
@@ -320,19 +255,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             ctx.bias_dtype if need_bias else None,
         )
     if need_w and rows is not None:
-        # The base is frozen in LoRA training; for whoever trains it too, the library's GEMM is
-        # the answer.
+        # LoRA freezes the base; where it trains too, the library's GEMM computes its gradient.
         dw = (rows.t() @ dy if fan_in_fan_out else dy.t() @ rows).to(weight.dtype)
-    return (
-        dx,
-        dw,
-        da if need_a else None,
-        db if need_b else None,
-        None,
-        dbias if need_bias else None,
-        None,
-        None,
-    )
+    da, db, dbias = da if need_a else None, db if need_b else None, dbias if need_bias else None
+    return (dx, dw, da, db, None, dbias, *[None] * 6)
 
 
 _backward_once = once_differentiable(_backward)
@@ -354,151 +280,7 @@ def result_of(x: Tensor, y: Tensor) -> Tensor:
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]])
 
 
-def scale_tensor(scale: float | Tensor, device: torch.device, compute: torch.dtype) -> Tensor:
-    """A scale as the operators take it: 0-d, on ``device``, without a gradient."""
-    dtype = torch.float64 if compute == torch.float64 else torch.float32
-    if not isinstance(scale, Tensor):
-        if device.type == "cpu" and not ops.is_observed():
-            return _cpu_scale(float(scale), dtype)
-        # full() is a fill on the device; tensor() would be a copy that waits for it.
-        return torch.full((), scale, dtype=dtype, device=device)
-    if scale.dim() != 0 or not scale.is_floating_point():
-        raise ValueError(
-            "scale must be a float or a 0-d floating tensor, "
-            f"not {scale.dtype} {tuple(scale.shape)}"
-        )
-    if scale.requires_grad:
-        raise ValueError(
-            "scale requires grad, and lora_linear has no gradient for it: pass scale.detach()"
-        )
-    if scale.dtype == dtype and scale.device == device:
-        return scale
-    return scale.to(device=device, dtype=dtype)
-
-
-@functools.lru_cache(maxsize=256)
-def _cpu_scale(value: float, dtype: torch.dtype) -> Tensor:
-    """Nobody gets it who would write to it."""
-    # One made in inference mode could not be saved for a backward later.
-    with torch.inference_mode(False):
-        return torch.full((), value, dtype=dtype, device="cpu")
-
-
 def draw_rng(device: torch.device) -> Tensor:
     """(seed, offset, 0, 0) by one draw of the device's generator: graphs advance it and
     checkpointing replays it."""
     return F.pad(torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device), (0, 2))
-
-
-def check_rng(rng: Tensor, device: torch.device) -> Tensor:
-    if rng.dtype != torch.int64 or rng.shape != (4,) or rng.device != device:
-        raise ValueError(
-            f"rng must be int64 [4] = (seed, offset, row0, col0) on {device}, "
-            f"not {rng.dtype} {tuple(rng.shape)} on {rng.device}"
-        )
-    return rng.contiguous()
-
-
-def _is_plain(tensor: Any, device: torch.device) -> bool:
-    return type(tensor) in ops.PLAIN and tensor.is_floating_point() and tensor.device == device
-
-
-def _check_operands(x: Any, weight: Any, lora_a: Any, lora_b: Any, bias: Any) -> None:
-    device = x.device if isinstance(x, Tensor) else None
-    operands = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
-    for name, tensor in (operands if bias is None else operands | {"bias": bias}).items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
-        check_local(name, tensor)
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating tensor, not {tensor.dtype}")
-        if tensor.device != device:
-            empty = tensor.is_meta and name.startswith("lora")
-            raise ValueError(
-                f"{name} is on {tensor.device}, x on {device}"
-                + ": it has no values; load them, or draw them by reset_lora_parameters()" * empty
-            )
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    fan_in_fan_out: bool,
-) -> torch.dtype:
-    """Raise on a wrong call, else return the compute dtype."""
-    # The usual case first: this is on the path of every call.
-    if not (
-        type(x) in ops.PLAIN
-        and _is_plain(weight, device := x.device)
-        and _is_plain(lora_a, device)
-        and _is_plain(lora_b, device)
-        and (bias is None or _is_plain(bias, device))
-        and x.is_floating_point()
-    ):
-        _check_operands(x, weight, lora_a, lora_b, bias)
-    if x.dim() < 1 or weight.dim() != 2 or lora_a.dim() != 2 or lora_b.dim() != 2:
-        raise ValueError(
-            "lora_linear wants x [..., K] and 2-D weight, lora_a, lora_b: "
-            + _shapes(x=x, weight=weight, lora_a=lora_a, lora_b=lora_b)
-        )
-    n, k = weight.shape[::-1] if fan_in_fan_out else weight.shape
-    r = lora_a.shape[0]
-    if x.shape[-1] != k or lora_a.shape[1] != k or lora_b.shape[0] != n or lora_b.shape[1] != r:
-        layout = "[K, N]" if fan_in_fan_out else "[N, K]"
-        raise ValueError(
-            f"x [..., K], weight {layout}, lora_a [r, K] and lora_b [N, r] do not fit: "
-            + _shapes(x=x, weight=weight, lora_a=lora_a, lora_b=lora_b)
-        )
-    if r == 0:
-        raise ValueError("the rank is 0: " + _shapes(lora_a=lora_a, lora_b=lora_b))
-    if bias is not None and bias.shape != (n,):
-        raise ValueError(f"bias must be [N] = [{n}], not {list(bias.shape)}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}")
-    return compute_dtype(x, weight)
-
-
-def is_dtensor(tensor: Tensor) -> bool:
-    """By name: the class lies in a package that takes a second to import."""
-    return type(tensor).__name__ == "DTensor"
-
-
-def is_foreign(tensor: Tensor) -> bool:
-    """Whether a library gave this tensor another meaning (quantised weights): its class knows
-    ``F.linear`` and none of our operators. Torch's own tracing and DTensor are no such library."""
-    kind = type(tensor)
-    return not (
-        kind in ops.PLAIN
-        or kind.__module__.startswith(
-            ("torch._subclasses", "torch._functorch", "torch.distributed")
-        )
-    )
-
-
-def check_local(name: str, tensor: Tensor) -> None:
-    if is_dtensor(tensor):
-        raise TypeError(
-            f"{name} is a DTensor, and LoRA is computed on local tensors: under fully_shard call "
-            "the layer inside the sharded model's forward, which gathers its parameters; for "
-            "tensor parallelism leave the adapted layers out of the plan, or pass each rank's own "
-            "part (to_local())"
-        )
-
-
-def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """Autocast's dtype where autocast is on, else the one that x and weight must share."""
-    if ops.autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    if x.dtype != weight.dtype:
-        raise TypeError(
-            f"x is {x.dtype} and weight is {weight.dtype}: cast one of them, or use autocast"
-        )
-    return x.dtype
-
-
-def _shapes(**tensors: Tensor) -> str:
-    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())

@@ -13,8 +13,9 @@ from torch import Tensor
 from ..spec.reference import tail_dtype
 from ..spec.segments import SegmentTable
 from . import ops
-from .linear import Packed, check_local, check_rng, compute_dtype, draw_rng, is_foreign, rows_of
-from .segmented_autograd import Call, SegmentedLinear, SegmentedLoRA
+from .checks import check_local, check_rng, compute_dtype, is_foreign
+from .linear import NOT_PACKED, Packed, draw_rng, rows_of
+from .segmented_autograd import Call, SegmentedLinear, SegmentedLoRA, linear_forward
 
 Stack = Tensor | Sequence[Tensor]
 
@@ -86,7 +87,7 @@ def segmented_lora(
         ops.segmented_lora_(_rows_of_out(out), rows, a, b, seg.tensors(), packed)
         return out
     if differentiable:
-        call = Call(seg.tensors(), packed, dropout_p, False, x.dtype, (None, None))
+        call = Call(seg.tensors(), packed, dropout_p, False, x.dtype, NOT_PACKED)
         y = SegmentedLoRA.apply(rows, rng, call, len(b), *a, *b)
     else:
         y, _ = ops.segmented_lora(rows, a, b, seg.tensors(), packed, rng, dropout_p)
@@ -106,7 +107,7 @@ def segmented_linear(
     training: bool = False,
     fan_in_fan_out: bool = False,
     rng: Tensor | None = None,
-    packed: Packed = (None, None),
+    packed: Packed = NOT_PACKED,
 ) -> Tensor:
     """``x W^T + bias`` and, for every row with an adapter, ``scale * (x A^T) B^T`` of its own, in
     one pass with one rounding: a linear layer of a batch that mixes adapters.
@@ -141,25 +142,33 @@ def segmented_linear(
     _check_base(x, weight, bias, sum(t.shape[1] for t in b), fan_in_fan_out)
     dtype = compute_dtype(x, weight)
     if weight.dtype != dtype:
-        packed = (None, None)
+        packed = NOT_PACKED
     rng, dropout_p = _dropout(rng, dropout_p if training else 0.0, x.device)
-    inputs = (x, weight, *a, *b, *([] if bias is None else [bias]))
-    if ops.records_gradients() and any(t.requires_grad for t in inputs):
-        call = Call(seg.tensors(), packed_slices, dropout_p, fan_in_fan_out, dtype, packed)
+    call = Call(seg.tensors(), packed_slices, dropout_p, fan_in_fan_out, dtype, packed)
+    return checked_segmented_linear(x, weight, bias, rng, call, a, b)
+
+
+def checked_segmented_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rng: Tensor | None,
+    call: Call,
+    a: list[Tensor],
+    b: list[Tensor],
+) -> Tensor:
+    """:func:`segmented_linear` of checked operands; with dropout and without ``rng`` it draws
+    one."""
+    if rng is None and call.dropout_p > 0.0:
+        rng = draw_rng(x.device)
+    if ops.records_gradients() and (
+        x.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or any(t.requires_grad for t in (*a, *b))
+    ):
         return SegmentedLinear.apply(x, weight, bias, rng, call, len(b), *a, *b)
-    y, _ = ops.segmented_linear_fwd(
-        rows_of(x, dtype),
-        weight.to(dtype),
-        a,
-        b,
-        seg.tensors(),
-        packed_slices,
-        bias,
-        rng,
-        dropout_p,
-        fan_in_fan_out,
-        packed[0],
-    )
+    y, _ = linear_forward(x, weight, bias, rng, call, a, b)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 

@@ -26,6 +26,32 @@ class Call(NamedTuple):
     packed: Packed
 
 
+def linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rng: Tensor | None,
+    call: Call,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """y [M, sum of N] and S [M, n, r_max]."""
+    found: tuple[Tensor, Tensor] = ops.segmented_linear_fwd(
+        rows_of(x, call.dtype),
+        weight if weight.dtype == call.dtype else weight.to(call.dtype),
+        a,
+        b,
+        call.table,
+        call.packed_slices,
+        bias,
+        rng,
+        call.dropout_p,
+        call.fan_in_fan_out,
+        call.packed[0],
+    )
+    return found
+
+
 class SegmentedLinear(torch.autograd.Function):
     """Forward and backward of one call. Saves x as it was given, S, the parameters and the table:
     a table that is refilled in place before the backward makes that raise."""
@@ -41,19 +67,8 @@ class SegmentedLinear(torch.autograd.Function):
         slices: int,
         *stacks: Tensor,
     ) -> Tensor:
-        y, s = ops.segmented_linear_fwd(
-            rows_of(x, call.dtype),
-            weight.to(call.dtype),
-            stacks[:-slices],
-            stacks[-slices:],
-            call.table,
-            call.packed_slices,
-            bias,
-            rng,
-            call.dropout_p,
-            call.fan_in_fan_out,
-            call.packed[0],
-        )
+        a, b = stacks[:-slices], stacks[-slices:]
+        y, s = linear_forward(x, weight, bias, rng, call, a, b)
         need = ctx.needs_input_grad[-len(stacks) :]
         ctx.need_a, ctx.need_b = any(need[:-slices]), any(need[-slices:])
         keeps_x = ctx.need_a or ctx.needs_input_grad[1]
@@ -62,7 +77,7 @@ class SegmentedLinear(torch.autograd.Function):
         )
         # The table is among the saved tensors.
         ctx.call, ctx.slices = call._replace(table=[]), slices
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.x_shape = x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         return result_of(x, y)
 
@@ -90,12 +105,13 @@ class SegmentedLinear(torch.autograd.Function):
                 call.fan_in_fan_out,
                 call.packed[1],
             )
-            dx = dx.to(ctx.x_dtype).view(ctx.x_shape)
+            # In the compute dtype: autograd casts it to x's.
+            dx = dx.view(ctx.x_shape)
         elif ctx.need_a:
             _, d = ops.segmented_lora_dx(dy, a, b, table, call.packed_slices, rng, call.dropout_p)
         gradients = _gradients_of_stacks(ctx, dy, rows, s, d, rng, table, a, b, call)
         if need_w and rows is not None:
-            # As in lora_linear: the base is frozen, or the library's GEMM is the answer.
+            # As in lora_linear: the library's GEMM, where the base trains too.
             dw = (rows.t() @ dy if call.fan_in_fan_out else dy.t() @ rows).to(weight.dtype)
         if need_bias:
             dbias = dy.sum(0, dtype=accumulate_dtype(dy.dtype)).to(ctx.bias_dtype)

@@ -8,7 +8,8 @@ changes values without moving ``Tensor._version``.
 
 PEFT's forward answers, and the reason is counted, where
 
-- an adapter is a variant (DoRA, aLoRA, ...), or not made of plain ``nn.Linear`` modules;
+- an adapter is a variant (aLoRA, ...), several are active and one is DoRA, or one is not made of
+  plain ``nn.Linear`` modules;
 - a hook, a parametrisation or a forward of its own stands on the base layer or a module of the
   adapter, or a global hook on all modules: they expect to be called (accelerate's hooks that only
   send inputs to the weight's device are seen through);
@@ -21,27 +22,29 @@ PEFT's forward answers, and the reason is counted, where
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from peft.tuners import lora
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..functional.linear import NOT_PACKED, Call, Packed, checked_lora_linear, scale_tensor
+from ..functional.checks import scale_tensor
+from ..functional.dora import dora_linear
+from ..functional.linear import Operands, checked_lora_linear
 from ..functional.ops import PLAIN, autocast_enabled
 from ..functional.segmented import segmented_linear
 from ..layers import replacing
 from ..layers.foreign import is_conv1d, is_dispatched, is_falcon_linear
-from ..layers.packed import PackedWeight, gathered_by_fsdp
+from ..layers.norms import DoRANorms
+from ..layers.packed import PackedWeight, Packing
 from ..models.foreign import offload_reason
-from ..spec.segments import SegmentTable
 from .peft_calls import Calls
+from .peft_operands import Adapter, Base, add, concatenated, stacked, table_of
 
 _DTYPES = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])
 _KNOWN_ARGUMENTS = frozenset(["adapter_names", "alora_offsets"])
@@ -50,30 +53,11 @@ _KNOWN_ARGUMENTS = frozenset(["adapter_names", "alora_offsets"])
 _NOTHING = ""
 
 
-class _Base(NamedTuple):
-    weight: Tensor
-    bias: Tensor | None
-    transposed: bool
-    # The compute dtype.
-    dtype: torch.dtype
-
-
-class _Adapter(NamedTuple):
-    name: str
-    a: Tensor
-    b: Tensor
-    bias: Tensor | None
-    scaling: float | Tensor
-    # 0.0 in evaluation mode.
-    dropout_p: float
-
-
-class FusedLinear(lora.Linear):
+class FusedLinear(Packing, lora.Linear):
     """``peft.tuners.lora.Linear`` on our kernels; made by :func:`swap`, never by a constructor."""
 
     kernel_calls: Calls
-    _packed: PackedWeight
-    _pack_weight: str
+    _norms: DoRANorms
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in_features] -> [..., out_features], as PEFT's layer."""
@@ -128,24 +112,50 @@ class FusedLinear(lora.Linear):
             adapters.append(adapter)
         if len(adapters) == 1:
             return self._fused(x, base, adapters[0])
+        if any(adapter.magnitude is not None for adapter in adapters):
+            return "several active adapters, one of which is DoRA"
         return self._fused_sum(x, base, adapters)
 
-    def _fused(self, x: Tensor, base: _Base, adapter: _Adapter) -> Tensor:
+    def _fused(self, x: Tensor, base: Base, adapter: Adapter) -> Tensor:
         bias = base.bias
         if adapter.bias is not None:
-            bias = _add(bias, adapter.bias * adapter.scaling)
+            bias = add(bias, adapter.bias * adapter.scaling)
         scale = scale_tensor(adapter.scaling, x.device, base.dtype)
-        call = Call(adapter.dropout_p, base.transposed, base.dtype, self._packed_copies(x, base))
-        return checked_lora_linear(x, base.weight, adapter.a, adapter.b, scale, bias, call)
+        if adapter.magnitude is not None:
+            return self._fused_dora(x, base, adapter, scale)
+        packed = self._packed_copies(base.weight, base.transposed, base.dtype)
+        operands = x, base.weight, adapter.a, adapter.b, scale, bias, None
+        options = adapter.dropout_p, base.transposed, base.dtype, *packed
+        return checked_lora_linear(Operands(*operands, *options))
 
-    def _fused_sum(self, x: Tensor, base: _Base, adapters: list[_Adapter]) -> Tensor:
+    def _fused_dora(self, x: Tensor, base: Base, adapter: Adapter, scale: Tensor) -> Tensor:
+        operands = base.weight, adapter.a, adapter.b
+        norm = self._norms.get(*operands, scale, base.transposed, training=self.training)
+        assert adapter.magnitude is not None
+        return dora_linear(
+            x,
+            *operands,
+            adapter.magnitude,
+            scale,
+            base.bias,
+            dropout_p=adapter.dropout_p,
+            training=True,
+            fan_in_fan_out=base.transposed,
+            norm=norm,
+        )
+
+    def drop_packed(self) -> None:
+        super().drop_packed()
+        self._norms.drop()
+
+    def _fused_sum(self, x: Tensor, base: Base, adapters: list[Adapter]) -> Tensor:
         # Adapters that see the same x are one adapter of the summed rank. Each mask makes an x of
         # its own, so of those with dropout one can be in the call; the others are PEFT's lines.
         together = [t for t in adapters if t.dropout_p == 0.0] or adapters[:1]
         apart = [t for t in adapters if t.dropout_p > 0.0 and t is not together[0]]
-        y = self._fused(x, base, _concatenated(together))
+        y = self._fused(x, base, concatenated(together))
         dtype = y.dtype
-        for name, _, _, _, scaling, _ in apart:
+        for name, _, _, _, scaling, *_ in apart:
             lora_a, lora_b = cast(Any, self.lora_A[name]), self.lora_B[name]
             rows = self._cast_input_dtype(x, lora_a.weight.dtype)
             y = y + lora_b(lora_a(self.lora_dropout[name](rows))) * scaling
@@ -172,11 +182,11 @@ class FusedLinear(lora.Linear):
                 return adapter
             if adapter.dropout_p > 0.0:
                 return "adapter_names with dropout in training mode"
-            if adapter.bias is not None:
-                return "adapter_names with lora_bias"
+            if adapter.bias is not None or adapter.magnitude is not None:
+                return "adapter_names with lora_bias or DoRA"
             adapters.append(adapter)
         slots = {name: slot for slot, name in enumerate(names)}
-        table = _table(
+        table = table_of(
             tuple([slots.get(name, -1) for name in adapter_names]),
             math.prod(x.shape[1:-1]),
             tuple([adapter.a.shape[0] for adapter in adapters]),
@@ -186,14 +196,14 @@ class FusedLinear(lora.Linear):
         return segmented_linear(
             x.to(base.dtype),
             base.weight,
-            *_stacked(adapters),
+            *stacked(adapters),
             table,
             base.bias,
             fan_in_fan_out=base.transposed,
-            packed=self._packed_copies(x, base),
+            packed=self._packed_copies(base.weight, base.transposed, base.dtype),
         )
 
-    def _base_operands(self, x: Tensor) -> _Base | str:
+    def _base_operands(self, x: Tensor) -> Base | str:
         """What the base layer computes with; or why its forward has to be called."""
         if type(x) not in PLAIN or x.is_nested or x.layout is not torch.strided:
             return "x is no plain tensor"
@@ -229,12 +239,18 @@ class FusedLinear(lora.Linear):
             return f"x is {dtype}, the base weight {weight.dtype}"
         if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[0 if transposed else 1]:
             return "shapes that do not fit"
-        return _Base(weight, bias, transposed, dtype)
+        return Base(weight, bias, transposed, dtype)
 
-    def _adapter_operands(self, name: str, x: Tensor, base: _Base) -> _Adapter | str:
+    def _adapter_operands(self, name: str, x: Tensor, base: Base) -> Adapter | str:
         """What the adapter ``name`` computes with; or why its modules have to be called."""
         variant = self.lora_variant.get(name)
-        if variant is not None:
+        magnitude: Any = None
+        if type(variant) is DoraLinearVariant:
+            held = self.lora_magnitude_vector[name]
+            magnitude = held.weight if _is_called_plainly(held) else None
+            if type(magnitude) not in PLAIN or magnitude.device != x.device:
+                return "a magnitude of DoRA that is no plain Parameter beside x, or has a hook"
+        elif variant is not None:
             return f"the adapter is a {type(variant).__name__}"
         # Past nn.Module.__getattr__, which costs more than the lookup.
         modules: dict[str, Any] = self._modules
@@ -286,56 +302,25 @@ class FusedLinear(lora.Linear):
         n, k = base.weight.shape[::-1] if base.transposed else base.weight.shape
         if a.shape[1] != k or b.shape[0] != n or a.shape[0] != b.shape[1] or not dropout_p < 1.0:
             return "shapes that do not fit, or dropout of everything"
-        return _Adapter(name, a, b, bias, scaling, dropout_p)
-
-    def _packed_copies(self, x: Tensor, base: _Base) -> Packed:
-        training = self.training
-        if self._pack_weight == "never" or (training and self._pack_weight == "eval"):
-            return NOT_PACKED
-        if gathered_by_fsdp(self):
-            self._packed.drop()
-            return NOT_PACKED
-        # A traced call would make its copy a constant of the graph.
-        if base.dtype != base.weight.dtype or torch.compiler.is_compiling():
-            return NOT_PACKED
-        packed = self._packed.get(base.weight, base.transposed)
-        if training and torch.is_grad_enabled():
-            return packed, self._packed.get(base.weight, base.transposed, for_dx=True)
-        return packed, None
+        if magnitude is not None and bias is not None:
+            return "DoRA with lora_bias"
+        return Adapter(name, a, b, bias, scaling, dropout_p, magnitude)
 
     # What PEFT writes into the base weight, it writes through .data, a small adapter perhaps in few
     # places: the packed copies go first. While merged none is made, so unmerging finds none.
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        self._packed.drop()
+        self.drop_packed()
         super().merge(*args, **kwargs)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         # PiSSA, OLoRA and their like take their adapter out of the weight.
-        self._packed.drop()
+        self.drop_packed()
         super().update_layer(*args, **kwargs)
 
     def set_base_weight(self, weight_data: Tensor) -> None:
-        self._packed.drop()
+        self.drop_packed()
         super().set_base_weight(weight_data)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLinear:
-        # They would hold the memory of the weight that is moved or cast.
-        self._packed.drop()
-        super()._apply(fn, recurse)
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # As in _apply; and a Parameter to which a weak reference exists cannot be swapped
-        # (torch.__future__.set_swap_module_params_on_conversion). The base layer's turn is next.
-        self._packed.drop()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> FusedLinear:
-        if mode and self._pack_weight == "eval":
-            self._packed.drop()
-        super().train(mode)
-        return self
 
     def _get_name(self) -> str:
         # What PEFT prints of it is known by heart to others' code.
@@ -378,7 +363,7 @@ def unsupported_reason(layer: Any) -> str | None:
 def _adapter_reason(layer: Any, name: str) -> str | None:
     """Why no call of one adapter could be fused, or None."""
     variant = layer.lora_variant.get(name)
-    if variant is not None:
+    if variant is not None and type(variant) is not DoraLinearVariant:
         return f"its adapter is a {type(variant).__name__}"
     for part in ("lora_A", "lora_B"):
         module = getattr(layer, part)[name]
@@ -392,17 +377,16 @@ def swap(layer: Any, calls: Calls, pack_weight: str) -> None:
     """Make ``layer``, for which :func:`unsupported_reason` is None, a :class:`FusedLinear`."""
     if not isinstance(layer, FusedLinear):
         layer.__class__ = FusedLinear
-        layer._packed = PackedWeight()
+        layer._packed, layer._norms = PackedWeight(), DoRANorms()
         _rebind(layer)
     layer.kernel_calls = calls
     if vars(layer).get("_pack_weight") != pack_weight:
-        layer._pack_weight = pack_weight
-        layer._packed.drop()
+        layer.pack_weight = pack_weight
 
 
 def restore(layer: Any) -> None:
     """Undo :func:`swap`."""
-    for name in ("kernel_calls", "_packed", "_pack_weight"):
+    for name in ("kernel_calls", "_packed", "_pack_weight", "_norms"):
         vars(layer).pop(name, None)
     layer.__class__ = lora.Linear
     _rebind(layer)
@@ -480,50 +464,3 @@ def _orientation(module: nn.Module) -> bool | str:
 
 _LINEAR_FORWARD = nn.Linear.forward
 _ORIENTATIONS: dict[type, tuple[Any, bool]] = {nn.Linear: (_LINEAR_FORWARD, False)}
-
-
-def _concatenated(adapters: list[_Adapter]) -> _Adapter:
-    """Adapters without dropout (or one with it) as one, whose rank is the sum of theirs."""
-    if len(adapters) == 1:
-        return adapters[0]
-    scaled = [t.b.to(torch.promote_types(t.b.dtype, torch.float32)) * t.scaling for t in adapters]
-    bias = None
-    for t in adapters:
-        if t.bias is not None:
-            bias = _add(bias, t.bias * t.scaling)
-    a, b = torch.cat([t.a for t in adapters]), torch.cat(scaled, dim=1)
-    return _Adapter("", a, b, bias, 1.0, 0.0)
-
-
-def _add(bias: Tensor | None, other: Tensor) -> Tensor:
-    return other if bias is None else bias + other
-
-
-@functools.lru_cache(maxsize=64)
-def _table(
-    slots: tuple[int, ...],
-    rows: int,
-    ranks: tuple[int, ...],
-    scales: tuple[float, ...],
-    device: torch.device,
-) -> SegmentTable:
-    """The table of a batch whose sequence i has ``rows`` rows of slot ``slots[i]``: one for all
-    layers with the same ranks and scales."""
-    # One made in inference mode could not be saved for a backward later. The numbers become tensors
-    # on a CPU first, whatever the default device is.
-    with torch.inference_mode(False), torch.device("cpu"):
-        lengths = [rows] * len(slots)
-        return SegmentTable.from_lengths(slots, lengths, ranks, scales, device=device)
-
-
-def _stacked(adapters: list[_Adapter]) -> tuple[Tensor, Tensor]:
-    """A [S, r_max, K] and B [S, N, r_max], made in every call, see the module's docstring."""
-    if len(adapters) == 1:
-        return adapters[0].a.unsqueeze(0), adapters[0].b.unsqueeze(0)
-    a, b = [t.a for t in adapters], [t.b for t in adapters]
-    if any(t.dtype != a[0].dtype for t in a):
-        a, b = [t.float() for t in a], [t.float() for t in b]
-    rank = max(t.shape[0] for t in a)
-    a = [t if t.shape[0] == rank else F.pad(t, (0, 0, 0, rank - t.shape[0])) for t in a]
-    b = [t if t.shape[1] == rank else F.pad(t, (0, rank - t.shape[1])) for t in b]
-    return torch.stack(a), torch.stack(b)

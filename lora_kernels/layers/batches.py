@@ -108,6 +108,7 @@ class Batch:
         self._adapters = adapters
         self._slots, self._max_rank = slots, max_rank
         self._entries = torch.as_tensor(slot_of_entry, dtype=torch.int64)
+        self._count = self._entries.shape[0]
         self._by_row = by_row
         self._examples = None if examples is None else torch.tensor(examples)
         self._kinds: dict[Any, _Kind] = {}
@@ -116,7 +117,7 @@ class Batch:
 
     def check_sequences(self, count: int) -> None:
         """Raise ValueError if a call of ``count`` sequences does not fit."""
-        entries = len(self._entries)
+        entries = self._count
         if not self._by_row and count != 0 and (entries == 0 or count % entries):
             raise ValueError(
                 f"the model was called with a batch of {count}, which is no multiple of the "
@@ -136,9 +137,9 @@ class Batch:
         rows = math.prod(shape)
         if not self._by_row:
             self.check_sequences(shape[0] if shape else 1)
-        elif rows != len(self._entries):
+        elif rows != self._count:
             raise ValueError(
-                f"{path}: the input has {rows} rows, and store.batch was given {len(self._entries)}"
+                f"{path}: the input has {rows} rows, and store.batch was given {self._count}"
             )
         if path not in self._kind_of_layer:
             self._kind_of_layer[path] = self._kind(path)
@@ -180,8 +181,8 @@ class Batch:
         # What a layer keeps for its backward must be no inference tensor, whoever ran first.
         with torch.inference_mode(False):
             entries, logical = self._entries, None
-            if not self._by_row and len(entries):
-                each = rows // len(entries)
+            if not self._by_row and self._count:
+                each = rows // self._count
                 entries = entries.repeat_interleave(each)
                 if self._examples is not None:
                     logical = (self._examples[:, None] * each + torch.arange(each)).flatten()
@@ -256,13 +257,15 @@ def _seen() -> tuple[list[_Entry], bool]:
 
 
 def _batch_of(owner: Owner, entries: list[_Entry]) -> Batch | None:
-    entry = next((entry for entry in entries if entry.owner is owner), None)
-    if entry is not None and entry.batch is None:
-        raise RuntimeError(
-            "the batch in which this task was started has ended: enter store.batch(...) in the "
-            "task itself, store.batch([None]) for the base model"
-        )
-    return None if entry is None else entry.batch
+    for entry in entries:
+        if entry.owner is owner:
+            if entry.batch is None:
+                raise RuntimeError(
+                    "the batch in which this task was started has ended: enter store.batch(...) in "
+                    "the task itself, store.batch([None]) for the base model"
+                )
+            return entry.batch
+    return None
 
 
 class bind:

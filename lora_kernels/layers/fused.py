@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional.linear import lora_linear
-from ..functional.ops import without_autocast
+from ..functional.checks import check, scale_tensor
+from ..functional.dora import dora_linear, dora_norm
+from ..functional.linear import Operands, checked_lora_linear, lora_linear
+from ..functional.ops import PLAIN, without_autocast
 from .foreign import carry_dispatch_hook
 from .merging import MergeableLinear, Plain
+from .norms import DoRANorms
+from .packed import check_pack_weight
 from .replacing import share_hooks, share_linear, unsupported_reason
 
 
@@ -54,6 +58,9 @@ class FusedLoRALinear(MergeableLinear):
         init_lora_weights: True: A Kaiming-uniform and B zero, so that the layer starts as its base;
             "gaussian": A normal with deviation 1/r and B zero; False: both Kaiming-uniform, for
             tests.
+        use_dora: DoRA (Liu et al., arXiv:2402.09353): ``lora_magnitude_vector`` [out] trains the
+            lengths of the rows of ``W + scaling * B A``, see
+            :func:`lora_kernels.functional.dora.dora_linear`.
         autocast_adapter_dtype: keep the adapter in float32 on a half-precision base (PEFT's
             default). The compute dtype is x's in any case, see :func:`lora_kernels.lora_linear`.
         pack_weight: when a frozen float32 or bfloat16 ``weight`` on a CPU is kept a second time, in
@@ -76,6 +83,8 @@ class FusedLoRALinear(MergeableLinear):
     """
 
     fan_in_fan_out: bool
+    use_dora = False
+    lora_magnitude_vector: nn.Parameter
     _scale: Tensor
     # What stood here before.
     _plain = Plain(nn.Linear, {})
@@ -91,18 +100,26 @@ class FusedLoRALinear(MergeableLinear):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
+        use_dora: bool = False,
         autocast_adapter_dtype: bool = True,
         pack_weight: str = "eval",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_lora_arguments(r, lora_alpha, lora_dropout, init_lora_weights)
+        check_pack_weight(pack_weight)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.fan_in_fan_out = False
         self._add_lora(
-            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, autocast_adapter_dtype
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            use_dora=use_dora,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            pack_weight=pack_weight,
         )
-        self.pack_weight = pack_weight
 
     @classmethod
     def from_linear(
@@ -113,11 +130,10 @@ class FusedLoRALinear(MergeableLinear):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
-        autocast_adapter_dtype: bool = True,
-        pack_weight: str = "eval",
+        **options: Any,
     ) -> FusedLoRALinear:
         """Wrap an ``nn.Linear`` or transformers' ``Conv1D``: the new layer holds the same Parameter
-        objects, frozen.
+        objects, frozen. The arguments are the class's.
 
         Hooks, ``training`` and the device come along; nothing is copied and no forward of
         ``module`` changes.
@@ -136,10 +152,7 @@ class FusedLoRALinear(MergeableLinear):
         nn.Module.__init__(self)
         share_linear(self, module)
         self._plain = Plain.of(module)
-        self._add_lora(
-            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, autocast_adapter_dtype
-        )
-        self.pack_weight = pack_weight
+        self._add_lora(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, **options)
         carry_dispatch_hook(module, self)
         self.train(module.training)
         return self
@@ -151,7 +164,9 @@ class FusedLoRALinear(MergeableLinear):
         lora_dropout: float,
         use_rslora: bool,
         init_lora_weights: bool | str,
-        autocast_adapter_dtype: bool,
+        use_dora: bool = False,
+        autocast_adapter_dtype: bool = True,
+        pack_weight: str = "eval",
     ) -> None:
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -160,15 +175,20 @@ class FusedLoRALinear(MergeableLinear):
         self.lora_alpha = lora_alpha
         self.lora_dropout = lora_dropout
         self.use_rslora = use_rslora
-        self.init_lora_weights = init_lora_weights
+        self.init_lora_weights, self.use_dora = init_lora_weights, use_dora
         self.merged = False
         self._base = ()
         self._init_packing()
+        self.pack_weight = pack_weight
         device, dtype = self.weight.device, self.weight.dtype
         if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16):
             dtype = torch.float32
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
+        for name, shape in zip(("lora_A", "lora_B"), self._adapter_shapes(), strict=True):
+            setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        if use_dora:
+            m = torch.empty(self.out_features, device=device, dtype=dtype)
+            self.lora_magnitude_vector = nn.Parameter(m)
+            self._norms = DoRANorms()
         self._scaling = default_scaling(lora_alpha, r, use_rslora)
         # A tensor, so that changing it recompiles nothing and reaches captured graphs; not part of
         # any state_dict.
@@ -192,7 +212,7 @@ class FusedLoRALinear(MergeableLinear):
             raise RuntimeError("merge(keep_base=False) removed the adapter of this layer")
         self._check_writable("draw an adapter", "lora_A", "lora_B")
         if self.lora_A.is_meta and not self.weight.is_meta:
-            for name in ("lora_A", "lora_B"):
+            for name in self._adapter_names():
                 held = self._parameters[name]
                 assert held is not None
                 values = torch.empty_like(held, device=self.weight.device)
@@ -206,15 +226,49 @@ class FusedLoRALinear(MergeableLinear):
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
         else:
             nn.init.zeros_(self.lora_B)
+        if self.use_dora and not self.weight.is_meta:
+            # So that the layer starts as W + s B A.
+            norm = dora_norm(
+                self._pristine(), self.lora_A, self.lora_B, self._scale, self.fan_in_fan_out
+            )
+            with torch.no_grad():
+                self.lora_magnitude_vector.copy_(norm)
+
+    def _adapter_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (self.r, self.in_features), (self.out_features, self.r)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [r, in_features] and B [out_features, r] as the operator takes them."""
+        _, _, a, b = self._tensors()
+        return a, b
+
+    def _adapter_names(self) -> list[str]:
+        return ["lora_A", "lora_B"] + ["lora_magnitude_vector"] * self.use_dora
+
+    def drop_packed(self) -> None:
+        super().drop_packed()
+        if "_norms" in self.__dict__:
+            self._norms.drop()
+
+    def _pristine(self) -> Tensor:
+        """The weight without the adapter."""
+        return self._base[0] if self._base else self.weight
 
     def set_lora(
-        self, lora_a: Tensor, lora_b: Tensor, *, lora_alpha: float, use_rslora: bool = False
+        self,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        magnitude: Tensor | None = None,
+        *,
+        lora_alpha: float,
+        use_rslora: bool = False,
     ) -> None:
         """Copy another adapter of the same rank into this layer, ``scaling`` included; a merged
         layer merges it.
 
         Raises:
-            ValueError: ``lora_a`` is not [r, in_features] or ``lora_b`` not [out_features, r].
+            ValueError: ``lora_a`` is not [r, in_features] or ``lora_b`` not [out_features, r]; or
+                ``magnitude`` is missing with ``use_dora``, or not [out_features].
         """
         if self.lora_A is None or self.lora_B is None:
             raise RuntimeError("merge(keep_base=False) removed the adapter of this layer")
@@ -223,16 +277,19 @@ class FusedLoRALinear(MergeableLinear):
                 f"lora_a {list(lora_a.shape)} and lora_b {list(lora_b.shape)} do not fit this "
                 f"layer's {list(self.lora_A.shape)} and {list(self.lora_B.shape)}"
             )
-        self._check_writable("set an adapter", "lora_A", "lora_B")
-        self._with_pristine_weight(lambda: self._set_lora(lora_a, lora_b, lora_alpha, use_rslora))
+        expected = (self.out_features,) if self.use_dora else None
+        if (None if magnitude is None else tuple(magnitude.shape)) != expected:
+            given = "none" if magnitude is None else f"one {list(magnitude.shape)}"
+            wanted = f"one [{self.out_features}]" if self.use_dora else "none: use_dora is False"
+            raise ValueError(f"this layer wants a magnitude, {wanted}; there is {given}")
+        tensors = [lora_a, lora_b] + [magnitude] * self.use_dora
+        self._check_writable("set an adapter", *self._adapter_names())
+        self._with_pristine_weight(lambda: self._set_lora(tensors, lora_alpha, use_rslora))
 
     @torch.no_grad()
-    def _set_lora(
-        self, lora_a: Tensor, lora_b: Tensor, lora_alpha: float, use_rslora: bool
-    ) -> None:
-        assert self.lora_A is not None and self.lora_B is not None
-        self.lora_A.copy_(lora_a)
-        self.lora_B.copy_(lora_b)
+    def _set_lora(self, tensors: list[Any], lora_alpha: float, use_rslora: bool) -> None:
+        for name, tensor in zip(self._adapter_names(), tensors, strict=True):
+            getattr(self, name).copy_(tensor)
         self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
         self._set_scaling(default_scaling(lora_alpha, self.r, use_rslora))
 
@@ -264,18 +321,38 @@ class FusedLoRALinear(MergeableLinear):
         return self._adapted_forward(input)
 
     def _adapted_forward(self, input: Tensor) -> Tensor:
-        assert self.lora_A is not None and self.lora_B is not None
-        return lora_linear(
+        (weight, bias, a, b), kn = self._tensors(), self.fan_in_fan_out
+        scale: Any = self._buffers["_scale"]
+        if self.use_dora:
+            return self._dora_forward(input)
+        p = self.lora_dropout if self.training else 0.0
+        if type(input) not in PLAIN or type(weight) not in PLAIN:
+            options: Any = {"training": self.training, "fan_in_fan_out": kn}
+            return lora_linear(input, weight, a, b, scale, bias, dropout_p=p, **options)
+        dtype = check(input, weight, a, b, bias, p, kn)
+        if dtype == torch.float64 or scale.device != input.device:
+            scale = scale_tensor(scale, input.device, dtype)
+        packed = self._packed_copies(weight, kn, dtype)
+        return checked_lora_linear(
+            Operands(input, weight, a, b, scale, bias, None, p, kn, dtype, *packed)
+        )
+
+    def _dora_forward(self, input: Tensor) -> Tensor:
+        (weight, bias, a, b), kn = self._tensors(), self.fan_in_fan_out
+        check(input, weight, a, b, bias, self.lora_dropout, kn)
+        norm = self._norms.get(weight, a, b, self._scale, kn, training=self.training)
+        return dora_linear(
             input,
-            self.weight,
-            self.lora_A,
-            self.lora_B,
+            weight,
+            a,
+            b,
+            self.lora_magnitude_vector,
             self._scale,
-            self.bias,
+            bias,
             dropout_p=self.lora_dropout,
             training=self.training,
-            fan_in_fan_out=self.fan_in_fan_out,
-            packed=self._packed_copies(input),
+            fan_in_fan_out=kn,
+            norm=norm,
         )
 
     def warmup_call(
@@ -286,14 +363,22 @@ class FusedLoRALinear(MergeableLinear):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """``scaling * B A`` in the weight's own orientation, in float32 (float64 for a float64
-        weight)."""
+        """What merging adds to the weight: ``scaling * B A`` in the weight's own orientation, in
+        float32 (float64 for a float64 weight); with ``use_dora`` what ``W + scaling * B A`` with
+        rows of the trained lengths differs by from W."""
         if self.lora_A is None or self.lora_B is None:
             raise RuntimeError("merge(keep_base=False) removed the adapter of this layer")
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         # Merging under autocast must not round the factors.
         with without_autocast(self.weight.device.type):
-            delta = (self.lora_B.to(dtype) @ self.lora_A.to(dtype)).mul_(self._scaling)
+            a, b = self.factors()
+            delta = (b.to(dtype) @ a.to(dtype)).mul_(self._scaling)
+            if self.use_dora:
+                w, kn = self._pristine(), self.fan_in_fan_out
+                norm = dora_norm(w, self.lora_A, self.lora_B, self._scale, kn)
+                base = (w.t() if kn else w).to(dtype)
+                ratio = self.lora_magnitude_vector.to(dtype) / norm.to(dtype)
+                delta = delta.add_(base).mul_(ratio[:, None]).sub_(base)
         return delta.t() if self.fan_in_fan_out else delta
 
     def to_linear(self) -> nn.Module:
@@ -303,7 +388,7 @@ class FusedLoRALinear(MergeableLinear):
         Raises:
             RuntimeError: as for :meth:`merge`.
         """
-        names = ["weight"] if self.lora_A is None else ["weight", "lora_A", "lora_B"]
+        names = ["weight"] + self._adapter_names() * (self.lora_A is not None)
         self._check_writable("make a plain linear", *names)
         kind, attributes = self._plain
         plain = kind.__new__(kind)
@@ -322,7 +407,6 @@ class FusedLoRALinear(MergeableLinear):
     def _apply_to_pristine(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
         scale = self._scale
         was_meta = self.lora_A is not None and self.lora_A.is_meta
-        self.drop_packed()
         super()._apply(fn, recurse)
         # .half() must not round the scale, to_empty() must not lose it.
         self._keep_scale(scale)
@@ -338,7 +422,6 @@ class FusedLoRALinear(MergeableLinear):
             self._scale = self._new_scale()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.drop_packed()
         self._with_pristine_weight(lambda: self._load_pristine(*args, **kwargs))
 
     def _load_pristine(self, *args: Any, **kwargs: Any) -> None:
@@ -352,6 +435,8 @@ class FusedLoRALinear(MergeableLinear):
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}"
         text += f", scaling={self.scaling:g}"
+        if self.use_dora:
+            text += ", use_dora=True"
         if self.lora_dropout:
             text += f", lora_dropout={self.lora_dropout}"
         if self.fan_in_fan_out:

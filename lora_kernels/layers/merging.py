@@ -91,13 +91,16 @@ class MergeableLinear(PackedLinear):
     def delta_weight(self) -> Tensor:
         raise NotImplementedError
 
+    def _adapter_names(self) -> list[str]:
+        return ["lora_A", "lora_B"]
+
     def _adapted_forward(self, input: Tensor) -> Tensor:
         raise NotImplementedError
 
     def merge_obstacle(self) -> str | None:
         """Why :meth:`merge`, :meth:`unmerge` and :meth:`to_linear` cannot be done now (offloaded,
         pruned, parametrised), with the remedy; or None if they can."""
-        return write_obstacle(self, ("weight", "lora_A", "lora_B"))
+        return write_obstacle(self, ("weight", *self._adapter_names()))
 
     def _check_writable(self, action: str, *names: str) -> None:
         obstacle = write_obstacle(self, names)
@@ -117,7 +120,7 @@ class MergeableLinear(PackedLinear):
                 accelerate, pruned, parametrised. The message says what to do.
         """
         if not self.merged or (not keep_base and self._base):
-            self._check_writable("merge the adapter", "weight", "lora_A", "lora_B")
+            self._check_writable("merge the adapter", "weight", *self._adapter_names())
         if not self.merged:
             delta = self.delta_weight()
             base = self._own_weight()
@@ -128,7 +131,8 @@ class MergeableLinear(PackedLinear):
             self.drop_packed()
         if not keep_base and self._base:
             self._base = ()
-            self.lora_A = self.lora_B = None
+            for name in self._adapter_names():
+                setattr(self, name, None)
 
     def _own_weight(self) -> nn.Parameter:
         weight = self.weight
@@ -193,8 +197,6 @@ class MergeableLinear(PackedLinear):
         ``keep_base=False`` stays)."""
         if mode and self._base:
             self.unmerge()
-        if mode and self._pack_weight == "eval":
-            self.drop_packed()
         super().train(mode)
         return self
 

@@ -11,8 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import ops
-from ..functional.linear import is_foreign
-from ..functional.segmented import segmented_expand, segmented_linear, segmented_lora
+from ..functional.checks import compute_dtype, is_foreign
+from ..functional.segmented import (
+    checked_segmented_linear,
+    segmented_expand,
+    segmented_linear,
+    segmented_lora,
+)
+from ..functional.segmented_autograd import Call
 from ..spec.reference import tail_dtype
 from ..spec.segments import SegmentTable
 from .batches import Owner, active_batch
@@ -63,7 +69,7 @@ class SlottedLayer(nn.Module):
 
     def _table(self, shape: torch.Size, device: torch.device) -> tuple[SegmentTable, float] | None:
         """The rows' table and the adapters' dropout; None: the base model."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             # Compiled code asks at every call: a table that was traced would stay. (No decorator:
             # that would import the compiler with this package.)
             return torch.compiler.disable(SlottedLayer._find_table)(self, shape, device)
@@ -194,33 +200,42 @@ class MultiLoRALinear(SlottedLayer, PackedLinear):
         return self.weight.new_zeros(rows, self.in_features, dtype=dtype)
 
     def _adapted(self, input: Tensor, table: SegmentTable, dropout_p: float) -> Tensor:
-        return segmented_linear(
-            input,
-            self.weight,
-            self.lora_A,
-            self.lora_B,
-            table,
-            self.bias,
-            dropout_p=dropout_p,
-            training=self.training,
-            fan_in_fan_out=self.fan_in_fan_out,
-            packed=self._packed_copies(input),
+        (weight, bias, a, b), kn = self._tensors(), self.fan_in_fan_out
+        if not self._fits(input, weight, bias, a, b, table):
+            # It says what does not fit, or takes what is no plain tensor.
+            options: Any = {"dropout_p": dropout_p, "training": True, "fan_in_fan_out": kn}
+            return segmented_linear(input, weight, a, b, table, bias, **options)
+        dtype = compute_dtype(input, weight)
+        packed = self._packed_copies(weight, kn, dtype)
+        call = Call(table.tensors(), 0, dropout_p, kn, dtype, packed)
+        return checked_segmented_linear(input, weight, bias, None, call, [a], [b])
+
+    def _fits(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        table: SegmentTable,
+    ) -> bool:
+        """Whether x and the layer's own tensors fit. The rows of the table are those of x, for
+        which the batch made it."""
+        n, k, (slots, r) = self.out_features, self.in_features, a.shape[:2]
+        return (
+            type(x) in ops.PLAIN
+            and type(weight) in ops.PLAIN
+            and x.device == weight.device == a.device == b.device == table.slot_of_row.device
+            and x.is_floating_point()
+            and x.dim() > 0
+            and x.shape[-1] == k
+            and weight.shape == ((k, n) if self.fan_in_fan_out else (n, k))
+            and a.shape == (slots, r, k)
+            and b.shape == (slots, n, r)
+            and table.rank_of_slot.shape[0] == slots
+            and table.max_rank <= r
+            and (bias is None or (bias.device == x.device and bias.shape == (n,)))
         )
-
-    def train(self, mode: bool = True) -> MultiLoRALinear:
-        if mode and self._pack_weight == "eval":
-            self.drop_packed()
-        super().train(mode)
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiLoRALinear:
-        self.drop_packed()
-        super()._apply(fn, recurse)
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.drop_packed()
-        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, slots={self.lora_A.shape[0]}"

@@ -1,18 +1,23 @@
-"""A frozen weight in the layout of the CPU's kernels: packed once, dropped when it has changed; and
-the linear layer that keeps it."""
+"""A frozen weight in the layout of the CPU's kernels: packed once, dropped when it has changed; the
+one policy of the layers that keep such copies, and the linear layer that computes with one."""
 
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends import cpu
-from ..functional.linear import Packed, packed_linear
-from ..functional.ops import PLAIN, autocast_enabled, is_transformed
+from ..functional.linear import NOT_PACKED, Packed, packed_linear
+from ..functional.ops import PLAIN, autocast_enabled, is_observed
+
+_Layer = TypeVar("_Layer", bound="Packing")
+
+_FSDP = "_is_fsdp_managed_module"
 
 PACK_WEIGHT = ("eval", "always", "never")
 
@@ -46,10 +51,6 @@ class PackedWeight:
         """The packed weight, made now if there is none that holds; None where it cannot be packed:
         not on a CPU with native kernels, not float32 or bfloat16, not frozen, or no plain tensor
         (fake, sharded, being traced)."""
-        if not _is_plain(weight) or weight.requires_grad or not cpu.packs(weight):
-            # Copies of what it was before would never be read.
-            self.drop()
-            return None
         held = self._copies.get(for_dx)
         if (
             held is not None
@@ -57,9 +58,14 @@ class PackedWeight:
             and held.data_ptr == weight.data_ptr()
             and held.version == weight._version
             and held.fan_in_fan_out == fan_in_fan_out
+            and not weight.requires_grad
             and torch.ops.lora_kernels_cpu.is_packed(held.operand, held.panels)
         ):
             return held.panels
+        if not _is_plain(weight) or weight.requires_grad or not cpu.packs(weight):
+            # Copies of what it was before would never be read.
+            self.drop()
+            return None
         # Gone before its successor comes, not after.
         held = None
         self._copies.pop(for_dx, None)
@@ -101,7 +107,7 @@ def gathered_by_fsdp(module: nn.Module) -> bool:
 
     FSDP1 and FSDP2 leave this mark on every module they manage.
     """
-    return "_is_fsdp_managed_module" in module.__dict__
+    return _FSDP in module.__dict__
 
 
 def _is_plain(weight: Tensor) -> bool:
@@ -114,14 +120,15 @@ def check_pack_weight(value: str) -> None:
         raise ValueError(f"pack_weight must be one of {', '.join(PACK_WEIGHT)}, not {value!r}")
 
 
-class PackedLinear(nn.Linear):
-    """A linear layer with a frozen weight, and packed copies of it while ``pack_weight`` allows.
+class Packing(nn.Module):
+    """A layer that keeps packed copies of its frozen weight while ``pack_weight`` allows: when they
+    are made and dropped.
 
-    A subclass sets ``fan_in_fan_out`` (the weight is stored as [in, out]) and calls
-    :meth:`_init_packing`.
+    A subclass calls :meth:`_init_packing`, and :meth:`drop_packed` where it changes the weight.
     """
 
-    fan_in_fan_out: bool
+    _packed: PackedWeight
+    _pack_weight: str
 
     def _init_packing(self) -> None:
         self._pack_weight = "eval"
@@ -141,44 +148,76 @@ class PackedLinear(nn.Linear):
     def drop_packed(self) -> None:
         """Forget the packed copies of the weight; the next call that wants one makes it anew.
 
-        For whoever writes to ``weight`` in a way that leaves no trace, such as through
+        For code that writes to ``weight`` in a way that leaves no trace, such as through
         ``weight.data`` at a few places.
         """
         if "_packed" in self.__dict__:
             self._packed.drop()
 
-    def _packed_copies(self, input: Tensor) -> Packed:
-        wanted = self._pack_weight == "always" or (
-            self._pack_weight == "eval" and not self.training
-        )
-        compiling = torch.compiler.is_compiling()
-        if compiling:
+    def _packed_copies(self, weight: Tensor, fan_in_fan_out: bool, dtype: torch.dtype) -> Packed:
+        """Of ``weight``, for the forward and for dX of a call that computes in ``dtype``."""
+        observed = is_observed()
+        if observed and torch.compiler.is_compiling():
             self._note_trace()
         else:
             self._packed.called = True
-        if wanted and gathered_by_fsdp(self):
-            self.drop_packed()
-            return None, None
+        policy, training = self._pack_weight, self.training
+        if policy == "never" or (training and policy == "eval"):
+            return NOT_PACKED
+        if _FSDP in self.__dict__:
+            self._packed.drop()
+            return NOT_PACKED
         # A traced call would make its copy a constant of the graph.
-        traced = compiling or torch.jit.is_tracing() or is_transformed()
-        if not wanted or traced or type(input) not in PLAIN:
-            return None, None
-        device_type = input.device.type
-        cast = autocast_enabled(device_type)
-        dtype = torch.get_autocast_dtype(device_type) if cast else input.dtype
-        if dtype != self.weight.dtype:
-            return None, None
-        packed = self._packed.get(self.weight, self.fan_in_fan_out)
-        packed_dx = None
-        if self.training and torch.is_grad_enabled():
-            packed_dx = self._packed.get(self.weight, self.fan_in_fan_out, for_dx=True)
-        return packed, packed_dx
+        if observed or dtype != weight.dtype:
+            return NOT_PACKED
+        packed = self._packed.get(weight, fan_in_fan_out)
+        if training and torch.is_grad_enabled():
+            return packed, self._packed.get(weight, fan_in_fan_out, for_dx=True)
+        return packed, None
 
     def _note_trace(self) -> None:
         self._packed.traced = True
 
     # Dynamo runs it while it traces and puts nothing of it into the graph.
     _note_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def train(self: _Layer, mode: bool = True) -> _Layer:
+        if mode and self._pack_weight == "eval":
+            self.drop_packed()
+        super().train(mode)
+        return self
+
+    def _apply(self: _Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
+        # They would hold the memory of the weight that is moved or cast.
+        self.drop_packed()
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # As in _apply; and a Parameter to which a weak reference exists cannot be swapped
+        # (torch.__future__.set_swap_module_params_on_conversion).
+        self.drop_packed()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class PackedLinear(Packing, nn.Linear):
+    """A linear layer with a frozen weight and packed copies of it.
+
+    A subclass sets ``fan_in_fan_out`` (the weight is stored as [in, out]).
+    """
+
+    fan_in_fan_out: bool
+
+    def _tensors(self) -> tuple[Any, Any, Any, Any]:
+        """weight, bias, ``lora_A`` and ``lora_B``."""
+        held = self._parameters
+        try:
+            # Past nn.Module.__getattr__, which costs more than the lookup.
+            return held["weight"], held["bias"], held["lora_A"], held["lora_B"]
+        except KeyError:
+            # One is no Parameter: parametrised, pruned, or gathered by FSDP.
+            layer: Any = self
+            return layer.weight, layer.bias, layer.lora_A, layer.lora_B
 
     def reached(self) -> tuple[bool, bool]:
         """Whether a call computed with this layer, and whether a compiler traced one: its code may
@@ -187,13 +226,16 @@ class PackedLinear(nn.Linear):
 
     def _base_forward(self, input: Tensor) -> Tensor:
         """``x W^T + bias`` with the weight as it is."""
+        weight, kn = self.weight, self.fan_in_fan_out
         differentiable = torch.is_grad_enabled() and (
             input.requires_grad or (self.bias is not None and self.bias.requires_grad)
         )
         # A wrong call is left to F.linear and its message.
         fits = input.dim() > 0 and input.shape[-1] == self.in_features
-        if fits and not differentiable and input.device == self.weight.device:
-            packed, _ = self._packed_copies(input)
-            if packed is not None:
-                return packed_linear(input, self.weight, self.bias, self.fan_in_fan_out, packed)
-        return F.linear(input, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
+        if fits and not differentiable and input.device == weight.device:
+            kind = input.device.type
+            dtype = torch.get_autocast_dtype(kind) if autocast_enabled(kind) else input.dtype
+            packed, _ = self._packed_copies(weight, kn, dtype)
+            if packed is not None and type(input) in PLAIN:
+                return packed_linear(input, weight, self.bias, kn, packed)
+        return F.linear(input, weight.t() if kn else weight, self.bias)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..functional.linear import is_foreign
+from ..functional.checks import is_foreign
 from .foreign import is_conv1d, is_dispatched, is_falcon_linear
 from .packed import PackedLinear
 

@@ -241,7 +241,8 @@ def _set_trainable(
 ) -> None:
     model.requires_grad_(False)
     for layer in layers:
-        trained = [layer.lora_A, layer.lora_B] + [layer.bias] * (config.bias == "lora_only")
+        trained = [getattr(layer, name) for name in layer._adapter_names()]
+        trained += [layer.bias] * (config.bias == "lora_only")
         for parameter in trained:
             if parameter is not None:
                 parameter.requires_grad_(True)

@@ -9,7 +9,7 @@ import os
 import re
 import uuid
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..functional.linear import is_dtensor
+from ..functional.checks import is_dtensor
 from ..layers.fused import FusedLoRALinear
 from ..layers.merging import write_obstacle
 from .apply import (
@@ -32,9 +32,10 @@ from .apply import (
     warn_of_lost_layers,
 )
 from .config import LoRAConfig, exact_patterns
-from .foreign import stored_value
+from .foreign import stored_value, taken_for_experts
 from .on_disk import (
     CONFIG_NAME,
+    MAGNITUDE,
     PREFIX,
     WEIGHTS_NAME,
     Layer,
@@ -45,13 +46,6 @@ from .on_disk import (
 )
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-
-# Names of layers that PEFT takes for experts, by transformers' name of the kind of mixture: before
-# transformers 5 the experts' own layers were called so.
-EXPERT_NAMES = {
-    "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
-    "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
-}
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -145,7 +139,15 @@ def load_adapter(
             raise ValueError(
                 f"merge_adapter(model, keep_base=False) removed the adapter of {first_few(removed)}"
             )
-        wanted = {n: Layer(m.r, m.in_features, m.out_features) for n, m in layers.items()}
+        wanted = {
+            n: Layer(m.r, m.in_features, m.out_features, use_dora=m.use_dora)
+            for n, m in layers.items()
+        }
+        if config.use_dora != present.use_dora:
+            raise ValueError(
+                f"{folder / CONFIG_NAME}: use_dora is {config.use_dora}, the model was adapted "
+                f"with use_dora={present.use_dora}"
+            )
         saved = {name: root.get_submodule(name) for name in applied(root).report.modules_to_save}
     else:
         config.modules_to_save = files.modules_to_save(root) or None
@@ -156,11 +158,12 @@ def load_adapter(
             assert isinstance(weight, Tensor)
             transposed = not isinstance(module, nn.Linear)
             out_features, in_features = weight.shape[::-1] if transposed else weight.shape
-            wanted[names[0]] = Layer(config.rank(names[0]), in_features, out_features)
+            rank = config.rank(names[0])
+            wanted[names[0]] = Layer(rank, in_features, out_features, use_dora=config.use_dora)
         saved = selection.modules_to_save
     pairs = files.take_pairs(root, wanted)
     for name, layer in layers.items():
-        obstacle = write_obstacle(layer, ("lora_A", "lora_B"))
+        obstacle = write_obstacle(layer, layer._adapter_names())
         if obstacle is not None:
             raise ValueError(f"no adapter can be loaded into {name}: {obstacle}")
     others, embeddings = files.match_rest(
@@ -176,9 +179,9 @@ def load_adapter(
         for parameter, tensor in others.values():
             parameter.copy_(tensor)
     # After the base weights: a merged layer merges again.
-    for name, (lora_a, lora_b) in pairs.items():
+    for name, tensors in pairs.items():
         alpha, use_rslora = config.alpha(name), config.use_rslora
-        layers[name].set_lora(lora_a, lora_b, lora_alpha=alpha, use_rslora=use_rslora)
+        layers[name].set_lora(*tensors, lora_alpha=alpha, use_rslora=use_rslora)
     # Which layers there are, and how they train, stays what it was.
     record = applied(root)
     record.config = replace(
@@ -211,6 +214,8 @@ def _tensors(
         assert layer.lora_A is not None and layer.lora_B is not None
         tensors[f"{name}.lora_A.weight"] = stored_value(layer, "lora_A")
         tensors[f"{name}.lora_B.weight"] = stored_value(layer, "lora_B")
+        if layer.use_dora:
+            tensors[name + MAGNITUDE] = stored_value(layer, MAGNITUDE[1:])
         if config.bias != "none" and layer.bias is not None:
             tensors[f"{name}.base_layer.bias"] = stored_value(layer, "bias")
     if config.bias == "all":
@@ -266,7 +271,7 @@ def _content(
 ) -> dict[str, Any]:
     content = asdict(config)
     del content["autocast_adapter_dtype"]
-    taken = _taken_for_experts(model, layers)
+    taken = taken_for_experts(model, layers)
     if taken:
         endings = sorted({name.rpartition(".")[2] for name in taken})
         warnings.warn(
@@ -297,26 +302,6 @@ def _content(
             "task_type": None,
         }
     )
-
-
-def _taken_for_experts(model: nn.Module, layers: Iterable[str]) -> list[str]:
-    """The layers that PEFT does not look for where it reads their names."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if not isinstance(model_type, str):
-        return []
-    try:
-        from transformers.conversion_mapping import (
-            _MODEL_TO_CONVERSION_PATTERN,
-            get_checkpoint_conversion_mapping,
-        )
-    except ImportError:
-        # No transformers, or one from before it fused experts.
-        return []
-    if get_checkpoint_conversion_mapping(model_type) is None:
-        return []
-    kinds = {"mixtral": "mixtral"} | _MODEL_TO_CONVERSION_PATTERN
-    names = EXPERT_NAMES.get(kinds.get(model_type, ""), ())
-    return [name for name in layers if name.rpartition(".")[2] in names]
 
 
 def _modules_to_save(

@@ -63,6 +63,7 @@ class LoRAConfig:
     bias: str = "none"
     use_rslora: bool = False
     init_lora_weights: bool | str = True
+    use_dora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
@@ -151,6 +152,7 @@ class LoRAConfig:
             "lora_dropout": self.lora_dropout,
             "use_rslora": self.use_rslora,
             "init_lora_weights": self.init_lora_weights,
+            "use_dora": self.use_dora,
             "autocast_adapter_dtype": self.autocast_adapter_dtype,
         }
 
@@ -179,7 +181,7 @@ class LoRAConfig:
         if isinstance(self.lora_dropout, bool):
             raise ValueError(f"lora_dropout must be in [0, 1), not {self.lora_dropout!r}")
         check_lora_arguments(self.r, self.lora_alpha, self.lora_dropout, self.init_lora_weights)
-        for name in ("use_rslora", "autocast_adapter_dtype"):
+        for name in ("use_rslora", "use_dora", "autocast_adapter_dtype"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.bias not in ("none", "all", "lora_only"):

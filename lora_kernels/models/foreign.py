@@ -7,6 +7,7 @@ import ast
 import functools
 import inspect
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -65,6 +66,14 @@ _ABOUT = frozenset(
     ["dtype", "device", "shape", "size", "dim", "ndim", "requires_grad", "is_cuda"]
     + ["bias", "in_features", "out_features"]
 )
+
+
+# Names of layers that PEFT takes for experts, by transformers' name of the kind of mixture: before
+# transformers 5 the experts' own layers were called so.
+_EXPERT_NAMES = {
+    "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
+    "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
+}
 
 
 def head_reason(model: nn.Module, name: str, module: nn.Module, outputs: set[object]) -> str | None:
@@ -191,6 +200,26 @@ def stored_value(module: nn.Module, name: str) -> Any:
             if weights is not None and name in [key for key, _ in module.named_parameters()]:
                 return weights[name]
     return tensor
+
+
+def taken_for_experts(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """The layers that PEFT does not look for where it reads their names."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if not isinstance(model_type, str):
+        return []
+    try:
+        from transformers.conversion_mapping import (
+            _MODEL_TO_CONVERSION_PATTERN,
+            get_checkpoint_conversion_mapping,
+        )
+    except ImportError:
+        # No transformers, or one from before it fused experts.
+        return []
+    if get_checkpoint_conversion_mapping(model_type) is None:
+        return []
+    kinds = {"mixtral": "mixtral"} | _MODEL_TO_CONVERSION_PATTERN
+    names = _EXPERT_NAMES.get(kinds.get(model_type, ""), ())
+    return [name for name in layers if name.rpartition(".")[2] in names]
 
 
 def checkpointing_modules(model: nn.Module) -> list[nn.Module]:

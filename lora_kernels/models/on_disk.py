@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..layers.sliced import spread
 from .config import LoRAConfig
 
 CONFIG_NAME = "adapter_config.json"
@@ -37,7 +38,6 @@ _FLOATS = (
 
 # Fields of PEFT's LoraConfig that change what a layer computes in a way FusedLoRALinear does not.
 _UNSUPPORTED = (
-    "use_dora",
     "lora_bias",
     "layer_replication",
     "trainable_token_indices",
@@ -61,6 +61,9 @@ _IRRELEVANT = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "corda_config",
+        # Of releases before 0.3; resolved by _without_slices.
+        "enable_lora",
+        "merge_weights",
         "ensure_weight_tying",
         "eva_config",
         "fan_in_fan_out",
@@ -99,18 +102,21 @@ class Layer(NamedTuple):
     in_features: int
     out_features: int
     is_embedding: bool = False
+    use_dora: bool = False
 
-    def shapes(self, name: str) -> dict[str, tuple[int, int]]:
-        """Of A and of B, by their keys."""
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Of A, of B and with DoRA of the magnitude, by their keys."""
         ending_a, ending_b = EMBEDDING if self.is_embedding else LINEAR
-        return {
+        shapes: dict[str, tuple[int, ...]] = {
             name + ending_a: (self.rank, self.in_features),
             name + ending_b: (self.out_features, self.rank),
         }
+        return shapes | ({name + MAGNITUDE: (self.out_features,)} if self.use_dora else {})
 
 
 LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+MAGNITUDE = ".lora_magnitude_vector"
 
 
 @dataclass
@@ -135,16 +141,17 @@ class AdapterFiles:
 
     def take_pairs(
         self, model: nn.Module, layers: Mapping[str, Layer]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """A and B of every layer of ``model``, which are removed from ``tensors``.
+    ) -> dict[str, tuple[Tensor, ...]]:
+        """A and B (with DoRA, the magnitude) of every layer of ``model``, which are removed from
+        ``tensors``.
 
         Raises:
             ValueError: one is missing, of the wrong shape, or no floating point numbers.
         """
-        pairs = {}
+        pairs: dict[str, tuple[Tensor, ...]] = {}
         missing, wrong = [], []
         for name, layer in layers.items():
-            pair = []
+            pair: list[Tensor] = []
             for key, shape in layer.shapes(name).items():
                 tensor = self.tensors.pop(key, None)
                 if tensor is None:
@@ -158,8 +165,7 @@ class AdapterFiles:
                     wrong.append(f"{key} is {tensor.dtype}")
                 else:
                     pair.append(tensor)
-            if len(pair) == 2:
-                pairs[name] = (pair[0], pair[1])
+            pairs[name] = tuple(pair)
         if wrong:
             raise ValueError(f"{self.label}: {first_few(wrong)}")
         if missing:
@@ -285,9 +291,13 @@ def read_adapter(folder: Path, model: nn.Module) -> AdapterFiles:
         ValueError: a file cannot be read, or says what is not computed here.
     """
     names = names_of(model)
-    config = _checked(_read_json(folder), folder / CONFIG_NAME, names)
+    content = _read_json(folder)
+    config = _checked(content, folder / CONFIG_NAME, names)
     label = str(folder / WEIGHTS_NAME)
-    return AdapterFiles(config, without_prefix(_read_tensors(folder), names), label)
+    tensors = without_prefix(_read_tensors(folder), names)
+    if content.get("enable_lora") is not None:
+        _without_slices(config, tensors, content["enable_lora"], label)
+    return AdapterFiles(config, tensors, label)
 
 
 def from_state_dict(
@@ -296,6 +306,26 @@ def from_state_dict(
     """As :func:`read_adapter`, of tensors with PEFT's keys and the fields of PEFT's file."""
     names = names_of(model)
     return AdapterFiles(_checked(content, label, names), without_prefix(tensors, names), label)
+
+
+def _without_slices(
+    config: LoRAConfig, tensors: dict[str, Tensor], enable_lora: Any, label: str
+) -> None:
+    """Turn the adapters of PEFT before 0.3, whose layers were loralib's ``MergedLinear``, into
+    plain ones of e times the rank for e enabled slices, with the same product."""
+    if not (isinstance(enable_lora, list) and any(enable_lora)):
+        raise ValueError(f"{label}: enable_lora is {enable_lora!r}, no list that enables a slice")
+    for key, tensor in tensors.items():
+        if key.endswith(LINEAR[1]):
+            if tensor.dim() == 3:
+                tensor = tensor.squeeze(-1)
+            if tensor.dim() != 2 or len(tensor) % sum(enable_lora):
+                raise ValueError(
+                    f"{label}: {key} is {list(tensor.shape)}, enable_lora {enable_lora}"
+                )
+            tensors[key] = spread(tensor, enable_lora)
+    config.r *= sum(enable_lora)
+    config.lora_alpha *= sum(enable_lora)
 
 
 def _read_json(folder: Path) -> dict[str, Any]:
@@ -397,7 +427,7 @@ def places_of(model: nn.Module, adapted: Collection[str]) -> dict[str, Tensor]:
     places = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         owner, _, last = key.rpartition(".")
-        if owner in adapted and last in ("lora_A", "lora_B"):
+        if owner in adapted and last in ("lora_A", "lora_B", MAGNITUDE[1:]):
             continue
         if isinstance(tensor, Tensor):
             places[key] = tensor

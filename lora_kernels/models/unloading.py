@@ -9,6 +9,7 @@ from typing import TypeVar, cast
 
 from torch import nn
 
+from ..layers.embedding import LoRAEmbedding
 from ..layers.foreign import carry_dispatch_hook
 from ..layers.fused import FusedLoRALinear
 from .apply import (
@@ -43,6 +44,8 @@ def merge_adapter(model: nn.Module, keep_base: bool = True) -> None:
     warn_of_lost_layers(model)
     for layer in layers.values():
         layer.merge(keep_base)
+    for embedding in _embeddings(model):
+        embedding.merge(keep_base)
     if not keep_base:
         _put_plain_layers(unwrap(model), layers)
 
@@ -58,6 +61,8 @@ def unmerge_adapter(model: nn.Module) -> None:
     warn_of_lost_layers(model)
     for layer in layers.values():
         layer.unmerge()
+    for embedding in _embeddings(model):
+        embedding.unmerge()
 
 
 def unload(model: ModelT, merge: bool = False) -> ModelT:
@@ -139,6 +144,10 @@ def _put_plain_layers(root: nn.Module, layers: dict[str, FusedLoRALinear]) -> No
             if child in plain:
                 setattr(parent, name, plain[child])
     forget_record(root)
+
+
+def _embeddings(model: nn.Module) -> list[LoRAEmbedding]:
+    return [m for m in unwrap(model).modules() if isinstance(m, LoRAEmbedding)]
 
 
 def _check_mergeable(layers: dict[str, FusedLoRALinear]) -> None:

@@ -169,6 +169,8 @@ def match(
             above ``max_rank`` or not the configuration's.
     """
     config, label = files.config, files.label
+    if config.use_dora:
+        raise ValueError(f"{label} uses use_dora, which a store does not serve")
     names = names_of(index.model)
     found: dict[str, str] = {}
     wanted: dict[str, Layer] = {}
@@ -190,7 +192,7 @@ def match(
     if not wanted:
         raise ValueError(f"{label} holds no lora_A and lora_B")
     layers = {}
-    for path, (a, b) in files.take_pairs(index.model, wanted).items():
+    for path, (a, b, *_) in files.take_pairs(index.model, wanted).items():
         first, module = index.resolve(path)
         scale = default_scaling(config.alpha(path), b.shape[1], config.use_rslora)
         a = a.t() if wanted[path].is_embedding else a

@@ -312,11 +312,6 @@ def _delta(s: Tensor, lora_b: Sequence[Tensor], table: Sequence[Tensor]) -> Tens
     return delta
 
 
-def segmented_expand(s: Tensor, lora_b: Sequence[Tensor], table: Sequence[Tensor]) -> Tensor:
-    """S [M,n,r_max], lora_b n x [S,N_j,r_max] -> delta [M, sum of N_j] in S's dtype."""
-    return _delta(s, lora_b, table).to(s.dtype)
-
-
 def segmented_expand_(
     y: Tensor, s: Tensor, lora_b: Sequence[Tensor], table: Sequence[Tensor]
 ) -> None:

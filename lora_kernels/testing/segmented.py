@@ -22,8 +22,8 @@ from .linear import LAYOUTS, Arguments, assert_within_budget, poisoned_memory
 
 @dataclass(frozen=True)
 class SegmentedCase:
-    """One mixed batch; :meth:`draw` makes the tensors. ``ranks`` are the live ranks of the slots,
-    of which the last is used by no row, and a fifth of the rows use none."""
+    """One mixed batch; :meth:`draw` makes the tensors. ``ranks`` are the live ranks of the slots.
+    Without ``rows``, the slot of each row, no row uses the last one, and a fifth of them none."""
 
     m: int
     k: int
@@ -35,6 +35,7 @@ class SegmentedCase:
     packed: bool = False
     dropout_p: float = 0.0
     layout: str = "contiguous"
+    rows: tuple[int, ...] | None = None
     # rows that the table has room for beyond those of the batch
     spare: int = 0
     # of the base linear under the adapters; with weight 0 only the adapters are seen
@@ -56,6 +57,9 @@ class SegmentedCase:
         uniform = torch.rand(self.m, generator=generator, device=self.device)
         slot_of_row = (uniform * (slots - 0.8) / 0.8 - (slots - 1) / 4).floor().long()
         slot_of_row = slot_of_row.clamp(-1, max(slots - 2, 0))
+        used = set(range(max(slots - 1, 1)))
+        if self.rows is not None:
+            slot_of_row, used = torch.tensor(self.rows, device=self.device).long(), set(self.rows)
         scales = 0.5 + torch.rand(slots, generator=generator, device=self.device)
         seg = SegmentTable(self.m + self.spare, slots, r, self.device)
         logical = torch.randperm(self.m, generator=generator, device=self.device) + 2**20
@@ -67,7 +71,7 @@ class SegmentedCase:
             b = normal(slots, width, r)
             for slot, rank in enumerate(self.ranks):
                 b[slot] *= (1 - self.dropout_p) ** 0.5 / max(rank, 1) ** 0.5
-                live = rank if slot < max(slots - 1, 1) else 0
+                live = rank if slot in used else 0
                 a[slot, live:], b[slot, :, live:] = float("nan"), float("nan")
             lora_a.append(a.to(adapter_dtype))
             lora_b.append(b.to(adapter_dtype))
@@ -82,7 +86,10 @@ class SegmentedCase:
             lora_a = [_inside_nan(t) for t in lora_a]
             lora_b = [_inside_nan(t) for t in lora_b]
         total = sum(self.widths)
-        weight = normal(total, self.k) * (self.weight / self.k**0.5)
+        # Without a base none is drawn: some tests have large ones.
+        weight = torch.zeros(1, 1, device=self.device).expand(total, self.k)
+        if self.weight:
+            weight = normal(total, self.k) * (self.weight / self.k**0.5)
         if self.fan_in_fan_out:
             weight = weight.t().contiguous()
         rng = None

@@ -49,7 +49,7 @@ VARIANTS = [
 
 
 def operator(op):
-    return getattr(ops, op)
+    return getattr(torch.ops.lora_kernels, op).default
 
 
 def cases():
@@ -128,7 +128,7 @@ def test_a_broken_backend_turns_the_check_red(op, mutation, plan, dtype, device,
             )
 
         if plan == "native":
-            monkeypatch.setattr(cpu, "native", lambda _: broken)
+            monkeypatch.setattr(cpu, "kernel", lambda _: broken)
         else:
             monkeypatch.setattr(module, op, broken)
         with pytest.raises(AssertionError, match="over the budget"):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import io
 import pickle
 import threading
@@ -16,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_kernels as lk
 from lora_kernels.backends import cpu
-from lora_kernels.functional import ops
 from lora_kernels.layers.packed import PackedWeight
+from lora_kernels.spec.problem import PROBLEM_OF
 from lora_kernels.testing.linear import Case, assert_within_budget, naive
 
 pytestmark = pytest.mark.skipif(
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 )
 DTYPES = [torch.float32, torch.bfloat16]
 PACKED_ARGUMENT = {
-    op: [argument.name for argument in getattr(ops, op)._schema.arguments].index("packed")
+    op: [*inspect.signature(PROBLEM_OF[op]).parameters].index("packed")
     for op in ("lora_linear_fwd", "lora_linear_dx")
 }
 

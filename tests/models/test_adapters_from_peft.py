@@ -17,7 +17,7 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels.models.apply import lora_layers
-from lora_kernels.models.checkpoints import EXPERT_NAMES
+from lora_kernels.models.foreign import _EXPERT_NAMES
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -308,7 +308,7 @@ def test_the_names_of_experts_are_pefts():
     from peft.utils import transformers_weight_conversion as conversion
 
     expected = {k: frozenset(v) for k, v in conversion._MOE_TARGET_MODULE_MAPPING.items()}
-    assert expected == EXPERT_NAMES
+    assert expected == _EXPERT_NAMES
 
 
 def test_a_store_warns_as_well(tmp_path):

@@ -1,0 +1,237 @@
+"""DoRA: a linear layer whose weight is ``W + s B A`` with every row brought to a trained length.
+
+    n  = ||W + s B A||  by rows, a constant of the gradients
+    y  = (m / n) * (x W^T + S B^T) + bias              S = s x A^T
+    dm = sum_rows dY * (x W^T + S B^T) / n
+
+With dropout only what the adapter changes sees the mask: ``x~ = mask * x / (1 - p)``, as PEFT
+computes it,
+
+    y  = (x - x~) W^T + (m / n) * (x~ W^T + S~ B^T) + bias
+
+Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), section 4.3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..spec import reference
+from . import ops
+from .checks import check_rng, compute_dtype, scale_tensor
+from .linear import draw_rng, result_of, rows_of
+
+# Rows of W that are converted at once, so that no wider copy of W exists.
+_ROWS = 256
+
+
+@torch.no_grad()
+def squared_rows(weight: Tensor, fan_in_fan_out: bool = False) -> Tensor:
+    """``||W||^2`` by rows, [N], in float32 or wider."""
+    acc = reference.accumulate_dtype(weight.dtype)
+    w = weight.t() if fan_in_fan_out else weight
+    return torch.cat([part.to(acc).square().sum(1) for part in w.split(_ROWS)])
+
+
+@torch.no_grad()
+def dora_norm(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    fan_in_fan_out: bool = False,
+    weight_squared: Tensor | None = None,
+) -> Tensor:
+    """``||W + s B A||`` by rows, [N], in float32 or wider, without that sum:
+
+        ||W||^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>        <.,.> by rows, clamped at 0
+
+    Args:
+        weight_squared: :func:`squared_rows` of ``weight``, where it is known.
+    """
+    acc = reference.accumulate_dtype(weight.dtype)
+    w = weight.t() if fan_in_fan_out else weight
+    a, b, s = lora_a.to(acc), lora_b.to(acc), scale.to(acc)
+    if weight_squared is None:
+        weight_squared = squared_rows(weight, fan_in_fan_out)
+    wa = torch.cat([part.to(acc) @ a.t() for part in w.split(_ROWS)])
+    cross = (2 * wa + s * (b @ (a @ a.t()))).mul_(b).sum(1).mul_(s)
+    return (weight_squared + cross).clamp_(min=0).sqrt_()
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    fan_in_fan_out: bool = False,
+    rng: Tensor | None = None,
+    norm: Tensor | None = None,
+) -> Tensor:
+    """The formula of this file: x [..., K] -> [..., N].
+
+    Args:
+        magnitude: m [N], trainable.
+        norm: :func:`dora_norm` of the operands, where it is known.
+        The others as for :func:`lora_kernels.lora_linear`; ``weight`` is frozen.
+    """
+    dtype = compute_dtype(x, weight)
+    scale = scale_tensor(scale, x.device, dtype)
+    weight = weight.to(dtype)
+    if norm is None:
+        norm = dora_norm(weight, lora_a, lora_b, scale, fan_in_fan_out)
+    p = dropout_p if training else 0.0
+    if ops.is_transformed():
+        operands = x, weight, lora_a, lora_b, magnitude, norm, scale, bias
+        return _composed(*operands, fan_in_fan_out, p, rng)
+    if p == 0.0:
+        return _apply(x, weight, lora_a, lora_b, magnitude, norm, scale, bias, fan_in_fan_out)
+    rng = draw_rng(x.device) if rng is None else check_rng(rng, x.device)
+    rows = rows_of(x, dtype)
+    dropped = _Masked.apply(rows, rng, p)
+    with ops.without_autocast(x.device.type):
+        kept = F.linear(rows - dropped, weight.t() if fan_in_fan_out else weight)
+        y = _apply(dropped, weight, lora_a, lora_b, magnitude, norm, scale, bias, fan_in_fan_out)
+        return result_of(x, kept + y)
+
+
+def _composed(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    fan_in_fan_out: bool,
+    p: float,
+    rng: Tensor | None,
+) -> Tensor:
+    """y by plain torch operations, which every transformation knows."""
+    w = weight.t() if fan_in_fan_out else weight
+    acc = reference.accumulate_dtype(weight.dtype)
+    with ops.without_autocast(x.device.type):
+        rows = dropped = rows_of(x, weight.dtype)
+        if p > 0.0:
+            rng = draw_rng(x.device) if rng is None else rng
+            dropped = reference.masked(rows, rng, p) / (1.0 - p)
+        s = F.linear(dropped.to(acc), lora_a.to(acc)) * scale.to(acc)
+        y = F.linear(dropped.to(acc), w.to(acc)) + F.linear(s, lora_b.to(acc))
+        y = y * (magnitude.to(acc) / norm) + F.linear((rows - dropped).to(acc), w.to(acc))
+        y = (y if bias is None else y + bias).to(weight.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[1])
+
+
+class _Masked(torch.autograd.Function):
+    """``mask * x / (1 - p)``; the mask is drawn again for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rng: Tensor, p: float) -> Tensor:
+        ctx.save_for_backward(rng)
+        ctx.p = p
+        return reference.masked(x, rng, p).div_(1.0 - p)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (rng,) = ctx.saved_tensors
+        return reference.masked(grad, rng, ctx.p).div_(1.0 - ctx.p), None, None
+
+
+def _apply(*operands: Any) -> Tensor:
+    y: Tensor = _DoRALinear.apply(*operands)
+    return y
+
+
+class _DoRALinear(torch.autograd.Function):
+    """Saves x as given, S, the parameters, and where m trains the rows before they are scaled."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        magnitude: Tensor,
+        norm: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        fan_in_fan_out: bool,
+    ) -> Tensor:
+        _, _, need_a, need_b, need_m, *_ = ctx.needs_input_grad
+        ratio = magnitude.to(norm.dtype) / norm
+        # What m's gradient needs cannot be had from y: m may be 0, and the bias hides small rows.
+        fused = {} if need_m else {"bias": bias, "out_scale": ratio}
+        rows, s = ops.lora_linear_fwd(
+            rows_of(x, weight.dtype), weight, lora_a, lora_b, scale,
+            fan_in_fan_out=fan_in_fan_out, **fused,
+        )  # fmt: skip
+        y = rows
+        if need_m:
+            exact = rows.to(norm.dtype) * ratio
+            y = (exact if bias is None else exact.add_(bias)).to(rows.dtype)
+        ctx.save_for_backward(
+            x if need_a else None,
+            s if need_b else None,
+            rows if need_m else None,
+            weight, lora_a, lora_b, norm, ratio, scale, bias,
+        )  # fmt: skip
+        ctx.fan_in_fan_out = fan_in_fan_out
+        ctx.like_x, ctx.like_m = (x.shape, x.dtype), magnitude.dtype
+        return result_of(x, y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # once_differentiable costs time, and is needed only with create_graph=True.
+        return _backward_once(ctx, grad) if torch.is_grad_enabled() else _backward(ctx, grad)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, s, rows, weight, lora_a, lora_b, norm, ratio, scale, bias = ctx.saved_tensors
+    need_x, _, need_a, need_b, need_m, _, _, need_bias, _ = ctx.needs_input_grad
+    dtype = weight.dtype
+    dy = rows_of(grad, dtype)
+    dx = d = da = db = dbias = dm = None
+    if need_x or need_a:
+        dx, d = ops.lora_linear_dx(
+            dy, weight, lora_a, lora_b, scale,
+            fan_in_fan_out=ctx.fan_in_fan_out, out_scale=ratio,
+        )  # fmt: skip
+        shape, x_dtype = ctx.like_x
+        dx = dx.to(x_dtype).view(shape)
+    if need_a or need_b or need_bias:
+        da, db, dbias = ops.lora_linear_dab(
+            dy, rows_of(x, dtype) if need_a else None, s, d if need_a else None,
+            da_dtype=lora_a.dtype if need_a else None,
+            db_dtype=lora_b.dtype if need_b else None,
+            dbias_dtype=bias.dtype if need_bias else None,
+            out_scale=ratio,
+        )  # fmt: skip
+    if need_m:
+        dm = ((dy.to(norm.dtype) * rows).sum(0) / norm).to(ctx.like_m)
+    return (
+        dx if need_x else None,
+        None,
+        da if need_a else None,
+        db if need_b else None,
+        dm,
+        None,
+        None,
+        dbias if need_bias else None,
+        None,
+    )
+
+
+_backward_once = once_differentiable(_backward)
