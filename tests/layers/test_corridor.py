@@ -92,11 +92,12 @@ def test_a_parameter_of_another_shape_is_refused(name, axis, stored):
         changed(stored, name, axis + name.startswith("lora"))(x)
 
 
+WRONG = {"narrow": torch.ones(2, 63), "integers": torch.ones(2, 64).long(), "0-d": torch.ones(())}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "x", [torch.ones(2, 63), torch.ones(2, 64).long(), torch.ones(())], ids=str
-)
-def test_a_wrong_x_is_refused(x, stored):
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_x_is_refused(wrong, stored):
     for layer in (lk.FusedLoRALinear(64, 48, r=8).eval(), stored):
-        with pytest.raises((ValueError, TypeError), match="x "):
-            layer(x)
+        with pytest.raises((ValueError, TypeError)):
+            layer(WRONG[wrong])
