@@ -185,3 +185,26 @@ def test_backward_twice(retain):
     if not retain:
         with pytest.raises(RuntimeError, match="second time"):
             y.backward(inputs.dy)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_under_autocast_every_gradient_has_its_inputs_dtype(mixed, compiled):
+    """dX leaves the operator in the compute dtype, and autograd casts it; with a weight that trains
+    the node is the one in Python."""
+    leaves = [torch.randn(s, requires_grad=True) for s in ((4, 8), (6, 8), (2, 8), (6, 2))]
+    seg = lk.SegmentTable.from_rows([0, -1, 0, 0], [2], [1.0])
+
+    def call(x, weight, a, b):
+        if mixed:
+            return lk.segmented_linear(x, weight, a[None], b[None], seg)
+        return lk.lora_linear(x, weight, a, b)
+
+    if compiled:
+        torch.compiler.reset()
+        call = torch.compile(call, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = call(*leaves)
+    assert y.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(y.float().sum(), leaves)
+    assert {t.dtype for t in gradients} == {torch.float32}
