@@ -234,7 +234,13 @@ SHRINK, EXPAND, LORA, DX, DAB = (
 )
 IN_PLACE = "segmented_lora_"
 MISTAKES = {
-    "the first slot's scale": (LORA, "grouped", {}, "table[1] + slot", "table[1] + 0 * slot"),
+    "the first slot's scale": (
+        LORA,
+        "grouped",
+        {},
+        "scale_of_slot + slot",
+        "scale_of_slot + 0 * slot",
+    ),
     "no scale": (LORA, "grouped", {}, "acc * scale.to(tl.float32),", "acc,"),
     "the first slot's A": (
         LORA,
@@ -255,7 +261,7 @@ MISTAKES = {
         SHRINK,
         "grouped",
         {},
-        "tl.load(table[3] + offs, mask=offs < stop, other=M)",
+        "tl.load(table.order + offs, mask=offs < stop, other=M)",
         "tl.where(offs < stop, offs, M)",
     ),
     "rows of the next slot": (
@@ -306,7 +312,7 @@ MISTAKES = {
         SHRINK,
         "grouped",
         {"dropout_p": 0.3},
-        "tl.load(table[2] + rows, mask=inside, other=0)",
+        "tl.load(table.logical_row + rows, mask=inside, other=0)",
         "rows",
     ),
     "one slice of dX": (DX, "grouped", {}, "acc += tail", "acc = tail"),

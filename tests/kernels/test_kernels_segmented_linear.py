@@ -261,7 +261,7 @@ MISTAKES = {
         FWD,
         TAIL,
         {},
-        "rows = tl.load(table[3] + offs_m, mask=inside, other=0).to(tl.int64)",
+        "rows = tl.load(table.order + offs_m, mask=inside, other=0).to(tl.int64)",
         "rows = offs_m.to(tl.int64)",
     ),
     "the last row": (
@@ -308,7 +308,7 @@ MISTAKES = {
         DX,
         TAIL,
         {"dropout_p": 0.3},
-        "logical = tl.load(table[2] + rows, mask=inside, other=0)\n    place",
+        "logical = tl.load(table.logical_row + rows, mask=inside, other=0)\n    place",
         "logical = offs_m\n    place",
     ),
     "the forward's mask position in dX": (
