@@ -116,8 +116,8 @@ def last_to_arrive(counter_ptr, expected):
     """Whether this program is the last of ``expected`` to come here; the counter is then zero
     again.
 
-    The last one sees what the others stored before they came: the barrier orders the
-    stores of this program before its arrival, and the arrival acquires theirs.
+    The last one sees what the others stored before they came: the barrier orders the stores of this
+    program before its arrival, and the arrival acquires theirs.
     """
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")

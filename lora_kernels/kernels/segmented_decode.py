@@ -2,8 +2,8 @@
 
 A program belongs to a row block and to a chunk of the columns of one slice, and sums its share of
 K. The last of the shares to arrive adds them up in a fixed order, rounds S once, and expands the
-chunk; no program waits, and the counters are zeros again. So every chunk sums the S of its own slice:
-A is read once from memory and again from the L2, chunk by chunk, and B once.
+chunk; no program waits, and the counters are zeros again. So every chunk sums the S of its own
+slice: A is read once from memory and again from the L2, chunk by chunk, and B once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _sum_of_shares(
     tile_ptr, in_tile, offs_r, rank, scale, dtype: tl.constexpr,
     SPLIT_K: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """S [BLOCK_M, BLOCK_R] at the ranks offs_r, zero beyond the live one, where nothing was stored."""
+    """S [BLOCK_M, BLOCK_R] at the ranks offs_r, zero beyond the live one, where none was stored."""
     mask = (offs_r < rank)[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
     for other in tl.range(SPLIT_K):
