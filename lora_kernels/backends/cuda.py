@@ -53,8 +53,8 @@ def masked(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
 
 
 def adapters_onto(problem: Problem, known: DeviceFacts) -> Callable[..., Tensor]:
-    """What adds the adapters of a mixed batch to the library's result, by the plan that they would
-    have without it."""
+    """A function that adds the adapters of a mixed batch to the library's result, by the plan that
+    they would have alone."""
     from ..kernels import segmented, segmented_decode
 
     config = plan.plan_ignoring_force(problem, known)
@@ -111,6 +111,7 @@ def run_kernel(
 
 @functools.lru_cache(maxsize=4096)
 def fill_tile_sizes(config: Config, problem: Problem, known: DeviceFacts) -> Config:
+    """``config``, or if it is a tiled plan's name alone, that plan's best shipped tile."""
     if config.block_m or config.plan not in TILED_PLANS:
         return config
     valid = [
