@@ -34,12 +34,14 @@ READY := .venv/ready
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-peft compat sanitize bench memory lint types format clean
+.PHONY: help demo test aot test-peft compat sanitize bench memory lint types format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     install into .venv if that is not done, and show what the package does"
 	@echo "make test     likewise, and run the tests"
+	@echo "make aot      likewise, and compile every Triton kernel ahead of time, for every architecture: writes"
+	@echo "              tests/kernels/aot_report.md, which the tests read while its sources are the same"
 	@echo "make test-peft likewise, and run PEFT's own tests of LoRA with our layers in its place"
 	@echo "make compat   the tests with the oldest and with the newest supported stack, each in an environment"
 	@echo "              of its own below build/compat; compat-oldest, compat-newest: one of them"
@@ -62,6 +64,9 @@ test: $(READY)
 	$(PY) -m pytest -n $(JOBS) --dist loadgroup tests --doctest-modules lora_kernels
 	@# What is interpreted cannot be compiled, so Triton's interpreter has a process of its own.
 	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup tests/kernels/test_kernels*.py
+
+aot: $(READY)
+	$(PY) -m tests.kernels.aot --write
 
 test-peft: $(READY)
 	$(PY) tests/integrations/peft_suite.py $(if $(PEFT_SOURCE),--source "$(PEFT_SOURCE)")

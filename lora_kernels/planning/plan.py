@@ -50,7 +50,7 @@ def plan(problem: Problem, facts: DeviceFacts) -> Config:
     """The configuration for ``problem`` on a device with these facts. Pure but for
     :func:`force_plan`.
 
-    >>> from lora_kernels.device import DeviceFacts
+    >>> from lora_kernels.planning.device import DeviceFacts
     >>> problem = Problem("lora_linear_fwd", 512, 4096, 4096, 16, "bfloat16", "float32")
     >>> plan(problem, DeviceFacts("cpu", "some cpu", "avx2")).plan
     'vendor'

@@ -30,7 +30,8 @@ def test_a_table_of_a_checkout_holds_for_an_installed_copy(tmp_path):
     """What identifies the kernels lies in the package: nothing beside it is read."""
     package = Path(lk.__file__).parent
     shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("*.so"))
-    script = "from lora_kernels import plan; print(plan.__file__, plan.kernel_sources_hash())"
+    tables_of = "from lora_kernels.planning import tables"
+    script = f"{tables_of}; print(tables.__file__, tables.kernel_sources_hash())"
     file, found = python(script, tmp_path).split()
     assert Path(file).is_relative_to(tmp_path)
     assert found == tables.kernel_sources_hash()
