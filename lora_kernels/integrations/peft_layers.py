@@ -37,8 +37,9 @@ from ..functional.linear import NOT_PACKED, Call, Packed, checked_lora_linear, s
 from ..functional.ops import PLAIN, autocast_enabled
 from ..functional.segmented import segmented_linear
 from ..layers import replacing
+from ..layers.foreign import is_conv1d, is_dispatched, is_falcon_linear
 from ..layers.packed import PackedWeight, gathered_by_fsdp
-from ..models.foreign import is_dispatched, offload_reason
+from ..models.foreign import offload_reason
 from ..spec.segments import SegmentTable
 from .peft_calls import Calls
 
@@ -467,10 +468,10 @@ def _orientation(module: nn.Module) -> bool | str:
     forward, transposed = _ORIENTATIONS.get(kind, (None, False))
     # A class may be given another forward at any time.
     if forward is not kind.forward:
-        transposed = any(matches(module) for matches in replacing.TRANSPOSED_LINEARS)
+        transposed = is_conv1d(module)
         if not transposed:
             plain = kind.forward is _LINEAR_FORWARD and kind.__call__ is nn.Module.__call__
-            plain = plain or any(same(module) for same in replacing.PLAIN_LINEARS)
+            plain = plain or is_falcon_linear(module)
             if not plain or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
                 return f"its base layer is a {kind.__name__}, which does not compute as nn.Linear"
         _ORIENTATIONS[kind] = kind.forward, transposed

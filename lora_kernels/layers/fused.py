@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..functional.linear import lora_linear
 from ..functional.ops import without_autocast
+from .foreign import carry_dispatch_hook
 from .merging import MergeableLinear, Plain
-from .replacing import carry, share_hooks, share_linear, unsupported_reason
+from .replacing import share_hooks, share_linear, unsupported_reason
 
 
 class FusedLoRALinear(MergeableLinear):
@@ -139,7 +140,7 @@ class FusedLoRALinear(MergeableLinear):
             r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, autocast_adapter_dtype
         )
         self.pack_weight = pack_weight
-        carry(module, self)
+        carry_dispatch_hook(module, self)
         self.train(module.training)
         return self
 

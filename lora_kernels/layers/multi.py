@@ -16,8 +16,9 @@ from ..functional.segmented import segmented_expand, segmented_linear, segmented
 from ..spec.reference import tail_dtype
 from ..spec.segments import SegmentTable
 from .batches import Owner, active_batch
+from .foreign import carry_dispatch_hook
 from .packed import PackedLinear
-from .replacing import carry, own_behaviour, share_hooks, share_linear, unsupported_reason
+from .replacing import own_behaviour, share_hooks, share_linear, unsupported_reason
 
 
 class SlottedLayer(nn.Module):
@@ -176,7 +177,7 @@ class MultiLoRALinear(SlottedLayer, PackedLinear):
             self.bias.requires_grad_(False)
         shapes = (slots, max_rank, self.in_features), (slots, self.out_features, max_rank)
         self._add_slots(path, owner or Owner(), *shapes, device, dtype)
-        carry(module, self)
+        carry_dispatch_hook(module, self)
         return self.train(module.training)
 
     def slot(self, slot: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -285,7 +286,7 @@ class MultiLoRAEmbedding(SlottedLayer, nn.Embedding):
             (slots, self.embedding_dim, max_rank),
         )
         self._add_slots(path, owner or Owner(), *shapes, device, dtype)
-        carry(module, self)
+        carry_dispatch_hook(module, self)
         self.train(module.training)
         return self
 

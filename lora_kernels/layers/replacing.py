@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ..functional.linear import is_foreign
+from .foreign import is_conv1d, is_dispatched, is_falcon_linear
 from .packed import PackedLinear
-
-# Classes that hold their weight as [in, out], recognised by predicates that the integrations add
-# (transformers' Conv1D).
-TRANSPOSED_LINEARS: list[Callable[[nn.Module], bool]] = []
-
-# Subclasses of nn.Linear whose own forward is nn.Linear's in other words, recognised likewise.
-PLAIN_LINEARS: list[Callable[[nn.Module], bool]] = []
-
-# Forwards that a library sets on a module object and that the replacement gets too (accelerate's
-# device_map): what recognises them, and what gives the second module those of the first.
-CARRIED_FORWARDS: list[Callable[[nn.Module], bool]] = []
-CARRIERS: list[Callable[[nn.Module, nn.Module], None]] = []
 
 # What a replacement takes over from the module it replaces: the very dicts, so that handles still
 # remove their hooks.
@@ -57,10 +46,10 @@ def unsupported_reason(module: nn.Module) -> str | None:
     kind = type(module).__name__
     if isinstance(module, PackedLinear):
         return f"is a {kind} already"
-    transposed = any(matches(module) for matches in TRANSPOSED_LINEARS)
+    transposed = is_conv1d(module)
     if not isinstance(module, nn.Linear) and not transposed:
         return f"is a {kind}, neither nn.Linear nor transformers' Conv1D"
-    plain = type(module).forward is _LINEAR_FORWARD or any(same(module) for same in PLAIN_LINEARS)
+    plain = type(module).forward is _LINEAR_FORWARD or is_falcon_linear(module)
     if not transposed and not plain:
         return f"is a {kind}, a linear layer with a forward of its own"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -112,7 +101,7 @@ def is_forward_of_class(module: nn.Module) -> bool:
     along."""
     forward = vars(module).get("forward")
     own = forward is None or getattr(forward, "__func__", None) is type(module).forward
-    return own or any(is_carried(module) for is_carried in CARRIED_FORWARDS)
+    return own or is_dispatched(module)
 
 
 def _weight_reason(module: nn.Module) -> str | None:
@@ -139,7 +128,7 @@ def _some(names: Sequence[str]) -> str:
 
 def share_linear(layer: PackedLinear, module: nn.Module) -> None:
     """Give ``layer`` the Parameters and the hooks of ``module``, an ``nn.Linear`` or Conv1D."""
-    layer.fan_in_fan_out = any(matches(module) for matches in TRANSPOSED_LINEARS)
+    layer.fan_in_fan_out = is_conv1d(module)
     weight = cast(nn.Parameter, module.weight)
     shape = weight.shape[::-1] if layer.fan_in_fan_out else weight.shape
     layer.out_features, layer.in_features = shape
@@ -150,9 +139,3 @@ def share_linear(layer: PackedLinear, module: nn.Module) -> None:
 def share_hooks(layer: nn.Module, module: nn.Module) -> None:
     for name in _HOOKS:
         setattr(layer, name, getattr(module, name))
-
-
-def carry(module: nn.Module, layer: nn.Module) -> None:
-    """Give ``layer``, which is complete, the forwards that a library set on ``module``."""
-    for carrier in CARRIERS:
-        carrier(module, layer)

@@ -48,32 +48,23 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def apply_lora(
     model: ModelT,
-    r: int | Any = 8,
-    lora_alpha: float = 16,
+    r: int | Any = LoRAConfig.r,
+    lora_alpha: float = LoRAConfig.lora_alpha,
     target_modules: Sequence[str] | str | None = None,
     *,
     config: Any = None,
-    exclude_modules: Sequence[str] | str | None = None,
-    lora_dropout: float = 0.0,
-    bias: str = "none",
-    use_rslora: bool = False,
-    init_lora_weights: bool | str = True,
-    rank_pattern: dict[str, int] | None = None,
-    alpha_pattern: dict[str, float] | None = None,
-    layers_to_transform: Sequence[int] | int | None = None,
-    layers_pattern: Sequence[str] | str | None = None,
-    modules_to_save: Sequence[str] | None = None,
     autocast_adapter_dtype: bool = True,
     pack_weight: str = "eval",
+    **fields: Any,
 ) -> ModelT:
     """Replace linear layers of ``model`` by :class:`FusedLoRALinear`, in place, freeze the rest,
     and return the model.
 
-    The arguments are the fields of PEFT's ``LoraConfig``, and ``pack_weight``; those not described
-    here are :class:`FusedLoRALinear`'s. What was adapted, what was skipped and why, and the
-    trainable parameters are in ``lora_report(model)``. A warning says which kinds of module hold
-    weights that were wanted and cannot have an adapter (experts in 3-D Parameters, weights that are
-    multiplied without a linear layer).
+    The arguments are the fields of :class:`LoRAConfig`, named as in PEFT's, and ``pack_weight``;
+    those not described here are :class:`FusedLoRALinear`'s. What was adapted, what was skipped and
+    why, and the trainable parameters are in ``lora_report(model)``. A warning says which kinds of
+    module hold weights that were wanted and cannot have an adapter (experts in 3-D Parameters,
+    weights that are multiplied without a linear layer).
 
     Args:
         r: the rank; or the configuration, as ``config``.
@@ -94,6 +85,7 @@ def apply_lora(
             adapter.
 
     Raises:
+        TypeError: an unknown field; a ``config`` that is none.
         ValueError: nothing matches; a matched layer cannot be adapted (not linear, or its forward
             is never called, as ``nn.MultiheadAttention.out_proj``); the model has LoRA layers
             already; a rank below 1 or another wrong value; a configuration that uses what the
@@ -108,36 +100,19 @@ def apply_lora(
     """
     if config is None and LoRAConfig.is_like(r):
         config, r = r, LoRAConfig.r
-    fields = LoRAConfig(
-        r=r,
-        lora_alpha=lora_alpha,
-        target_modules=_plain(target_modules),
-        exclude_modules=_plain(exclude_modules),
-        lora_dropout=lora_dropout,
-        bias=bias,
-        use_rslora=use_rslora,
-        init_lora_weights=init_lora_weights,
-        rank_pattern=dict(rank_pattern or {}),
-        alpha_pattern=dict(alpha_pattern or {}),
-        layers_to_transform=_plain(layers_to_transform),
-        layers_pattern=_plain(layers_pattern),
-        modules_to_save=_plain(modules_to_save),
-        autocast_adapter_dtype=autocast_adapter_dtype,
+    given = LoRAConfig.of_fields(
+        r=r, lora_alpha=lora_alpha, target_modules=target_modules, **fields
     )
     if config is not None:
-        given = [
-            name
-            for name, value in vars(fields).items()
-            if name != "autocast_adapter_dtype" and value != getattr(LoRAConfig(), name)
-        ]
-        if given:
-            raise ValueError(f"{', '.join(given)} belongs into the config that is given as well")
-        fields = LoRAConfig.of(config)
-        fields.autocast_adapter_dtype &= autocast_adapter_dtype
+        twice = [name for name, value in vars(given).items() if value != vars(LoRAConfig())[name]]
+        if twice:
+            raise ValueError(f"{', '.join(twice)} belongs into the config that is given as well")
+        given = LoRAConfig.of(config)
+    given.autocast_adapter_dtype &= autocast_adapter_dtype
     check_pack_weight(pack_weight)
     root = unwrap(model)
-    selection = select(root, fields)
-    insert(root, fields, selection)
+    selection = select(root, given)
+    insert(root, given, selection)
     selection.warn_of_missed(stacklevel=3)
     for layer in lora_layers(root).values():
         layer.pack_weight = pack_weight
@@ -318,8 +293,3 @@ def _owners_of_parameters(model: nn.Module) -> dict[Tensor, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter, []).append(name)
     return owners
-
-
-def _plain(value: Any) -> Any:
-    """Lists for tuples, sets and their like, as JSON has them."""
-    return value if value is None or isinstance(value, (str, int)) else list(value)

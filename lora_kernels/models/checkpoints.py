@@ -38,10 +38,10 @@ from .on_disk import (
     PREFIX,
     WEIGHTS_NAME,
     Layer,
+    first_few,
     names_of,
     places_of,
     read_adapter,
-    some,
 )
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -82,15 +82,17 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     empty = [key for key, tensor in tensors.items() if tensor.is_meta]
     if empty:
         raise RuntimeError(
-            f"{some(empty)} on the meta device, without values: offloaded weights come back with "
-            "accelerate.hooks.remove_hook_from_module(model, recurse=True), others by loading them"
+            f"{first_few(empty)} on the meta device, without values: offloaded weights come back "
+            "with accelerate.hooks.remove_hook_from_module(model, recurse=True), others by "
+            "loading them"
         )
     sharded = [key for key, tensor in tensors.items() if is_dtensor(tensor)]
     if sharded:
         raise TypeError(
-            f"the model is sharded ({some(sharded)}): gather it with get_model_state_dict(model, "
-            "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint."
-            "state_dict, load that into a model of one process and save this one"
+            f"the model is sharded ({first_few(sharded)}): gather it with "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
+            "torch.distributed.checkpoint.state_dict, load that into a model of one process and "
+            "save this one"
         )
     write_adapter(
         Path(directory),
@@ -141,7 +143,7 @@ def load_adapter(
         removed = [name for name, layer in layers.items() if layer.lora_A is None]
         if removed:
             raise ValueError(
-                f"merge_adapter(model, keep_base=False) removed the adapter of {some(removed)}"
+                f"merge_adapter(model, keep_base=False) removed the adapter of {first_few(removed)}"
             )
         wanted = {n: Layer(m.r, m.in_features, m.out_features) for n, m in layers.items()}
         saved = {name: root.get_submodule(name) for name in applied(root).report.modules_to_save}
@@ -266,9 +268,10 @@ def _content(
     del content["autocast_adapter_dtype"]
     taken = _taken_for_experts(model, layers)
     if taken:
+        endings = sorted({name.rpartition(".")[2] for name in taken})
         warnings.warn(
-            f"PEFT takes {some(sorted({name.rpartition('.')[2] for name in taken}))} of this model "
-            f"for its fused experts, and does not find the adapters of {some(taken)} in this file; "
+            f"PEFT takes {first_few(endings)} of this model for its fused experts, and does not "
+            f"find the adapters of {first_few(taken)} in this file; "
             "lora_kernels.load_adapter does. For PEFT, adapt the model without them "
             "(exclude_modules)",
             stacklevel=4,

@@ -76,6 +76,29 @@ class LoRAConfig:
         return isinstance(value, LoRAConfig) or hasattr(value, "peft_type")
 
     @classmethod
+    def of_fields(cls, **values: Any) -> LoRAConfig:
+        """A configuration of ``values``; lists for tuples, sets and their like, as JSON has them.
+
+        Raises:
+            TypeError: there is no field of such a name.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in values.keys() - set(known):
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+            raise TypeError(f"there is no field {name!r}{hint}")
+        plain: dict[str, Any] = {}
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                plain[name] = dict(value)
+            elif isinstance(value, Collection) and not isinstance(value, str):
+                plain[name] = list(value)
+            # None is PEFT's way to leave a pattern out.
+            elif value is not None or not name.endswith("_pattern"):
+                plain[name] = value
+        return cls(**plain)
+
+    @classmethod
     def of(cls, config: Any) -> LoRAConfig:
         """A copy of ``config``, one of these or PEFT's ``LoraConfig``.
 

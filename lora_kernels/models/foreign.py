@@ -1,12 +1,11 @@
-"""What the package knows of other people's modules: transformers' Conv1D, where a model's heads
-are, whose forward is bypassed, hooks that dispatching adds."""
+"""What the package knows of other people's models: where the heads are, whose forward is bypassed,
+what accelerate offloaded, who checkpoints."""
 
 from __future__ import annotations
 
 import ast
 import functools
 import inspect
-import sys
 import textwrap
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import nn
 
 from ..layers.batches import CarryingCheckpoint
 from ..layers.merging import is_offloaded
-from ..layers.replacing import CARRIED_FORWARDS, CARRIERS, PLAIN_LINEARS, TRANSPOSED_LINEARS
 
 # Last name of a head where the model has no base model to tell it apart (T5, plain modules,
 # wrappers).
@@ -67,26 +65,6 @@ _ABOUT = frozenset(
     ["dtype", "device", "shape", "size", "dim", "ndim", "requires_grad", "is_cuda"]
     + ["bias", "in_features", "out_features"]
 )
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is transformers' Conv1D, without importing transformers for it."""
-    utils = sys.modules.get("transformers.pytorch_utils")
-    return (
-        utils is not None
-        and isinstance(module, utils.Conv1D)
-        and type(module).forward is utils.Conv1D.forward
-    )
-
-
-def is_falcon_linear(module: nn.Module) -> bool:
-    """Whether ``module`` is Falcon's linear layer: ``x @ W.T``, then ``+ bias``."""
-    falcon = sys.modules.get("transformers.models.falcon.modeling_falcon")
-    return falcon is not None and type(module) is falcon.FalconLinear
-
-
-TRANSPOSED_LINEARS.append(is_conv1d)
-PLAIN_LINEARS.append(is_falcon_linear)
 
 
 def head_reason(model: nn.Module, name: str, module: nn.Module, outputs: set[object]) -> str | None:
@@ -194,30 +172,6 @@ def _names_in_methods(kind: type[nn.Module]) -> set[str]:
                 names.update(code.co_names)
                 codes += [c for c in code.co_consts if hasattr(c, "co_names")]
     return names
-
-
-def carry_dispatch_hook(old: nn.Module, new: nn.Module) -> None:
-    """Give ``new`` the accelerate hook that ``dispatch_model`` (``device_map=``) put on ``old``."""
-    hook = getattr(old, "_hf_hook", None)
-    if hook is not None and is_dispatched(old):
-        from accelerate.hooks import add_hook_to_module
-
-        add_hook_to_module(new, hook)
-
-
-def is_dispatched(module: nn.Module) -> bool:
-    """Whether the forward that was set on ``module`` is accelerate's hook around its class's."""
-    state = vars(module)
-    function = getattr(state.get("forward"), "func", None)
-    inner = getattr(state.get("_old_forward"), "__func__", None)
-    return (
-        getattr(function, "__module__", None) == "accelerate.hooks"
-        and inner is type(module).forward
-    )
-
-
-CARRIED_FORWARDS.append(is_dispatched)
-CARRIERS.append(carry_dispatch_hook)
 
 
 def offload_reason(module: nn.Module) -> str | None:

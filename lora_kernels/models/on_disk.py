@@ -161,9 +161,9 @@ class AdapterFiles:
             if len(pair) == 2:
                 pairs[name] = (pair[0], pair[1])
         if wrong:
-            raise ValueError(f"{self.label}: {some(wrong)}")
+            raise ValueError(f"{self.label}: {first_few(wrong)}")
         if missing:
-            raise ValueError(f"{self.label} has no {some(missing)}")
+            raise ValueError(f"{self.label} has no {first_few(missing)}")
         return pairs
 
     def modules_to_save(self, model: nn.Module) -> list[str]:
@@ -213,7 +213,7 @@ class AdapterFiles:
         missing = sorted(wanted - self.tensors.keys())
         if missing:
             raise ValueError(
-                f"{self.label} has no {some(missing)}, though "
+                f"{self.label} has no {first_few(missing)}, though "
                 f"modules_to_save={self.config.modules_to_save}"
             )
         bias = self.config.bias
@@ -251,7 +251,7 @@ class AdapterFiles:
                 else:
                     wrong.append(f"{key} {reason}")
         if wrong:
-            raise ValueError(f"{self.label}: {some(wrong)}")
+            raise ValueError(f"{self.label}: {first_few(wrong)}")
         if unexpected:
             why = ""
             if embedded.intersection(unexpected):
@@ -260,7 +260,7 @@ class AdapterFiles:
                 why = "; a store serves A and B, no biases and no modules trained in full"
             raise ValueError(
                 f"{self.label} holds what the model has no place for, or with other values: "
-                + some(sorted(unexpected))
+                + first_few(sorted(unexpected))
                 + why
             )
         self._check_tied(known | found)
@@ -342,7 +342,7 @@ def _checked(content: Mapping[str, Any], path: Path | str, names: Collection[str
     unknown = [k for k, v in content.items() if v and k not in known and k not in _IRRELEVANT]
     if unknown:
         warnings.warn(
-            f"{path}: ignored fields that are not known here: {some(unknown)}", stacklevel=4
+            f"{path}: ignored fields that are not known here: {first_few(unknown)}", stacklevel=4
         )
     # What PEFT leaves out is at PEFT's defaults, which are not all ours.
     values = {"r": 8, "lora_alpha": 8} | {
@@ -449,5 +449,5 @@ def _misfit(place: Tensor, tensor: Tensor, is_embedding: bool) -> str | None:
     return None
 
 
-def some(items: list[str]) -> str:
+def first_few(items: list[str]) -> str:
     return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")

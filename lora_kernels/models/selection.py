@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..layers.foreign import is_conv1d
 from ..layers.fused import FusedLoRALinear
 from ..layers.multi import MultiLoRAEmbedding, MultiLoRALinear
 from ..layers.replacing import unsupported_reason
-from . import foreign as _transformers
+from . import foreign
 from .config import LoRAConfig
 from .reports import grouped, unreached
 
@@ -46,7 +47,7 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
         paths.setdefault(module, []).append(name)
     by_name = {name: module for module, names in paths.items() for name in names}
     saved = _modules_to_save(paths, config)
-    outputs = _transformers.output_heads(model)
+    outputs = foreign.output_heads(model)
     targets: dict[nn.Module, list[str]] = {}
     skipped: dict[str, str] = {}
     refused: dict[nn.Module, str] = {}
@@ -57,8 +58,8 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
             continue
         bypass = (
             unsupported_reason(module)
-            or _transformers.offload_reason(module)
-            or _transformers.bypass_reason(by_name, names)
+            or foreign.offload_reason(module)
+            or foreign.bypass_reason(by_name, names)
         )
         if reason is None and bypass is None:
             targets[module] = names
@@ -147,7 +148,7 @@ def _skip_reason(
     if config.all_linear:
         if not _is_linear(module):
             return "not linear"
-        reason = _transformers.head_reason(model, name, module, outputs)
+        reason = foreign.head_reason(model, name, module, outputs)
         if reason is not None:
             return reason
     elif not config.is_target(name):
@@ -163,7 +164,7 @@ def _is_wrong_target(module: nn.Module, config: LoRAConfig) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _transformers.is_conv1d(module)
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _nothing_matches(config: LoRAConfig, skipped: dict[str, str]) -> str:

@@ -9,8 +9,8 @@ from typing import TypeVar, cast
 
 from torch import nn
 
+from ..layers.foreign import carry_dispatch_hook
 from ..layers.fused import FusedLoRALinear
-from . import foreign as _transformers
 from .apply import (
     check_not_taken_off,
     forget_record,
@@ -133,7 +133,7 @@ def _put_plain_layers(root: nn.Module, layers: dict[str, FusedLoRALinear]) -> No
     """Replace every layer at all its places; the record of the adapter goes."""
     plain: dict[nn.Module, nn.Module] = {layer: layer.to_linear() for layer in layers.values()}
     for layer, module in plain.items():
-        _transformers.carry_dispatch_hook(layer, module)
+        carry_dispatch_hook(layer, module)
     for parent in list(root.modules()):
         for name, child in list(parent._modules.items()):
             if child in plain:

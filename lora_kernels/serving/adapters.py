@@ -83,7 +83,7 @@ def _fields(config: Any) -> dict[str, Any]:
     return {k: sorted(v) if isinstance(v, (set, frozenset)) else v for k, v in content.items()}
 
 
-class Places:
+class LayerIndex:
     """The layers of a model that an adapter may have, by every path that leads to them."""
 
     def __init__(
@@ -139,7 +139,7 @@ class Places:
         return self._refused.get(self._first[module]) or unsupported_reason(module)
 
 
-class Room(NamedTuple):
+class SlotLimits(NamedTuple):
     """What the slots hold: their ranks, their dtypes by path of the layer (else the weight's), and
     whether copies into them want pinned memory."""
 
@@ -160,7 +160,7 @@ class Room(NamedTuple):
 
 
 def match(
-    places: Places, files: AdapterFiles, room: Room, load_embedding_layers: bool
+    index: LayerIndex, files: AdapterFiles, limits: SlotLimits, load_embedding_layers: bool
 ) -> HostAdapter:
     """The adapter that ``files`` are.
 
@@ -169,35 +169,35 @@ def match(
             above ``max_rank`` or not the configuration's.
     """
     config, label = files.config, files.label
-    names = names_of(places.model)
+    names = names_of(index.model)
     found: dict[str, str] = {}
     wanted: dict[str, Layer] = {}
     try:
         for path in files.paths(names):
-            first, module = places.resolve(path)
+            first, module = index.resolve(path)
             if first in found:
                 raise ValueError(
                     f"{path!r} is the same layer as {found[first]!r}, which it has too"
                 )
             found[first] = path
-            wanted[path] = _layer(path, module, config, room)
-        config.modules_to_save = files.modules_to_save(places.model) or None
-        for first in sorted(places.named_by(config) - found.keys()):
-            _, module = places.resolve(first)
-            wanted[first] = _layer(first, module, config, room)
+            wanted[path] = _layer(path, module, config, limits)
+        config.modules_to_save = files.modules_to_save(index.model) or None
+        for first in sorted(index.named_by(config) - found.keys()):
+            _, module = index.resolve(first)
+            wanted[first] = _layer(first, module, config, limits)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from error
     if not wanted:
         raise ValueError(f"{label} holds no lora_A and lora_B")
     layers = {}
-    for path, (a, b) in files.take_pairs(places.model, wanted).items():
-        first, module = places.resolve(path)
+    for path, (a, b) in files.take_pairs(index.model, wanted).items():
+        first, module = index.resolve(path)
         scale = default_scaling(config.alpha(path), b.shape[1], config.use_rslora)
         a = a.t() if wanted[path].is_embedding else a
-        layers[first] = room.weights(first, module, a, b, scale)
+        layers[first] = limits.weights(first, module, a, b, scale)
     files.match_rest(
-        places.model,
-        {name: places.model.get_submodule(name) for name in config.modules_to_save or []},
+        index.model,
+        {name: index.model.get_submodule(name) for name in config.modules_to_save or []},
         wanted.keys(),
         load_embedding_layers=load_embedding_layers,
         shared_base=True,
@@ -206,10 +206,10 @@ def match(
     return HostAdapter(config, layers)
 
 
-def _layer(path: str, module: nn.Module, config: LoRAConfig, room: Room) -> Layer:
+def _layer(path: str, module: nn.Module, config: LoRAConfig, limits: SlotLimits) -> Layer:
     """What the adapter's A and B must fit at ``path``."""
     rank = config.rank(path)
-    _check_rank(path, rank, room.max_rank)
+    _check_rank(path, rank, limits.max_rank)
     return Layer(rank, *_sizes(module), isinstance(module, nn.Embedding))
 
 
@@ -235,10 +235,10 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def draw(
-    places: Places,
+    index: LayerIndex,
     config: LoRAConfig,
     paths: Collection[str],
-    room: Room,
+    limits: SlotLimits,
 ) -> HostAdapter:
     """An untrained adapter on the layers at ``paths``, as ``init_lora_weights`` says.
 
@@ -249,9 +249,9 @@ def draw(
         raise ValueError(f"target_modules={config.target_modules!r} names no layer of the store")
     layers = {}
     for path in sorted(paths):
-        _, module = places.resolve(path)
+        _, module = index.resolve(path)
         rank = config.rank(path)
-        _check_rank(path, rank, room.max_rank)
+        _check_rank(path, rank, limits.max_rank)
         in_features, out_features = _sizes(module)
         embedding = isinstance(module, nn.Embedding)
         a = torch.zeros(rank, in_features, device="cpu")
@@ -266,8 +266,8 @@ def draw(
         if config.init_lora_weights is False:
             nn.init.kaiming_uniform_(a if embedding else b, a=math.sqrt(5))
         scale = default_scaling(config.alpha(path), rank, config.use_rslora)
-        layers[path] = room.weights(path, module, a.t() if embedding else a, b, scale)
-    config.warn_of_unmatched(layers, names_of(places.model))
+        layers[path] = limits.weights(path, module, a.t() if embedding else a, b, scale)
+    config.warn_of_unmatched(layers, names_of(index.model))
     return HostAdapter(config, layers)
 
 

@@ -22,6 +22,13 @@ from .adapters import HostAdapter
 _POLL_S = 1.0
 
 
+class UnknownAdapterError(KeyError, ValueError):
+    """There is no adapter of that name."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class Resident:
     """An adapter under a name; a replacement is another one."""
 

@@ -13,7 +13,7 @@ from ..layers.batches import Owner
 from ..layers.multi import MultiLoRAEmbedding, MultiLoRALinear, unsupported_embedding_reason
 from ..models.config import LoRAConfig
 from ..models.selection import select
-from .adapters import Places
+from .adapters import HostAdapter, LayerIndex, SlotLimits, Weights
 
 Layer = MultiLoRALinear | MultiLoRAEmbedding
 
@@ -55,8 +55,8 @@ class SlottedModel:
             path for path, layer in self.layers.items() if isinstance(layer, MultiLoRALinear)
         )
 
-    def places(self) -> Places:
-        return Places(self.model, self.layers, self._open, self._refused)
+    def index(self) -> LayerIndex:
+        return LayerIndex(self.model, self.layers, self._open, self._refused)
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Of the slots that there are and, if one was given, of those that may come."""
@@ -117,6 +117,19 @@ class SlottedModel:
         for path in paths:
             parent, _, child = path.rpartition(".")
             setattr(self.model.get_submodule(parent), child, module)
+
+    def limits(self) -> SlotLimits:
+        """What the slots hold, and whether a GPU copies into them."""
+        pinned = any(device.type == "cuda" for device in self.devices())
+        return SlotLimits(self._max_rank, self.dtypes(), pinned)
+
+    def read_slot(self, slot: int, host: HostAdapter) -> HostAdapter:
+        """``host`` with the values that its slot has now."""
+        layers = {}
+        for path, weights in host.layers.items():
+            a, b = self.layers[path].slot(slot, weights.rank)
+            layers[path] = Weights(a.cpu().clone(), b.cpu().clone(), weights.scale)
+        return replace(host, layers=layers)
 
     def take_out(self, paths: Iterable[str]) -> None:
         """Put the layers that were at ``paths`` back, trainable as they were."""

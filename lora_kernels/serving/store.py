@@ -6,7 +6,6 @@ import functools
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -14,25 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.batches import Adapter, Batch, ModelHook, bind
-from ..models import foreign as _transformers
+from ..models import foreign
 from ..models.apply import unwrap
 from ..models.config import LoRAConfig
-from .adapters import HostAdapter, Room, Source, Weights, draw, match, peft_tensors, read, write
+from ..models.on_disk import first_few
+from .adapters import HostAdapter, Source, draw, match, peft_tensors, read, write
 from .running import BatchContext, Key, checked_names, checked_rows
-from .slots import HeldAdapter, Resident, Slots
+from .slots import HeldAdapter, Resident, Slots, UnknownAdapterError
 from .slotted_model import SlottedModel
 from .transfers import Transfers
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Names = Sequence[str | None]
-
-
-class UnknownAdapterError(KeyError, ValueError):
-    """There is no adapter of that name."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class AdapterStore:
@@ -119,8 +112,8 @@ class AdapterStore:
         self._slots = Slots(max_adapters, self._transfers)
         self._adapters = self._slots.named
         self._owner.hold = weakref.WeakMethod(self.hold)
-        self._checkpointing = _transformers.checkpointing_modules(self.model)
-        carry = functools.partial(_transformers.carry_batches, self._checkpointing)
+        self._checkpointing = foreign.checkpointing_modules(self.model)
+        carry = functools.partial(foreign.carry_batches, self._checkpointing)
         self._hook = self.model.register_forward_pre_hook(
             ModelHook(self._owner, carry), with_kwargs=True
         )
@@ -195,7 +188,7 @@ class AdapterStore:
         if not isinstance(name, str) or not name:
             raise TypeError(f"an adapter's name must be a string, not {name!r}")
         files = read(name, source, config, self.model)
-        host = match(self._slotted.places(), files, self._room(), load_embedding_layers)
+        host = match(self._slotted.index(), files, self._slotted.limits(), load_embedding_layers)
         self._enter(name, host)
 
     def create(
@@ -225,9 +218,9 @@ class AdapterStore:
         config.check()
         if config.bias != "none" or config.modules_to_save:
             raise ValueError("a store's adapters have no biases and no modules_to_save")
-        places = self._slotted.places()
-        paths = self._slotted.linear if config.all_linear else places.named_by(config)
-        host = draw(places, config, paths, self._room())
+        index = self._slotted.index()
+        paths = self._slotted.linear if config.all_linear else index.named_by(config)
+        host = draw(index, config, paths, self._slotted.limits())
         self._enter(name, host)
 
     def unload(self, name: str) -> None:
@@ -397,7 +390,7 @@ class AdapterStore:
         by_row: bool,
         examples: Sequence[int] | None,
     ) -> Batch:
-        _transformers.carry_batches(self._checkpointing)
+        foreign.carry_batches(self._checkpointing)
         slot_of = {key: resident.slot for key, resident in chosen.items()}
         residents = list(dict.fromkeys(chosen.values()))
         slots = [resident.slot for resident in residents if resident.slot is not None]
@@ -457,16 +450,14 @@ class AdapterStore:
                 raise RuntimeError(f"batches are running with {', '.join(map(repr, running))}")
             self._slotted.take_out(list(self._layers))
             self._hook.remove()
-            _transformers.carry_no_batches(self._checkpointing)
+            foreign.carry_no_batches(self._checkpointing)
             self._adapters.clear()
 
     def _find(self, name: str) -> Resident:
         resident = self._adapters.get(name)
         if resident is None:
-            names = self.names
-            known = ", ".join(map(repr, names[:8])) or "none"
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            raise UnknownAdapterError(f"there is no adapter {name!r}; there are {known}{more}")
+            known = first_few([repr(name) for name in self.names]) or "none"
+            raise UnknownAdapterError(f"there is no adapter {name!r}; there are {known}")
         return resident
 
     def _key(self, name: str | None) -> Key | None:
@@ -491,17 +482,8 @@ class AdapterStore:
             resident = self._find(name)
             if not resident.trained or resident.slot is None:
                 return resident.host
-            layers = {}
             self._transfers.begin([resident.slot])
-            for path, weights in resident.host.layers.items():
-                a, b = self._layers[path].slot(resident.slot, weights.rank)
-                layers[path] = Weights(a.cpu().clone(), b.cpu().clone(), weights.scale)
-            return replace(resident.host, layers=layers)
-
-    def _room(self) -> Room:
-        """What the slots hold, and whether a GPU copies into them."""
-        pinned = any(device.type == "cuda" for device in self._slotted.devices())
-        return Room(self.max_rank, self._slotted.dtypes(), pinned)
+            return self._slotted.read_slot(resident.slot, resident.host)
 
     def _enter(self, name: str, host: HostAdapter) -> None:
         with self._slots.lock:

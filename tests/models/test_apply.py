@@ -257,3 +257,11 @@ def test_half_precision_base_keeps_adapters_in_float32(name):
     assert small.relative_difference(y, exact) < 0.2 < small.relative_difference(plain, exact)
     small.loss(model, batch).backward()
     assert all(layer.lora_B.grad.abs().max() > 0 for layer in lora_layers(model).values())
+
+
+@pytest.mark.parametrize(
+    ("field", "says"), [("lora_aplha", "did you mean 'lora_alpha'"), ("megatron", "there are r, ")]
+)
+def test_an_unknown_field_is_named(field, says):
+    with pytest.raises(TypeError, match=says):
+        lk.apply_lora(build("gpt2"), **{field: 1})

@@ -43,8 +43,8 @@ def run(request, tmp_path_factory):
     # It finds a free port by itself.
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, "--nproc-per-node", str(worker.PROCESSES), worker.__file__]
-    package = str(Path(lk.__file__).parents[1])
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    places = [str(Path(lk.__file__).parents[1]), str(Path(small.__file__).parent)]
+    path = os.pathsep.join([*places, *filter(None, [os.environ.get("PYTHONPATH")])])
     answer = subprocess.run(
         [*command, request.param, str(directory), *scenarios],
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},

@@ -1,0 +1,44 @@
+"""What the package knows of other people's layers: transformers' Conv1D, Falcon's linear layer, the
+hook that accelerate's ``device_map`` sets on a module."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' Conv1D, without importing transformers for it."""
+    utils = sys.modules.get("transformers.pytorch_utils")
+    return (
+        utils is not None
+        and isinstance(module, utils.Conv1D)
+        and type(module).forward is utils.Conv1D.forward
+    )
+
+
+def is_falcon_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is Falcon's linear layer: ``x @ W.T``, then ``+ bias``."""
+    falcon = sys.modules.get("transformers.models.falcon.modeling_falcon")
+    return falcon is not None and type(module) is falcon.FalconLinear
+
+
+def carry_dispatch_hook(old: nn.Module, new: nn.Module) -> None:
+    """Give ``new`` the accelerate hook that ``dispatch_model`` (``device_map=``) put on ``old``."""
+    hook = getattr(old, "_hf_hook", None)
+    if hook is not None and is_dispatched(old):
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, hook)
+
+
+def is_dispatched(module: nn.Module) -> bool:
+    """Whether the forward that was set on ``module`` is accelerate's hook around its class's."""
+    state = vars(module)
+    function = getattr(state.get("forward"), "func", None)
+    inner = getattr(state.get("_old_forward"), "__func__", None)
+    return (
+        getattr(function, "__module__", None) == "accelerate.hooks"
+        and inner is type(module).forward
+    )
