@@ -36,7 +36,7 @@ READY := .venv/ready
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: help demo test quick test-all mutants test-peft compat sanitize bench memory lint types format \
+.PHONY: help demo test quick test-all mutants aot test-peft compat sanitize bench memory lint types format \
     clean
 .DEFAULT_GOAL := help
 
@@ -46,6 +46,8 @@ help:
 	@echo "make quick    likewise, and run those that take less than a minute in all"
 	@echo "make test-all likewise, and run the products as a whole: before a release"
 	@echo "make mutants  likewise, and plant mistakes in a copy, each of which the tests must see"
+	@echo "make aot      likewise, and compile every Triton kernel ahead of time, for every architecture: writes"
+	@echo "              tests/kernels/aot_report.md, which the tests read while its sources are the same"
 	@echo "make test-peft likewise, and run PEFT's own tests of LoRA with our layers in its place"
 	@echo "make compat   the tests with the oldest and with the newest supported stack, each in an environment"
 	@echo "              of its own below build/compat; compat-oldest, compat-newest: one of them"
@@ -80,6 +82,9 @@ test-all: $(READY)
 
 mutants: $(READY)
 	$(PY) tests/mutants.py $(MUTANTS)
+
+aot: $(READY)
+	$(PY) -m tests.kernels.aot --write
 
 test-peft: $(READY)
 	$(PY) tests/integrations/peft_suite.py $(if $(PEFT_SOURCE),--source "$(PEFT_SOURCE)")

@@ -53,14 +53,14 @@ def masked(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
 
 
 def adapters_onto(problem: Problem, known: DeviceFacts) -> Callable[..., Tensor]:
-    """What adds the adapters of a mixed batch to the library's result, by the plan that they would
-    have without it."""
+    """A function that adds the adapters of a mixed batch to the library's result, by the plan that
+    they would have alone."""
     from ..kernels import segmented, segmented_decode
 
     config = plan.plan_ignoring_force(problem, known)
     if config.plan not in SEGMENTED_PLANS:
         config = Config("grouped")
-    config = with_numbers(config, problem, known)
+    config = fill_tile_sizes(config, problem, known)
     if problem.op == "segmented_lora_dx":
         return functools.partial(segmented.dx_onto, config=config)
     module = segmented_decode if config.plan == "decode" else segmented
@@ -80,13 +80,12 @@ def run_kernel(
         segmented,
         segmented_bwd,
         segmented_decode,
-        segmented_linear,
     )
 
-    config = with_numbers(config, problem, known)
+    config = fill_tile_sizes(config, problem, known)
     if op in MIXED_LINEAR_OPS:
-        shrink = with_numbers(Config("grouped"), problem.adapters(), known)
-        return getattr(segmented_linear, op)(*args, **kwargs, config=config, shrink=shrink)
+        shrink = fill_tile_sizes(Config("grouped"), problem.adapters(), known)
+        return getattr(linear_fwd, op)(*args, **kwargs, config=config, shrink=shrink)
     if problem.slots:
         module = segmented_decode if config.plan == "decode" else segmented
         module = segmented_bwd if op == "segmented_lora_dab" else module
@@ -106,12 +105,13 @@ def run_kernel(
         problem.adapter_dtype,
         problem.dropout and op == "lora_linear_fwd",
     )
-    shrink = with_numbers(Config("skinny"), rows, known)
+    shrink = fill_tile_sizes(Config("skinny"), rows, known)
     return getattr(linear_fwd, op)(*args, **kwargs, config=config, shrink=shrink)
 
 
 @functools.lru_cache(maxsize=4096)
-def with_numbers(config: Config, problem: Problem, known: DeviceFacts) -> Config:
+def fill_tile_sizes(config: Config, problem: Problem, known: DeviceFacts) -> Config:
+    """``config``, or if it is a tiled plan's name alone, that plan's best shipped tile."""
     if config.block_m or config.plan not in TILED_PLANS:
         return config
     valid = [

@@ -58,7 +58,7 @@ def arguments_for(
     fan_in_fan_out: bool,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Random inputs of one operator (random, since zeros are faster than what anybody runs)."""
+    """Random inputs of one operator (zeros would run faster)."""
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
@@ -219,7 +219,7 @@ def tune(
                 measured[measurement.problem.bucketed().key()] = entry
                 yield measurement
     finally:
-        # What was measured before an interruption holds as well.
+        # After an interruption too: the measurements until then hold.
         if measured:
             tables.write_table(table_path(device), facts(device), measured)
             plan.forget_tables()

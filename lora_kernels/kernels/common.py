@@ -1,4 +1,4 @@
-"""What the kernels share: the tail's operands, the dropout bits, the order of tiles, and the
+"""Shared by the kernels: the tail's operands, the dropout bits, the order of tiles, and the
 counters of split reductions."""
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def last_to_arrive(counter_ptr, expected):
     """Whether this program is the last of ``expected`` to come here; the counter is then zero
     again.
 
-    What the others stored before they came is visible to the last one: the barrier orders the
-    stores of this program before its arrival, and the arrival acquires theirs.
+    The last one sees what the others stored before they came: the barrier orders the stores of this
+    program before its arrival, and the arrival acquires theirs.
     """
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
@@ -128,7 +128,7 @@ def last_to_arrive(counter_ptr, expected):
 
 
 def partials(elements: int, split: int, device: torch.device) -> Tensor:
-    """float32 room for the partial sums of a split reduction; of nothing where nothing is split."""
+    """float32 scratch for the partial sums of a split reduction; empty where nothing is split."""
     return torch.empty(elements if split > 1 else 0, dtype=torch.float32, device=device)
 
 

@@ -169,7 +169,7 @@ def lora_linear_dab(
     parts = max(1, -(-r // rank))
     room = partials(blocks * parts * split_m * block_c * (rank + 1), split_m, dy.device)
     x_rows = dy if x is None else x
-    # The tails are ours and lie as they should; somebody else's may not.
+    # S and D of our operators are contiguous; a caller's need not be.
     dtype = tail_dtype(dy.dtype)
     d_rows, s_rows = (dy if t is None else t.to(dtype).contiguous() for t in (d, s))
     _lora_linear_dab_kernel[(blocks, split_m, parts)](

@@ -32,6 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..planning.config import Config, block_r
 from ..spec.reference import dropout_threshold, tail_dtype
+from ..spec.segments import Table
 from .common import (
     counters,
     dropout_keep,
@@ -41,7 +42,8 @@ from .common import (
     tail_tile,
     tile_order,
 )
-from .rows import Stacks, blocks_of_slices, pick, slice_of_block, tails_of_tile
+from .rows import Stacks, blocks_of_slices, pick, slice_of_block, stacks_of, tails_of_tile
+from .segmented import dx_shrink, segmented_shrink
 
 
 @triton.jit
@@ -144,7 +146,7 @@ def _lora_linear_kernel(
         j, first, end = 0, 0, N
         if SLICES > 0:
             # The rows beyond the batch that the table has room for come last in its order.
-            rows = tl.load(table[3] + offs_m, mask=inside, other=0).to(tl.int64)
+            rows = tl.load(table.order + offs_m, mask=inside, other=0).to(tl.int64)
             if not SUM_SLICES:
                 j, within, first = slice_of_block(pid_n, widths, BLOCK_N, SLICES)
                 col, end = first + within * BLOCK_N, first + pick(widths, j, SLICES)
@@ -349,6 +351,56 @@ def lora_linear_dx(
     return gemm_with_tail(dy, w, a, b, d, scale, None, None, rng, dropout_p, config)
 
 
+def segmented_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    table: Sequence[Tensor],
+    packed_slices: int = 0,
+    bias: Tensor | None = None,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    fan_in_fan_out: bool = False,
+    packed: Tensor | None = None,
+    *,
+    config: Config,
+    shrink: Config,
+) -> tuple[Tensor, Tensor]:
+    w = weight.t() if fan_in_fan_out else weight
+    s = segmented_shrink(x, lora_a, table, packed_slices, rng, dropout_p, config=shrink)
+    b, widths = stacks_of(lora_b, x.dtype), [t.shape[1] for t in lora_b]
+    seg = Table(*table)
+    # S holds the scale already; the kernel loads this one for the in-loop plan alone.
+    return gemm_with_tail(
+        x, w, x, b, s, seg.scale_of_slot, bias, None, None, 0.0, config, seg, widths
+    )
+
+
+def segmented_linear_dx(
+    dy: Tensor,
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    table: Sequence[Tensor],
+    packed_slices: int = 0,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    fan_in_fan_out: bool = False,
+    packed: Tensor | None = None,
+    *,
+    config: Config,
+    shrink: Config,
+) -> tuple[Tensor, Tensor]:
+    w = weight if fan_in_fan_out else weight.t()
+    d = dx_shrink(dy, lora_b, table, dropout_p, config=shrink)
+    a = stacks_of(lora_a, dy.dtype, packed_slices)
+    seg = Table(*table)
+    return gemm_with_tail(
+        dy, w, dy, a, d, seg.scale_of_slot, None, None, rng, dropout_p, config, seg
+    )
+
+
 def base_operands(
     x: Tensor, w: Tensor, config: Config, gathered: bool = False
 ) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor, Tensor, bool]:
@@ -381,7 +433,7 @@ def gemm_with_tail(
     tail_rng: Tensor | None,
     dropout_p: float,
     config: Config,
-    table: Sequence[Tensor] = (),
+    table: Table | None = None,
     widths: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """x [M, K], w [N, K], a [R, K], b [N, R], s [M, R] or None (then made in the loop).
@@ -405,17 +457,17 @@ def gemm_with_tail(
         programs = min(programs, config.programs)
     # The kernel steps through vectors by one element.
     bias_arg, out_scale_arg = (x if v is None else v.contiguous() for v in (bias, out_scale))
-    x_arg, w_arg, stored, weight_nk = base_operands(x, w, config, gathered=len(table) > 0)
-    if isinstance(b, Stacks):
+    x_arg, w_arg, stored, weight_nk = base_operands(x, w, config, gathered=table is not None)
+    if table is not None and isinstance(b, Stacks):
         b_arg, strides_bt, packed = b.tensors, b.slots, b.packed
         strides_b = (b.row, b.last) if widths else (b.last, b.row)
-        slots, tables = table[1].shape[0], (*table[1:], table[0])
+        slots = len(table.rank_of_slot)
     else:
         b_arg, strides_bt, packed, strides_b = b, (), False, b.stride()
-        slots, tables = 0, ()
+        slots = 0
     _lora_linear_kernel[(programs,)](
         x_arg, w_arg, a, b_arg, s, bias_arg, out_scale_arg,
-        scale, scale if tail_rng is None else tail_rng, tables,
+        scale, scale if tail_rng is None else tail_rng, table or (),
         y, partials(tiles * split_k * block_m * (block_n + rank), split_k, x.device),
         counters(x.device, tiles if split_k > 1 else 0),
         m, n, k, r, slots, tuple(widths),

@@ -10,11 +10,11 @@ is read by the base product only, and the rank's own product is computed once pe
 
 Nothing is assumed of which programs are resident. A tile is a ticket that a running program draws,
 and it waits for no tile but its owner, whose ticket is lower (:func:`owners_first`). Of the drawn
-tiles that are not done the one with the lowest ticket therefore waits for nobody, and ends; so do
-all, one after the other.
+tiles that are not done the one with the lowest ticket therefore waits for no other, and ends; so
+do all, one after the other.
 
 ``counter_ptr`` holds the next ticket, the programs that have left, and from FLAGS on a flag per row
-block. The last program to leave makes zeros of them again: then nobody waits or draws any more.
+block. The last program to leave zeroes them: by then no program waits or draws any more.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def tile_of_s(s_ptr, row, M, R, stride_sm, BLOCK_M: tl.constexpr, BLOCK_R: tl.co
 
 @triton.jit
 def publish(flag_ptr):
-    """What this program stored is there for whoever sees the flag: the barrier orders the stores
-    of all its threads before the release."""
+    """Set the flag. A program that sees it also sees what this one stored: the barrier orders the
+    stores of all its threads before the release."""
     tl.debug_barrier()
     tl.atomic_xchg(flag_ptr, 1, sem="release", scope="gpu")
 

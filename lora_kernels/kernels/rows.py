@@ -1,9 +1,9 @@
-"""What the kernels of mixed batches share: slots, rows and slices of a block, and tiles whose rank
+"""Shared by the kernels of mixed batches: slots, rows and slices of a block, and tiles whose rank
 ends where the slot's does.
 
 A kernel takes what differs from slice to slice (base pointer, step from slot to slot, width) as
-tuples, whose length is known when it is compiled, and picks its own by its place in the grid. Of a
-``SegmentTable`` it takes ``tensors()[1:]``.
+tuples, whose length is known when it is compiled, and picks its own by its place in the grid. A
+``SegmentTable`` comes as the named tuple ``Table``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..spec.reference import tail_dtype
+from ..spec.segments import Table
 from .common import dropout_keep_rows, tail_precision, tail_tile
 
 
@@ -57,8 +58,8 @@ def slice_of_block(block, widths, BLOCK: tl.constexpr, SLICES: tl.constexpr):
 @triton.jit
 def slot_of_block(block, blocks, table):
     """The slot of a row block and its live rank: -1 and 0 for rows without an adapter."""
-    slot = tl.load(table[5] + block, mask=block < blocks, other=-1)
-    rank = tl.load(table[0] + slot, mask=slot >= 0, other=0)
+    slot = tl.load(table.block_slot + block, mask=block < blocks, other=-1)
+    rank = tl.load(table.rank_of_slot + slot, mask=slot >= 0, other=0)
     return slot, rank
 
 
@@ -73,11 +74,11 @@ def rows_of_block(block, blocks, slot, table, slots, M, T, BLOCK_M: tl.constexpr
     """The rows of a block, int64 [BLOCK_M], and which of them are there. Of T rows in the table
     the batch has M."""
     live = block < blocks
-    first = tl.load(table[6] + block, mask=live, other=0)
-    bare = tl.load(table[4] + slots) + (block - blocks) * BLOCK_M
-    stop = tl.load(table[4] + slot + 1, mask=live, other=T)
+    first = tl.load(table.block_start + block, mask=live, other=0)
+    bare = tl.load(table.start_of_slot + slots) + (block - blocks) * BLOCK_M
+    stop = tl.load(table.start_of_slot + slot + 1, mask=live, other=T)
     offs = tl.where(live, first, bare) + tl.arange(0, BLOCK_M)
-    rows = tl.load(table[3] + offs, mask=offs < stop, other=M)
+    rows = tl.load(table.order + offs, mask=offs < stop, other=M)
     return rows.to(tl.int64), rows < M
 
 
@@ -135,7 +136,7 @@ def tails_of_tile(
 ):  # fmt: skip
     """sum_r s[row, j, r] b[slot of the row, n, r] of the rows at the places start <= i < stop in
     ``order``, for the columns offs_n = col... of slice j; with SUM_SLICES of all slices, each
-    product masked. float32 [BLOCK_M, BLOCK_N]; ``table`` ends with ``slot_of_row``.
+    product masked. float32 [BLOCK_M, BLOCK_N].
 
     The slots that occur there are walked one after the other. What a slot's B makes of other rows
     is dropped, not multiplied by zero: an adapter that holds an infinity is its own rows' alone.
@@ -144,13 +145,13 @@ def tails_of_tile(
     offs_m = start + tl.arange(0, BLOCK_M)
     logical = rows
     if HAS_MASK:
-        logical = tl.load(table[2] + rows, mask=inside, other=0)
+        logical = tl.load(table.logical_row + rows, mask=inside, other=0)
     place = start
-    stop = tl.minimum(stop, tl.load(table[4] + slots))
+    stop = tl.minimum(stop, tl.load(table.start_of_slot + slots))
     while place < stop:
-        slot = tl.load(table[7] + tl.load(table[3] + place))
-        rank = tl.load(table[0] + slot)
-        following = tl.load(table[4] + slot + 1)
+        slot = tl.load(table.slot_of_row + tl.load(table.order + place))
+        rank = tl.load(table.rank_of_slot + slot)
+        following = tl.load(table.start_of_slot + slot + 1)
         own = ((offs_m >= place) & (offs_m < following))[:, None]
         if SUM_SLICES:
             for i in tl.range(0, SLICES, num_stages=1):
@@ -217,6 +218,6 @@ def stacks_of(stacks: Sequence[Tensor], rows: torch.dtype, packed: int = 0) -> S
     return Stacks(tensors, tuple(t.stride(0) for t in tensors), row, last, packed > 0)
 
 
-def row_blocks(table: Sequence[Tensor], m: int, block_m: int, fill: bool) -> int:
+def row_blocks(table: Table, m: int, block_m: int, fill: bool) -> int:
     """Programs along the rows: the schedule's blocks, and those that fill rows without adapter."""
-    return table[6].shape[0] + (-(-m // block_m) if fill else 0)
+    return table.block_slot.shape[0] + (-(-m // block_m) if fill else 0)

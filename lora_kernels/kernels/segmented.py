@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..planning.config import Config, block_r
 from ..spec.reference import dropout_threshold, tail_dtype
+from ..spec.segments import Table
 from .common import counters, dropout_keep_rows, last_to_arrive, partials, tail_precision, tail_tile
 from .rows import (
     Stacks,
@@ -99,7 +100,7 @@ def _segmented_shrink_kernel(
         a_ptr += (j * rank).to(tl.int64) * stride_ar
     logical = rows
     if HAS_MASK:
-        logical = tl.load(table[2] + rows, mask=inside, other=0)
+        logical = tl.load(table.logical_row + rows, mask=inside, other=0)
     acc = shrink_tile(
         x_ptr, a_ptr, rng_ptr, rows, inside, logical, pick(columns, j, SLICES), offs_r,
         split * BLOCK_K, tl.where(dead, 0, pick(widths, j, SLICES)), rank, R,
@@ -121,7 +122,7 @@ def _segmented_shrink_kernel(
                     # Not from this program's cache: another one wrote it.
                     acc += tl.load(tile_ptr + other * SIZE + in_acc, cache_modifier=".cg")
     if finish:
-        scale = tl.load(table[1] + slot, mask=slot >= 0, other=0.0) * inverse_keep
+        scale = tl.load(table.scale_of_slot + slot, mask=slot >= 0, other=0.0) * inverse_keep
         s = tail_tile(acc * scale.to(tl.float32), x_ptr.dtype.element_ty)
         # The product is zero beyond the live rank, where the scale may be anything.
         s = tl.where((offs_r < rank)[None, :], s, 0.0)
@@ -154,7 +155,7 @@ def _segmented_expand_kernel(
         offs_n = col + tl.arange(0, BLOCK_N)
         logical = rows
         if HAS_MASK:
-            logical = tl.load(table[2] + rows, mask=inside, other=0)
+            logical = tl.load(table.logical_row + rows, mask=inside, other=0)
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for j in tl.static_range(SLICES):
             b_ptr = matrix_of_slot(b_ptrs, strides_bt, slot, j, SLICES)
@@ -196,6 +197,7 @@ def _shrink(
 ) -> Tensor:
     """S [M, n, r] of x and a [S, r, K], or ([S, N_j, r], transposed) of dY and B: then every slice
     has columns of its own, else ``shared`` ones."""
+    table = Table(*table)
     m, n = x.shape[0], a.slices
     s = torch.empty(m, n, r, dtype=tail_dtype(x.dtype), device=x.device)
     columns = tuple(0 if shared else sum(widths[:j]) for j in range(n))
@@ -205,10 +207,10 @@ def _shrink(
         return s
     tiles = blocks * n * parts
     _segmented_shrink_kernel[(blocks * split, n, parts)](
-        x, a.tensors, x if rng is None else rng, tuple(table[1:]),
+        x, a.tensors, x if rng is None else rng, table,
         s, partials(tiles * split * config.block_m * rank, split, x.device),
         counters(x.device, tiles if split > 1 else 0),
-        m, table[0].shape[0], table[1].shape[0], table[6].shape[0], r, tuple(widths), columns,
+        m, *table.sizes, r, tuple(widths), columns,
         *x.stride(),
         a.slots, *((a.last, a.row) if transposed else (a.row, a.last)),
         *s.stride()[:2],
@@ -235,6 +237,7 @@ def _expand(
 ) -> None:
     """y [M, sum of N_j] = or += the tail of b [S, N_j, r]; ([S, r, K], transposed) of A: then the
     slices are summed in y [M, K]."""
+    table = Table(*table)
     m, n, r = s.shape
     rank = block_r(config, r)
     blocks = row_blocks(table, m, config.block_m, fill=not add)
@@ -242,9 +245,9 @@ def _expand(
     if m == 0 or blocks == 0 or columns == 0:
         return
     _segmented_expand_kernel[(blocks, columns)](
-        s, b.tensors, s if rng is None else rng, tuple(table[1:]),
+        s, b.tensors, s if rng is None else rng, table,
         y,
-        m, table[0].shape[0], table[1].shape[0], table[6].shape[0], r, tuple(widths),
+        m, *table.sizes, r, tuple(widths),
         *s.stride(),
         b.slots, *((b.last, b.row) if transposed else (b.row, b.last)),
         *y.stride(),
@@ -364,7 +367,7 @@ def dx_onto(
     *,
     config: Config,
 ) -> Tensor:
-    """``dx +=`` what ``segmented_lora_dx`` returns, with one rounding of the sum; returns D."""
+    """Add the dX of ``segmented_lora_dx`` to ``dx``, with one rounding of the sum; returns D."""
     shared = lora_a, lora_b, table, packed_slices, rng, dropout_p
     return _dx(dx, dy, *shared, add=True, config=config)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..planning.config import Config, block_r
 from ..spec.reference import dropout_threshold
+from ..spec.segments import Table
 from .common import dropout_keep_rows, tail_precision, tail_tile
 from .rows import pick, rank_tile, slice_of_block
 
@@ -35,14 +36,14 @@ def _slot_sum(
     for place in tl.range(start, stop, BLOCK_M):
         offs = place + tl.arange(0, BLOCK_M)
         inside = offs < stop
-        rows = tl.load(table[3] + offs, mask=inside, other=0).to(tl.int64)
+        rows = tl.load(table.order + offs, mask=inside, other=0).to(tl.int64)
         z = tl.load(
             z_ptr + rows[:, None] * stride_zm + (column + offs_c).to(tl.int64)[None, :] * stride_zc,
             mask=inside[:, None] & (offs_c < C)[None, :],
             other=0.0,
         )
         if HAS_MASK:
-            logical = tl.load(table[2] + rows, mask=inside, other=0)
+            logical = tl.load(table.logical_row + rows, mask=inside, other=0)
             keep = dropout_keep_rows(rng_ptr, stream, logical, col, threshold, BLOCK_M, BLOCK_C)
             z = tl.where(keep, z, 0.0)
         t = rank_tile(t_ptr, rows, inside, offs_r, rank, R, stride_tm, stride_tr, dtype, True)
@@ -66,8 +67,8 @@ def _segmented_lora_dab_kernel(
     NEED_A: tl.constexpr, NEED_B: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     block, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    rank = tl.load(table[0] + slot)
-    start, stop = tl.load(table[4] + slot), tl.load(table[4] + slot + 1)
+    rank = tl.load(table.rank_of_slot + slot)
+    start, stop = tl.load(table.start_of_slot + slot), tl.load(table.start_of_slot + slot + 1)
     first_r = part * BLOCK_R
     stop = tl.where(first_r < rank, stop, start)
     offs_r = first_r + tl.arange(0, BLOCK_R)
@@ -123,7 +124,8 @@ def segmented_lora_dab(
     *,
     config: Config,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    slots, n = table[1].shape[0], len(widths)
+    table = Table(*table)
+    slots, n = len(table.rank_of_slot), len(widths)
     need_a, need_b = da_dtype is not None and x is not None, db_dtype is not None
     k = x.shape[1] if x is not None and need_a else 0
     da: list[Tensor] = []
@@ -141,7 +143,7 @@ def segmented_lora_dab(
     tails = dy.new_empty(0, 0, 0)
     d_rows, s_rows = (tails if t is None else t for t in (d, s))
     _segmented_lora_dab_kernel[(blocks, slots, -(-r_max // rank))](
-        x_rows, d_rows, dy, s_rows, dy if rng is None else rng, tuple(table[1:]),
+        x_rows, d_rows, dy, s_rows, dy if rng is None else rng, table,
         tuple(da) * (n if packed_slices else 1) or (dy,) * n, tuple(db) or (dy,) * n,
         k, r_max, tuple(widths),
         *x_rows.stride(),

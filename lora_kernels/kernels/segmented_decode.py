@@ -2,8 +2,8 @@
 
 A program belongs to a row block and to a chunk of the columns of one slice, and sums its share of
 K. The last of the shares to arrive adds them up in a fixed order, rounds S once, and expands the
-chunk; nobody waits, and the counters are zeros again. So every chunk sums the S of its own slice:
-A is read once from memory and again from the L2, chunk by chunk, and B once.
+chunk; no program waits, and the counters are zeros again. So every chunk sums the S of its own
+slice: A is read once from memory and again from the L2, chunk by chunk, and B once.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..planning.config import Config, block_r
 from ..spec.reference import tail_dtype
+from ..spec.segments import Table
 from .common import counters, last_to_arrive, tail_precision, tail_tile
 from .rows import (
     Stacks,
@@ -38,7 +39,7 @@ def _sum_of_shares(
     tile_ptr, in_tile, offs_r, rank, scale, dtype: tl.constexpr,
     SPLIT_K: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """S [BLOCK_M, BLOCK_R] at the ranks offs_r, zero beyond the live one, where nobody stored."""
+    """S [BLOCK_M, BLOCK_R] at the ranks offs_r, zero beyond the live one, where none was stored."""
     mask = (offs_r < rank)[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
     for other in tl.range(SPLIT_K):
@@ -94,7 +95,7 @@ def _segmented_decode_kernel(
             tl.store(tile_ptr + split * SIZE + in_tile + first_r, acc)
         finish = last_to_arrive(counter_ptr + tile, SPLIT_K)
     if finish:
-        scale = tl.load(table[1] + slot, mask=slot >= 0, other=0.0)
+        scale = tl.load(table.scale_of_slot + slot, mask=slot >= 0, other=0.0)
         s = _sum_of_shares(
             tile_ptr, in_tile, offs_r, rank, scale, dtype, SPLIT_K, SIZE, BLOCK_M, BLOCK_R
         )
@@ -145,6 +146,7 @@ def _decode(
     add: bool,
     config: Config,
 ) -> None:
+    table = Table(*table)
     m, k = x.shape
     rank, split = block_r(config, r), config.split_k
     parts, chunks = -(-r // rank), sum(-(-width // config.chunk) for width in widths)
@@ -157,9 +159,9 @@ def _decode(
         device=x.device,
     )
     _segmented_decode_kernel[(blocks * split, chunks)](
-        x, a.tensors, b.tensors, tuple(table[1:]),
+        x, a.tensors, b.tensors, table,
         y, y if s is None else s, room, counters(x.device, blocks * chunks),
-        m, table[0].shape[0], table[1].shape[0], table[6].shape[0], k, r, tuple(widths),
+        m, *table.sizes, k, r, tuple(widths),
         *x.stride(),
         a.slots, a.row, a.last,
         b.slots, b.row, b.last,

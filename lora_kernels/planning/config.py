@@ -148,7 +148,7 @@ MOST_DECODE_ROWS = 256
 # Little beside a model, and enough for 64 rows of 64 adapters of rank 64 in any layer of FIELD's.
 MOST_DECODE_ROOM = 256 << 20
 
-# What stands for any number of rows where the choice may not depend on it.
+# The number of rows where the choice may not depend on it.
 MANY_ROWS = 1 << 20
 
 

@@ -50,7 +50,7 @@ def plan(problem: Problem, facts: DeviceFacts) -> Config:
     """The configuration for ``problem`` on a device with these facts. Pure but for
     :func:`force_plan`.
 
-    >>> from lora_kernels.device import DeviceFacts
+    >>> from lora_kernels.planning.device import DeviceFacts
     >>> problem = Problem("lora_linear_fwd", 512, 4096, 4096, 16, "bfloat16", "float32")
     >>> plan(problem, DeviceFacts("cpu", "some cpu", "avx2")).plan
     'vendor'
@@ -70,7 +70,7 @@ def plan(problem: Problem, facts: DeviceFacts) -> Config:
 
 
 def plan_ignoring_force(problem: Problem, facts: DeviceFacts) -> Config:
-    """The same where :func:`force_plan` does not reach: for a part of what a plan computes."""
+    """The same without :func:`force_plan`: for a part of a call whose plan is chosen already."""
     if _batch_invariant and problem.slots:
         # One choice for all M, by rule: a measured one holds for a range of M.
         return heuristic(problem._replace(m=MANY_ROWS), facts)
@@ -247,6 +247,6 @@ class batch_invariant:
 
 
 def forget_tables() -> None:
-    """Drop what is held in memory, so that the next call reads the tables again."""
+    """Drop the tables held in memory: the next call reads them again."""
     table.cache_clear()
     _plan.cache_clear()

@@ -1,4 +1,9 @@
-"""What makes a configuration valid: the only statement of the constraints."""
+"""Which configurations are valid: the only statement of the constraints.
+
+Spills are conditions, not a table of compiled tiles: about 800 of the shipped (architecture,
+operator, dtype, tile) would need a row, in 81 patterns of layout, flags and rank (2026-11), and
+most were never compiled. A covering set is (tests/kernels/aot_report.md): none of it spills.
+"""
 
 from __future__ import annotations
 
@@ -141,11 +146,10 @@ def _segmented_invalid_reason(config: Config, problem: Problem, facts: DeviceFac
         return _REGISTERS
     if columns == 32 and (config.num_warps == 4) != (problem.op == _DAB):
         return _REGISTERS
-    half = problem.dtype != "float32"
-    if half and problem.op == _DAB and family(facts.arch) == "sm_100":
+    if problem.op == _DAB and family(facts.arch) == "sm_100":
         if rank > 32:
             return _REGISTERS
-    elif half and problem.aligned and (columns, config.block_k) == (64, 32):
+    elif problem.aligned and (columns, config.block_k) == (64, 32):
         return _REGISTERS
     loaded = max(config.block_m, rank) * config.block_k, columns * max(rank, config.block_m)
     # Without 16-byte rows every element loaded has an address of its own.
@@ -169,7 +173,7 @@ _REGISTERS = "its accumulators and addresses do not fit the registers"
 
 
 def _float16_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str | None:
-    """What float16's tail costs, which is TF32, beside bfloat16's (same report)."""
+    """What float16's tail, which is TF32, rules out beside bfloat16's (same report)."""
     if problem.dtype != "float16":
         return None
     arch, tile = family(facts.arch), (config.block_m, config.block_n, config.block_k)
@@ -187,8 +191,6 @@ def _float16_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str
         spills = tile[:2] == (64, 64) and problem.op == "lora_linear_dab"
         if spills or (problem.op == _DAB and config.block_n == 64):
             return _REGISTERS
-    if problem.op in SKINNY_OPS or config.plan in SEGMENTED_PLANS:
-        return None
     narrow = tile == (32, 32, 16)
     if narrow and (problem.aligned or config.plan != "tail" or arch == "sm_80"):
         return "a wider tile does"
@@ -203,7 +205,7 @@ def _float16_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str
 
 
 def _register_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str | None:
-    """What spills, by the ahead-of-time report (sm_80, sm_90, sm_100; 2026-11)."""
+    """Which tiles spill, by the ahead-of-time report (sm_80, sm_90, sm_100; 2026-11)."""
     rank, nvidia = block_r(config, problem.r), sm_number(facts.arch) < 1000
     if config.plan == "skinny":
         shrink = problem.op == "lora_shrink"
@@ -243,8 +245,8 @@ def _register_reason(config: Config, problem: Problem, facts: DeviceFacts) -> st
 
 
 def _producer_spills(config: Config, problem: Problem, facts: DeviceFacts, long: bool) -> bool:
-    """What a second loop and the masks cost beside in_loop's; ``long``: a rank of more than half of
-    what the tile takes there."""
+    """Whether a second loop and the masks spill where in_loop does not; ``long``: the rank is more
+    than half of the tile's longest there."""
     arch, wide = family(facts.arch), config.block_n > 128
     if problem.dtype == "float32":
         return arch == "sm_100"
@@ -263,7 +265,7 @@ def _producer_spills(config: Config, problem: Problem, facts: DeviceFacts, long:
 
 
 def _mixed_tail_spills(config: Config, problem: Problem, facts: DeviceFacts, masked: bool) -> bool:
-    """What a tail chosen row by row costs beside the base: a second accumulator, and its mask."""
+    """Whether a tail chosen row by row spills: it has a second accumulator, and a mask for it."""
     arch, few = family(facts.arch), config.block_m == 16
     if problem.dtype == "float32":
         summed = problem.op == "segmented_linear_dx" and not config.descriptors

@@ -4,7 +4,7 @@ the device and of fixed size."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,29 @@ from . import native
 # prefill's tile empty, 64 most of a decode's (a guess until it is measured on a GPU).
 BLOCK_ROWS = 32
 
-# Of ``SegmentTable.tensors()``.
-TABLE_TENSORS = 8
-
 Ints = Tensor | Sequence[int]
 Floats = Tensor | Sequence[float]
+
+
+class Table(NamedTuple):
+    """The tensors of a :class:`SegmentTable`, in the order in which the operators take them."""
+
+    slot_of_row: Tensor
+    rank_of_slot: Tensor
+    scale_of_slot: Tensor
+    logical_row: Tensor
+    order: Tensor
+    start_of_slot: Tensor
+    block_slot: Tensor
+    block_start: Tensor
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Rows, slots, blocks of the schedule."""
+        return len(self.slot_of_row), len(self.rank_of_slot), len(self.block_slot)
+
+
+TABLE_TENSORS = len(Table._fields)
 
 
 class SegmentTable:
@@ -303,18 +321,8 @@ class SegmentTable:
         return self.slot_of_row.device
 
     def tensors(self) -> list[Tensor]:
-        """What an operator takes: slot_of_row, rank_of_slot, scale_of_slot, logical_row, order,
-        start_of_slot, block_slot, block_start."""
-        return [
-            self.slot_of_row,
-            self.rank_of_slot,
-            self.scale_of_slot,
-            self.logical_row,
-            self.order,
-            self.start_of_slot,
-            self.block_slot,
-            self.block_start,
-        ]
+        """The argument ``table`` of the operators: the fields of :class:`Table`."""
+        return [getattr(self, name) for name in Table._fields]
 
     def _check(
         self,

@@ -39,7 +39,7 @@ def combinations(*axes):
 
 
 def linear(sizes, **changes):
-    return RangeCase(37, 69, 43, 41, FLOAT16, sizes=SIZES[sizes], device=DEVICE, **changes)
+    return RangeCase(33, 69, 43, 41, FLOAT16, sizes=SIZES[sizes], device=DEVICE, **changes)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_library(op, sizes):
     check_range(op, run, linear(sizes, dropout_p=0.3))
 
 
-SIZE = SegmentedRangeCase(70, 43, (37, 20), (33, 0, 1, 8, 5, 16), FLOAT16, device=DEVICE)
+SIZE = SegmentedRangeCase(40, 43, (37, 20), (33, 0, 1, 8, 5, 16), FLOAT16, device=DEVICE)
 GROUPED = [op for op in SEGMENTED_OPERATORS if op not in MIXED_LINEAR_OPS]
 
 
