@@ -198,37 +198,20 @@ Tensor segmented_shrink(const Tensor& x, TensorList lora_a, TensorList table, in
       x, [&]<typename C>() { return ShrunkRows<C>(x, a, batch, mask, dropout_p, false).s.s; });
 }
 
-void expand_given(const Tensor& y, const Tensor& s, const Stacks& b, TensorList table, bool add) {
-  const Batch batch(table, s.size(0), s.size(2));
-  with_compute_type(s, [&]<typename C>() {
-    const Shrunk<C> given(batch, s);
-    multiply<C>(batch, {}, nullptr, tails_of(batch, given, b), {}, y, add);
-  });
-}
-
-Stacks expanded_by(const Tensor& s, TensorList lora_b, TensorList table) {
-  TORCH_CHECK_VALUE(s.dim() == 3, "s must be [M, n, r_max], got ", s.sizes());
-  check_tail(s, "s", s.size(0), s.size(1), s.size(2));
-  Stacks b(lora_b, "lora_b", s.scalar_type(), slots_of(table), 0);
-  check_b(b, s.size(1), s.size(2));
-  return b;
-}
-
-Tensor segmented_expand(const Tensor& s, TensorList lora_b, TensorList table) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  const Stacks b = expanded_by(s, lora_b, table);
-  Tensor y = at::empty({s.size(0), offsets(b.widths()).back()}, s.options());
-  expand_given(y, s, b, table, false);
-  return y;
-}
-
 void segmented_expand_(const Tensor& y, const Tensor& s, TensorList lora_b, TensorList table) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  const Stacks b = expanded_by(s, lora_b, table);
+  TORCH_CHECK_VALUE(s.dim() == 3, "s must be [M, n, r_max], got ", s.sizes());
+  check_tail(s, "s", s.size(0), s.size(1), s.size(2));
+  const Stacks b(lora_b, "lora_b", s.scalar_type(), slots_of(table), 0);
+  check_b(b, s.size(1), s.size(2));
   // S of float16 rows is float32.
   const bool of_rows = s.scalar_type() == compute_type(y.scalar_type());
   check_rows(y, "y", s, offsets(b.widths()).back(), of_rows ? y.scalar_type() : s.scalar_type());
-  expand_given(y, s, b, table, true);
+  const Batch batch(table, s.size(0), s.size(2));
+  with_compute_type(s, [&]<typename C>() {
+    const Shrunk<C> given(batch, s);
+    multiply<C>(batch, {}, nullptr, tails_of(batch, given, b), {}, y, true);
+  });
 }
 
 // The stacks of a call and the batch that uses them, checked against rows x [M, K].
@@ -401,7 +384,6 @@ TORCH_LIBRARY_FRAGMENT(lora_kernels_cpu, m) {
   m.def(
       "segmented_shrink(Tensor x, Tensor[] lora_a, Tensor[] table, int packed_slices=0, "
       "Tensor? rng=None, float dropout_p=0.0) -> Tensor");
-  m.def("segmented_expand(Tensor s, Tensor[] lora_b, Tensor[] table) -> Tensor");
   m.def("segmented_expand_(Tensor(a!) y, Tensor s, Tensor[] lora_b, Tensor[] table) -> ()");
   m.def(
       "segmented_lora(Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor[] table, "
@@ -429,7 +411,6 @@ TORCH_LIBRARY_FRAGMENT(lora_kernels_cpu, m) {
 TORCH_LIBRARY_IMPL(lora_kernels_cpu, CPU, m) {
   m.impl("segment_schedule_", &segment_schedule_);
   m.impl("segmented_shrink", &segmented_shrink);
-  m.impl("segmented_expand", &segmented_expand);
   m.impl("segmented_expand_", &segmented_expand_);
   m.impl("segmented_lora", &segmented_lora);
   m.impl("segmented_lora_", &segmented_lora_);

@@ -274,15 +274,6 @@ def segmented_shrink(
     return _shrink(x, a, table, r, widths, True, False, rng, dropout_p, config)
 
 
-def segmented_expand(
-    s: Tensor, lora_b: Sequence[Tensor], table: Sequence[Tensor], *, config: Config
-) -> Tensor:
-    widths = [t.shape[1] for t in lora_b]
-    y = s.new_empty(s.shape[0], sum(widths))
-    _expand(y, s, stacks_of(lora_b, s.dtype), table, widths, False, False, None, 0.0, config)
-    return y
-
-
 def segmented_expand_(
     y: Tensor, s: Tensor, lora_b: Sequence[Tensor], table: Sequence[Tensor], *, config: Config
 ) -> None:

@@ -177,7 +177,7 @@ class SegmentedInputs:
         for row, slot in enumerate(self.seg.slot_of_row[: self.case.m].tolist()):
             s[row, :, self.case.ranks[slot] if slot >= 0 else 0 :] = float("nan")
         given: Arguments = {"s": s, "lora_b": self.lora_b, "table": table}
-        return given | {"y": y} if op == "segmented_expand_" else given
+        return given | {"y": y}
 
 
 def naive(inputs: SegmentedInputs, op: str, dtype: torch.dtype) -> list[Tensor]:
@@ -226,8 +226,6 @@ def naive(inputs: SegmentedInputs, op: str, dtype: torch.dtype) -> list[Tensor]:
         return [s]
     if op == "segmented_lora":
         return [delta, s]
-    if op == "segmented_expand":
-        return [delta]
     weight = inputs.weight.t() if case.fan_in_fan_out else inputs.weight
     if op == "segmented_linear_fwd":
         y = x @ weight.to(dtype).t() + delta

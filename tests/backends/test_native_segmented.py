@@ -24,7 +24,6 @@ cpu_ops = torch.ops.lora_kernels_cpu
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = torch.float32, torch.bfloat16, torch.float16
 LINEAR = ("segmented_linear_fwd", "segmented_linear_dx")
 IN_PLACE = ("segmented_lora_", "segmented_expand_")
-WITHOUT_DROPOUT = ("segmented_expand", *IN_PLACE)
 
 # Slices that end within a panel of 64 columns, on it and just beyond, and odd ones.
 WIDTHS = [(1,), (7, 1, 65), (64, 64), (33, 129, 16), (130,), (16, 15, 1), (200, 3), (127, 2, 64)]
@@ -61,7 +60,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.mark.parametrize("op", ops.SEGMENTED_OPERATORS)
 def test_sizes(op, case):
-    if op in WITHOUT_DROPOUT:
+    if op in IN_PLACE:
         case = replace(case, dropout_p=0.0)
     if op == "segmented_lora_dab":
         # The budget knows the rows' dtype only.

@@ -58,11 +58,9 @@ def variants(op: str) -> Iterator[Variant]:
     yield Variant(half, "strided")
     yield Variant(half, "aligned", packed=True)
     short = base._replace(dtype="float16", dropout=masked)
-    if op != "segmented_expand":
-        # S of such rows is float32, and so is what is made of it alone.
-        yield Variant(short, "aligned")
-        yield Variant(short._replace(adapter_dtype="float16", r=16), "aligned")
-        yield Variant(short._replace(adapter_dtype="float16"), "odd")
+    yield Variant(short, "aligned")
+    yield Variant(short._replace(adapter_dtype="float16", r=16), "aligned")
+    yield Variant(short._replace(adapter_dtype="float16"), "odd")
     single = base._replace(dtype="float32", dropout=masked)
     yield Variant(single, "aligned")
     yield Variant(single, "odd")
@@ -174,7 +172,6 @@ def arguments(problem: Problem, layout: str, packed: bool) -> dict[str, Any]:
     base = {"weight": tensor(*sizes), "fan_in_fan_out": problem.fan_in_fan_out}
     return {
         "segmented_shrink": a | dropout | {"x": x},
-        "segmented_expand": {"s": s, "lora_b": lora_b, "table": table},
         "segmented_expand_": {"y": wide, "s": s, "lora_b": lora_b, "table": table},
         "segmented_lora": a | dropout | {"x": x, "lora_b": lora_b},
         "segmented_lora_": a | {"y": wide, "x": x, "lora_b": lora_b},

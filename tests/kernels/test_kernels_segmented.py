@@ -231,7 +231,7 @@ def test_the_functional_layer_trains_through_the_kernels(monkeypatch):
 # Mistakes in the source: (operator, configuration, changes of the case, what it says, what it
 # would say).
 SHRINK, EXPAND, LORA, DX, DAB = (
-    f"segmented_{name}" for name in ("shrink", "expand", "lora", "lora_dx", "lora_dab")
+    f"segmented_{name}" for name in ("shrink", "expand_", "lora", "lora_dx", "lora_dab")
 )
 IN_PLACE = "segmented_lora_"
 MISTAKES = {
