@@ -6,7 +6,8 @@ of the texts, ``--list`` shows them. The mistakes are data, ``tests/mutants.toml
     [[mutant]]
     name = "dX without the scale"
     file = "lora_kernels/functional/linear.py"
-    old = "exactly one place of the file"
+    where = "exactly one place of the file"    # default: old
+    old = "exactly one place of that"
     new = "what stands there instead"
     tests = ["tests/functional"]    # default: the folder of tests of the file's room
 
@@ -51,6 +52,7 @@ class Mutant:
     old: str
     new: str
     tests: list[str] = field(default_factory=list)
+    where: str = ""
 
     @property
     def is_native(self) -> bool:
@@ -64,11 +66,12 @@ class Mutant:
         return ["tests/backends"] if self.is_native else [f"tests/{Path(self.file).parts[1]}"]
 
     def planted(self, text: str, new: str) -> str:
-        if text.count(self.old) != 1:
+        where = self.where or self.old
+        if text.count(where) != 1 or where.count(self.old) != 1:
             raise SystemExit(
-                f"{self.name}: {self.file} has {text.count(self.old)} places like\n{self.old}"
+                f"{self.name}: {self.file} has {text.count(where)} places like\n{where}"
             )
-        return text.replace(self.old, new)
+        return text.replace(where, where.replace(self.old, new))
 
 
 def read() -> list[Mutant]:
