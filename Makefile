@@ -63,8 +63,8 @@ help:
 demo: $(READY)
 	$(PY) -m examples.demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
 
-# Threads that spin while they wait for each other stand still where the machine has other work.
-test quick test-all test-peft: export OMP_WAIT_POLICY ?= PASSIVE
+# As in tests/conftest.py.
+test-peft: export OMP_WAIT_POLICY ?= PASSIVE
 
 PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadgroup
 

@@ -1,5 +1,10 @@
 """What is run: on which devices, and how much of the products of parameters (``covering.py``)."""
 
+import os
+
+# Threads that spin while they wait for each other stand still where the machine has other work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 from covering import left_out
