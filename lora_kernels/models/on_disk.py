@@ -479,5 +479,6 @@ def _misfit(place: Tensor, tensor: Tensor, is_embedding: bool) -> str | None:
     return None
 
 
-def first_few(items: list[str]) -> str:
-    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
+def first_few(items: list[str], count: int = 4) -> str:
+    more = len(items) - count
+    return ", ".join(items[:count]) + (f" and {more} more" if more > 0 else "")

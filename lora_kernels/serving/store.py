@@ -456,7 +456,7 @@ class AdapterStore:
     def _find(self, name: str) -> Resident:
         resident = self._adapters.get(name)
         if resident is None:
-            known = first_few([repr(name) for name in self.names]) or "none"
+            known = first_few([repr(name) for name in self.names], 8) or "none"
             raise UnknownAdapterError(f"there is no adapter {name!r}; there are {known}")
         return resident
 

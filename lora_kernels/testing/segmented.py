@@ -177,7 +177,7 @@ class SegmentedInputs:
         for row, slot in enumerate(self.seg.slot_of_row[: self.case.m].tolist()):
             s[row, :, self.case.ranks[slot] if slot >= 0 else 0 :] = float("nan")
         given: Arguments = {"s": s, "lora_b": self.lora_b, "table": table}
-        return given | {"y": y}
+        return given | {"y": y} if op == "segmented_expand_" else given
 
 
 def naive(inputs: SegmentedInputs, op: str, dtype: torch.dtype) -> list[Tensor]:

@@ -136,7 +136,7 @@ class TestMixedBatches:
         x, _ = self.operands(torch.float32)
         rows = ["a", "b", "a", "__base__", "b", "b"]
         assert torch.equal(model(x, adapter_names=rows), stock(x, adapter_names=rows))
-        assert dict(report.calls.fallen_back) == {"adapter_names with lora_bias": 1}
+        assert dict(report.calls.fallen_back) == {"adapter_names with lora_bias or DoRA": 1}
 
     def test_wrong_calls_raise_what_peft_raises(self):
         model = model_with("ab").eval()

@@ -187,10 +187,9 @@ def test_warmup_runs_the_swapped_layers_and_counts_no_call():
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("variant", ["use_dora", "alora", "bdlora"])
+@pytest.mark.parametrize("variant", ["alora", "bdlora"])
 def test_variants_are_pefts(variant):
     changes = {
-        "use_dora": {"use_dora": True},
         "alora": {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
         "bdlora": {
             "use_bdlora": peft.BdLoraConfig(
@@ -213,12 +212,13 @@ def test_variants_are_pefts(variant):
 
 def test_a_variant_beside_a_plain_adapter_falls_back_call_by_call():
     trio = Trio(stock_model("llama"))
-    trio.do(lambda m: m.add_adapter("dora", config("llama", use_dora=True)))
+    changes = {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"}
+    trio.do(lambda m: m.add_adapter("alora", config("llama", **changes)))
     trio.check(LAYERS["llama"])
-    trio.do(lambda m: m.set_adapter("dora"))
+    trio.do(lambda m: m.set_adapter("alora"))
     trio.check(0)
     ((reason, count),) = trio.report.calls.fallen_back.items()
-    assert "DoraLinearVariant" in reason and count == LAYERS["llama"]
+    assert "ALoraLinearVariant" in reason and count == LAYERS["llama"]
     trio.do(lambda m: m.set_adapter("default"))
     trio.check(LAYERS["llama"])
 

@@ -174,7 +174,11 @@ BROKEN = {
     "one dimension": (set_key(PREFIX + KEY, 192), ValueError, re.escape(f"{KEY} is [192]")),
     "another width": (set_key(PREFIX + KEY, 4, 32), ValueError, re.escape(f"{KEY} is [4, 32]")),
     "LoHa": (from_peft(method=peft.LoHaConfig), ValueError, f"{CONFIG}: peft_type is 'LOHA'"),
-    "DoRA": (from_peft(use_dora=True), ValueError, f"{CONFIG} uses use_dora"),
+    "a DoRA without its magnitudes": (
+        with_config(use_dora=True),
+        ValueError,
+        "has no .*lora_magnitude_vector|use_dora is True|uses use_dora",
+    ),
     "lora_bias": (from_peft(lora_bias=True), ValueError, f"{CONFIG} uses lora_bias"),
     "pissa": (
         from_peft(init_lora_weights="pissa"),

@@ -281,7 +281,7 @@ def test_a_configuration_of_our_own_is_taken_and_not_kept():
 @pytest.mark.parametrize(
     ("config", "arguments", "message"),
     [
-        (peft.LoraConfig(use_dora=True), {}, "config sets use_dora, which is not computed"),
+        (peft.LoraConfig(lora_bias=True), {}, "config sets lora_bias, which is not computed"),
         (
             peft.LoraConfig(lora_bias=True, target_parameters=["experts.down_proj"]),
             {},
