@@ -82,7 +82,7 @@ def test_several_active_adapters_are_left_to_peft():
 
 def test_compiled():
     theirs, ours, _ = pair()
-    compiled = torch.compile(ours.eval(), fullgraph=True, dynamic=True)
+    compiled = torch.compile(ours.eval(), fullgraph=True, backend="eager")
     found = compiled(**small.batch_for(theirs)).logits
     assert small.relative_difference(found, small.logits(theirs)) < 1e-4
 

@@ -294,7 +294,7 @@ MISTAKES = {
         "passed += widths[j] // BLOCK",
     ),
     "no zeros for bare rows": (
-        EXPAND,
+        LORA,
         "grouped",
         {},
         "if (slot < 0) & (block < blocks):",
