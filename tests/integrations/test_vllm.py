@@ -424,37 +424,58 @@ def test_what_we_read_of_vllms_manager():
     assert engine_sources.parameters("vllm", "vllm/platforms/cuda.py", platform) == "cls"
 
 
-def platform(monkeypatch):
-    """A stand-in for vLLM's CUDA platform, at its address."""
+@pytest.fixture(params=["cuda", "cpu"])
+def platform(request, monkeypatch):
+    """A stand-in for one of vLLM's platforms, at its address."""
 
-    class CudaPlatformBase:
+    class Platform:
         @classmethod
         def get_punica_wrapper(cls):
-            return "vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU"
+            return "vllm.its.own"
 
-    for name in ("vllm", "vllm.platforms", "vllm.platforms.cuda"):
-        monkeypatch.setitem(sys.modules, name, type(sys)(name))
-    sys.modules["vllm.platforms.cuda"].CudaPlatformBase = CudaPlatformBase
-    return CudaPlatformBase
+        @classmethod
+        def is_cpu(cls):
+            return request.param == "cpu"
+
+    def pack(layer, remove_weight):
+        raise AssertionError("vLLM packs nothing in these tests")
+
+    name = "CpuPlatform" if request.param == "cpu" else "CudaPlatformBase"
+    for module, contents in {
+        "vllm": {},
+        "vllm.platforms": {"current_platform": Platform},
+        f"vllm.platforms.{request.param}": {name: Platform},
+        "vllm.config": {"get_current_vllm_config_or_none": lambda: None},
+        "vllm.model_executor": {},
+        "vllm.model_executor.layers": {},
+        "vllm.model_executor.layers.utils": {"dispatch_cpu_unquantized_gemm": pack},
+    }.items():
+        monkeypatch.setitem(sys.modules, module, type(sys)(module))
+        vars(sys.modules[module]).update(contents)
+    packing = sys.modules["vllm.model_executor.layers.utils"]
+    sys.modules["vllm.model_executor.layers"].utils = packing
+    return Platform
 
 
 @pytest.mark.parametrize("plugins", [None, "", "other", "lora_kernels_2,other"])
-def test_installed_it_does_nothing(plugins, monkeypatch):
-    base = platform(monkeypatch)
+def test_installed_it_does_nothing(plugins, platform, monkeypatch):
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     if plugins is not None:
         monkeypatch.setenv("VLLM_PLUGINS", plugins)
     plugin.register()
-    assert base.get_punica_wrapper().endswith("PunicaWrapperGPU")
+    assert platform.get_punica_wrapper() == "vllm.its.own"
+    packs = sys.modules["vllm.model_executor.layers.utils"].dispatch_cpu_unquantized_gemm
+    assert not hasattr(packs, "__wrapped__")
 
 
 @pytest.mark.parametrize("plugins", ["lora_kernels", "other,lora_kernels"])
-def test_asked_for_by_name_it_is_used(plugins, monkeypatch):
-    base = platform(monkeypatch)
+def test_asked_for_by_name_it_is_used(plugins, platform, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", plugins)
     plugin.register()
     plugin.register()
-    assert base.get_punica_wrapper() == "lora_kernels.integrations.vllm.PunicaWrapper"
+    assert platform.get_punica_wrapper() == "lora_kernels.integrations.vllm.PunicaWrapper"
+    packs = sys.modules["vllm.model_executor.layers.utils"].dispatch_cpu_unquantized_gemm
+    assert hasattr(packs, "__wrapped__") == platform.is_cpu()
 
 
 def test_the_name_leads_to_our_class_on_vllms(monkeypatch):
@@ -464,6 +485,7 @@ def test_the_name_leads_to_our_class_on_vllms(monkeypatch):
         def _set_adapter_mapping(self, mapping):
             pass
 
+    monkeypatch.setattr(plugin, "_on_cpu", lambda: False)
     module = type(sys)("vllm.lora.model_manager")
     module.LoRAModelManager = LoRAModelManager
     monkeypatch.setitem(sys.modules, module.__name__, module)

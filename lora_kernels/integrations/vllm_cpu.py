@@ -1,0 +1,133 @@
+"""vLLM on a CPU: a linear layer and its adapters in one operator, over a weight that we pack.
+
+vLLM packs a linear layer's weight once it is loaded (:func:`pack_weights` puts our packing in its
+place where the engine serves adapters) and computes base and adapters one after the other
+(:func:`join_layers` puts one operator there). A layer of which either is not possible stays vLLM's,
+with our wrapper for its adapters, and the log says why, once for each reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import cpu
+from ..functional.linear import packed_linear
+
+# Below vLLM's own logger, whose handler and level it then has.
+logger = logging.getLogger("vllm.lora_kernels")
+
+ATTRIBUTE = "_lora_kernels_base"
+
+
+class Base(NamedTuple):
+    """The weight of a layer: its shape and dtype, and its values in panels. ``shape`` is one NaN
+    seen as [N, K]: a kernel that read it would show."""
+
+    shape: Tensor
+    panels: Tensor
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    logger.info("lora_kernels: layers stay vLLM's, with our kernels for adapters: %s", reason)
+
+
+def pack_weights() -> None:
+    """Let vLLM, in this process, pack the weights of linear layers for our kernels if its engine
+    serves adapters. The weight itself is freed, as by vLLM."""
+    from vllm.config import get_current_vllm_config_or_none
+    from vllm.model_executor.layers import utils
+
+    original = utils.dispatch_cpu_unquantized_gemm
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def dispatch_cpu_unquantized_gemm(layer: nn.Module, remove_weight: bool) -> None:
+        config = get_current_vllm_config_or_none()
+        # What keeps its weight is an embedding, or an output head: its adapters are the logits'.
+        if config is None or config.lora_config is None or not remove_weight:
+            return original(layer, remove_weight)
+        weight = layer.weight.detach()
+        if weight.is_meta or weight.dim() != 2:
+            return original(layer, remove_weight)
+        if not cpu.packs(weight):
+            _log_once(f"weights of {weight.dtype} are not packed on this CPU")
+            return original(layer, remove_weight)
+        base = Base(
+            weight.new_full((), math.nan).expand(weight.shape),
+            torch.ops.lora_kernels_cpu.pack(weight.t()),
+        )
+        setattr(layer, ATTRIBUTE, base)
+        layer.cpu_linear = lambda x, weight, bias: packed_linear(
+            x, base.shape, bias, False, base.panels
+        )
+        layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+        return None
+
+    utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
+
+
+def join_layers(wrapper_class: type) -> None:
+    """Let vLLM's linear layers with adapters, in this process, compute with them in one operator
+    if their wrapper is a ``wrapper_class`` and their weight is packed."""
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+    original = BaseLinearLayerWithLoRA._apply_sync
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def _apply_sync(self: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        base = getattr(self.base_layer, ATTRIBUTE, None)
+        if base is None or not isinstance(self.punica_wrapper, wrapper_class):
+            return original(self, x, bias)
+        lora_a, lora_b = self.lora_a_stacked, self.lora_b_stacked
+        if [sum(b.shape[-2] for b in lora_b), lora_a[0].shape[-1]] != list(base.shape.shape):
+            _log_once(f"the adapters of {type(self).__name__} do not fit its weight")
+            return original(self, x, bias)
+        rows = x if x.dim() == 2 else x.flatten(0, -2)
+        table = self.punica_wrapper.table_of_tokens()
+        y = torch.ops.lora_kernels.vllm_linear(rows, *base, lora_a, lora_b, table, bias)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+    BaseLinearLayerWithLoRA._apply_sync = _apply_sync
+
+
+def stacks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """[S, r, K] of vLLM's [S, 1, r, K]; its linear layers have one where others have none."""
+    return [t.squeeze(1) if t.dim() == 4 else t for t in tensors]
+
+
+def _linear(
+    x: Tensor,
+    shape: Tensor,
+    panels: Tensor,
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    table: list[Tensor],
+    bias: Tensor | None,
+) -> Tensor:
+    operands = x, shape, stacks(lora_a), stacks(lora_b), table
+    return cpu.answer("segmented_linear_fwd", *operands, bias=bias, packed=panels)[0]
+
+
+_library = torch.library.Library("lora_kernels", "FRAGMENT")
+_library.define(
+    "vllm_linear(Tensor x, Tensor shape, Tensor panels, Tensor[] lora_a, Tensor[] lora_b, "
+    "Tensor[] table, Tensor? bias) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("vllm_linear", _linear, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "lora_kernels::vllm_linear",
+    lambda x, shape, *rest: x.new_empty(len(x), len(shape)),
+    lib=_library,
+)
