@@ -133,6 +133,24 @@ def greedy(model, prompt, tokens):
     return out[0, len(prompt) :].tolist()
 
 
+class Served:
+    """A model on disk with the adapters beside it, and the tokens that each of them answers."""
+
+    def __init__(self, family, folder):
+        self.family, self.folder = family, save_model(folder / "model", family)
+        model = merged(self.folder, None)
+        self.paths = {a.name: save_adapter(folder, a, model) for a in ADAPTERS}
+        self._models, self._answers = {None: model}, {}
+
+    def answer(self, adapter, prompt, tokens):
+        key = adapter, tuple(prompt), tokens
+        if key not in self._answers:
+            if adapter not in self._models:
+                self._models[adapter] = merged(self.folder, adapter)
+            self._answers[key] = greedy(self._models[adapter], prompt, tokens)
+        return self._answers[key]
+
+
 def prompt(number, length):
     generator = torch.Generator().manual_seed(1000 + number)
     return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
