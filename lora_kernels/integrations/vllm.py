@@ -97,7 +97,8 @@ def wrapper_class(base: type) -> type:
 
 def introduce_to_wrappers(manager_class: type) -> None:
     """Make a ``LoRAModelManager`` known to its wrappers before it tells them of a batch: it alone
-    knows the ranks of its adapters."""
+    knows the ranks of its adapters. It tells them of the next batch anew after an adapter has come
+    into a slot: one that replaces another in place, of another rank, leaves the batch as it was."""
     original = manager_class._set_adapter_mapping  # type: ignore[attr-defined]
     if getattr(original, "introduces", False):
         return
@@ -109,8 +110,18 @@ def introduce_to_wrappers(manager_class: type) -> None:
                 wrapper.manager = weakref.ref(self)
         original(self, mapping)
 
+    activate = manager_class.activate_adapter  # type: ignore[attr-defined]
+
+    @functools.wraps(activate)
+    def activate_adapter(self: Any, lora_id: int) -> bool:
+        activated = activate(self, lora_id)
+        if activated:
+            self._last_mapping = None
+        return activated
+
     _set_adapter_mapping.introduces = True  # type: ignore[attr-defined]
     manager_class._set_adapter_mapping = _set_adapter_mapping  # type: ignore[attr-defined]
+    manager_class.activate_adapter = activate_adapter  # type: ignore[attr-defined]
 
 
 class SegmentedPunicaWrapper:

@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -67,6 +68,11 @@ def save_model(folder, family, dtype=torch.float32, **sizes):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config_of(family, **sizes))
     model.to(dtype).save_pretrained(folder)
+    vocabulary = {f"t{i}": i for i in range(model.config.vocab_size)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="t0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    names = {"unk_token": "t0", "bos_token": "t1", "eos_token": "t2"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
     return Path(folder)
 
 

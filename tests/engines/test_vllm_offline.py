@@ -20,7 +20,6 @@ SLOTS, TOKENS, LAYERS = 3, 16, 2
 def engine(model, **options):
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     settings = {
-        "skip_tokenizer_init": True,
         "enable_lora": True,
         "max_loras": SLOTS,  # fewer than there are adapters
         "max_cpu_loras": len(ADAPTERS),

@@ -155,6 +155,17 @@ def test_a_slot_gets_another_adapter(base):
     assert wrapper._prompts.rank_of_slot.tolist() == [8, 2, 16, 11, 5]
 
 
+def test_an_adapter_replaced_in_place_has_its_own_rank_in_the_same_batch(base):
+    """vLLM tells its wrapper of a batch that it has told of before only if slots have changed."""
+    wrapper, manager = managed(base)
+    mapping = batch("decode")
+    manager.set_adapter_mapping(mapping)
+    manager.models[9] = Model(11)
+    manager.activate_adapter(9)
+    manager.set_adapter_mapping(mapping)
+    assert wrapper._tokens.rank_of_slot.tolist() == [8, 16, 16, 11, 5]
+
+
 def test_without_a_manager_every_rank_is_the_largest(base):
     wrapper, _ = managed(base)
     stacks, mapping = Stacks(40, (30,), torch.bfloat16, padding=0.0), batch("decode")
@@ -414,7 +425,10 @@ def test_what_we_read_of_vllms_manager():
     assert engine_sources.parameters("vllm", path, name) == "self, mapping"
     assert engine_sources.parameters("vllm", path, "LoRAModelManager.list_adapters") == "self"
     source = ast.unparse(engine_sources.definition("vllm", path, "LoRAModelManager"))
-    for attribute in ("_is_moe", "_classification_head", "punica_wrapper_mapping"):
+    activate = "LoRAModelManager.activate_adapter"
+    assert engine_sources.parameters("vllm", path, activate) == "self, lora_id"
+    read = ("_is_moe", "_classification_head", "punica_wrapper_mapping", "_last_mapping")
+    for attribute in read:
         assert f"self.{attribute}" in source
     assert (
         "current_platform.get_punica_wrapper()"

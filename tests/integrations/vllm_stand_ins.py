@@ -97,6 +97,7 @@ class Manager:
 
     _is_moe = False
     _classification_head = None
+    _last_mapping = None
 
     def __init__(self, wrapper, lora_index_to_id, ranks):
         self.punica_wrapper_mapping = {"language_model": wrapper}
@@ -105,6 +106,14 @@ class Manager:
 
     def list_adapters(self):
         return dict(self.models)
+
+    def activate_adapter(self, lora_id):
+        return True
+
+    def set_adapter_mapping(self, mapping):
+        if mapping != self._last_mapping:
+            self._set_adapter_mapping(mapping)
+            self._last_mapping = mapping
 
     def _set_adapter_mapping(self, mapping):
         for wrapper in self.punica_wrapper_mapping.values():
