@@ -22,6 +22,6 @@ os.environ.update(
 @pytest.fixture(scope="session", params=["llama", "qwen3"])
 def served_model(request, tmp_path_factory):
     """A model of each family on disk, its adapters, and what is right: see ``Served``."""
-    from engine_models import Served
+    from bench.engine_models import Served
 
     return Served(request.param, tmp_path_factory.mktemp(request.param))

@@ -6,12 +6,12 @@ import os
 from collections import Counter
 
 import pytest
-from engine_models import ADAPTERS, prompt
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 
 import lora_kernels as lk
+from bench.engine_models import ADAPTERS, prompt
 
 SLOTS, TOKENS, LAYERS = 3, 16, 2
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
-from engine_models import ADAPTERS, Adapter, merged, prompt, save_adapter
+
+from bench.engine_models import ADAPTERS, Adapter, merged, prompt, save_adapter
 
 CLIENTS, TOKENS = 16, 8
 WHOLE = 1000
@@ -58,9 +59,9 @@ class Server:
         command += ["--enable-lora", "--max-loras", "3", "--max-cpu-loras", "8"]
         command += ["--max-lora-rank", "64", "--dtype", "float32", "--max-model-len", "256"]
         command += ["--max-num-seqs", "16", "--max-num-batched-tokens", "64"]
-        command += ["--worker-extension-cls", "engine_worker.Extension", "--lora-modules"]
+        command += ["--worker-extension-cls", "bench.engine_worker.Extension", "--lora-modules"]
         command += [f"{a.name}={model.paths[a.name]}" for a in ADAPTERS]
-        here = str(Path(__file__).parent)
+        here = str(Path(__file__).parents[2])
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]),
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
@@ -111,7 +112,7 @@ class Server:
 
     def answers(self):
         """What answered in the worker since the last time."""
-        (counts,) = self.post("collective_rpc", method="lora_kernels_answers").json()["results"]
+        (counts,) = self.post("collective_rpc", method="answers").json()["results"]
         return Counter(counts)
 
     def memory(self):
@@ -125,7 +126,8 @@ class Server:
 def server(served_model, tmp_path_factory):
     server = Server(served_model, tmp_path_factory.mktemp("served") / "log")
     try:
-        yield server.wait()
+        server.wait().post("collective_rpc", method="record_answers")
+        yield server
     finally:
         server.stop()
 

@@ -2,6 +2,7 @@
 answers in transformers once it is merged in float64."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def matrices(adapter, model):
     return found
 
 
-def save_adapter(folder, adapter, model):
+def save_adapter(folder, adapter, model, dtype=torch.float32):
+    """The adapter in PEFT's format, in a folder of its name below ``folder``."""
     folder = Path(folder, adapter.name)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -103,7 +105,7 @@ def save_adapter(folder, adapter, model):
         if path.endswith("embed_tokens"):
             names = ("lora_embedding_A", "lora_embedding_B")
         for name, tensor in zip(names, (a, b), strict=True):
-            tensors[f"base_model.model.{path}.{name}"] = tensor
+            tensors[f"base_model.model.{path}.{name}"] = tensor.to(dtype)
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {
         "peft_type": "LORA",
@@ -160,3 +162,18 @@ class Served:
 def prompt(number, length):
     generator = torch.Generator().manual_seed(1000 + number)
     return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+
+
+def main():
+    """A model in bfloat16 and adapters of all its linear layers, as ``bench.engines`` asks."""
+    order = json.loads(sys.argv[1])
+    folder = save_model(f"{order['folder']}/model", "llama", torch.bfloat16, **order["sizes"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for i in range(order["count"]):
+        rank = order["ranks"][i % len(order["ranks"])]
+        adapter = Adapter(f"adapter-{i}", rank, LINEAR, i)
+        save_adapter(f"{order['folder']}/adapters", adapter, model, torch.bfloat16)
+
+
+if __name__ == "__main__":
+    main()
