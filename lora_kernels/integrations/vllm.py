@@ -58,6 +58,7 @@ def enable() -> None:
         from vllm.platforms.cpu import CpuPlatform as platform
 
         vllm_cpu.pack_weights()
+        vllm_cpu.keep_compiling(platform)
     else:
         from vllm.platforms.cuda import CudaPlatformBase as platform
 

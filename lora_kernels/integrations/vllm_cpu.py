@@ -3,7 +3,9 @@
 vLLM packs a linear layer's weight once it is loaded (:func:`pack_weights` puts our packing in its
 place where the engine serves adapters) and computes base and adapters one after the other
 (:func:`join_layers` puts one operator there). A layer of which either is not possible stays vLLM's,
-with our wrapper for its adapters, and the log says why, once for each reason.
+with our wrapper for its adapters, and the log says why, once for each reason. vLLM compiles no
+model with adapters on a CPU, since its own wrapper could not be traced; ours can
+(:func:`keep_compiling`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from ..functional.linear import packed_linear
 # Below vLLM's own logger, whose handler and level it then has.
 logger = logging.getLogger("vllm.lora_kernels")
 
-ATTRIBUTE = "_lora_kernels_base"
+ATTRIBUTE, _STACKS = "_lora_kernels_base", "_lora_kernels_stacks"
 
 
 class Base(NamedTuple):
@@ -75,6 +77,23 @@ def pack_weights() -> None:
     utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
 
 
+def keep_compiling(platform: Any) -> None:
+    """Let vLLM's platform choose how a model with adapters is compiled as if it had none."""
+    original = platform.check_and_update_config.__func__
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        adapters, vllm_config.lora_config = vllm_config.lora_config, None
+        try:
+            original(cls, vllm_config)
+        finally:
+            vllm_config.lora_config = adapters
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
+
+
 def join_layers(wrapper_class: type) -> None:
     """Let vLLM's linear layers with adapters, in this process, compute with them in one operator
     if their wrapper is a ``wrapper_class`` and their weight is packed."""
@@ -89,8 +108,8 @@ def join_layers(wrapper_class: type) -> None:
         base = getattr(self.base_layer, ATTRIBUTE, None)
         if base is None or not isinstance(self.punica_wrapper, wrapper_class):
             return original(self, x, bias)
-        lora_a, lora_b = self.lora_a_stacked, self.lora_b_stacked
-        if [sum(b.shape[-2] for b in lora_b), lora_a[0].shape[-1]] != list(base.shape.shape):
+        lora_a, lora_b = _stacks_of(self)
+        if (sum(b.shape[1] for b in lora_b), lora_a[0].shape[2]) != base.shape.shape:
             _log_once(f"the adapters of {type(self).__name__} do not fit its weight")
             return original(self, x, bias)
         rows = x if x.dim() == 2 else x.flatten(0, -2)
@@ -99,6 +118,16 @@ def join_layers(wrapper_class: type) -> None:
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
     BaseLinearLayerWithLoRA._apply_sync = _apply_sync
+
+
+def _stacks_of(layer: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """A and B of a layer, whose views are made once: vLLM writes adapters into its stacks."""
+    given = layer.lora_a_stacked, layer.lora_b_stacked
+    held = layer.__dict__.get(_STACKS)
+    if held is None or held[0] is not given[0] or held[1] is not given[1]:
+        held = *given, stacks(given[0]), stacks(given[1])
+        layer.__dict__[_STACKS] = held
+    return held[2], held[3]
 
 
 def stacks(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -115,7 +144,7 @@ def _linear(
     table: list[Tensor],
     bias: Tensor | None,
 ) -> Tensor:
-    operands = x, shape, stacks(lora_a), stacks(lora_b), table
+    operands = x, shape, lora_a, lora_b, table
     return cpu.answer("segmented_linear_fwd", *operands, bias=bias, packed=panels)[0]
 
 
@@ -128,6 +157,6 @@ _library.define(
 _library.impl("vllm_linear", _linear, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "lora_kernels::vllm_linear",
-    lambda x, shape, *rest: x.new_empty(len(x), len(shape)),
+    lambda x, shape, *rest: x.new_empty(x.shape[0], shape.shape[0]),
     lib=_library,
 )
