@@ -162,8 +162,11 @@ class SegmentedPunicaWrapper:
         self._tokens_idle, self._prompts_idle = (
             torch.tensor([True], device="cpu") for _ in range(2)
         )
-        self._ranks = [self.max_rank] * config.max_loras
-        self._rank_of_model: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        # Of the adapter in each slot: in the layers, and in the output head.
+        self._ranks = [(self.max_rank, self.max_rank)] * config.max_loras
+        self._ranks_of_model: weakref.WeakKeyDictionary[Any, tuple[int, int]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def update_metadata(
         self,
@@ -184,16 +187,17 @@ class SegmentedPunicaWrapper:
                 mapping, lora_index_to_id, max_loras, vocab_size, **kwargs
             )
         ranks = self._live_ranks(manager, lora_index_to_id)
-        changed = None
+        changed: Sequence[Tensor | None] = (None, None)
         if ranks != self._ranks:
             self._ranks = ranks
             on_gpu = self._tokens.device.type == "cuda"
-            changed = torch.tensor(ranks, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
-            changed = changed.to(self._tokens.device, non_blocking=True)
-        self._tokens.update_(self.token_lora_indices, changed, validate=False)
-        self._prompts.update_(self.sampler_indices, changed, validate=False)
+            both = torch.tensor(ranks, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
+            changed = both.to(self._tokens.device, non_blocking=True).unbind(1)
+        self._tokens.update_(self.token_lora_indices, changed[0], validate=False)
+        self._prompts.update_(self.sampler_indices, changed[1], validate=False)
+        heads = {i for i, (_, rank) in zip(lora_index_to_id, ranks, strict=True) if rank} - {None}
         self._tokens_idle[0] = not any(i > 0 for i in mapping.index_mapping)
-        self._prompts_idle[0] = not any(i > 0 for i in mapping.prompt_mapping)
+        self._prompts_idle[0] = heads.isdisjoint(mapping.prompt_mapping)
 
     def table_of_tokens(self) -> Table:
         """The table for the rows of the layers."""
@@ -283,15 +287,20 @@ class SegmentedPunicaWrapper:
             True,
         )
 
-    def _live_ranks(self, manager: Any, lora_index_to_id: Sequence[int | None]) -> list[int]:
-        """The rank of the adapter in each slot; the largest possible where it is not known."""
+    def _live_ranks(
+        self, manager: Any, lora_index_to_id: Sequence[int | None]
+    ) -> list[tuple[int, int]]:
+        """The ranks of the adapter in each slot; the largest possible where they are not known."""
         models = {} if manager is None else manager.list_adapters()
         ranks = []
         for lora_id in lora_index_to_id:
             model = models.get(lora_id)
-            if model is not None and model not in self._rank_of_model:
-                self._rank_of_model[model] = min(_rank_of(model) or self.max_rank, self.max_rank)
-            ranks.append(self.max_rank if model is None else self._rank_of_model[model])
+            if model is not None and model not in self._ranks_of_model:
+                layers, head = _ranks_of(model)
+                largest = min(max(layers, head) or self.max_rank, self.max_rank)
+                self._ranks_of_model[model] = largest, min(head, self.max_rank)
+            known = None if model is None else self._ranks_of_model[model]
+            ranks.append(known or (self.max_rank, self.max_rank))
         return ranks
 
 
@@ -300,13 +309,17 @@ def _all_dense(manager: Any) -> bool:
     return manager is not None and not manager._is_moe and manager._classification_head is None
 
 
-def _rank_of(model: Any) -> int:
-    """The largest rank in a ``LoRAModel`` (``rank_pattern`` gives layers their own)."""
-    matrices = []
-    for layer in model.loras.values():
-        matrices += layer.lora_a if isinstance(layer.lora_a, list) else [layer.lora_a]
-    # Those of experts have three dimensions and are not ours.
-    return max((len(a) for a in matrices if a is not None and a.dim() == 2), default=0)
+def _ranks_of(model: Any) -> tuple[int, int]:
+    """The largest rank of a ``LoRAModel`` in its layers and in its output head (``rank_pattern``
+    gives layers their own)."""
+    ranks = [0, 0]
+    for name, layer in model.loras.items():
+        of_head = "lm_head" in name  # by which vLLM knows it, too
+        matrices = layer.lora_a if isinstance(layer.lora_a, list) else [layer.lora_a]
+        # Those of experts have three dimensions and are not ours.
+        found = (len(a) for a in matrices if a is not None and a.dim() == 2)
+        ranks[of_head] = max(ranks[of_head], *found, 0)
+    return ranks[0], ranks[1]
 
 
 def lora_shrink(

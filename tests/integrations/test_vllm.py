@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import engine_sources
 import pytest
@@ -153,6 +154,23 @@ def test_a_slot_gets_another_adapter(base):
     manager._set_adapter_mapping(mapping)
     assert wrapper._tokens.rank_of_slot.tolist() == [8, 2, 16, 11, 5]
     assert wrapper._prompts.rank_of_slot.tolist() == [8, 2, 16, 11, 5]
+
+
+def test_without_an_adapter_of_the_head_logits_cost_nothing(base):
+    wrapper, manager = managed(base)
+    stacks = Stacks(40, (30,), torch.bfloat16)
+    manager.models |= {9: Model(3, head=0), 7: Model(8, head=0)}
+    x, y = torch.randn(13, 40).bfloat16(), torch.randn(13, 30).bfloat16()
+    manager._set_adapter_mapping(batch("decode"))
+    assert wrapper._tokens.rank_of_slot.tolist() == [8, 16, 16, 3, 5]
+    assert wrapper._prompts.rank_of_slot.tolist() == [0, 16, 16, 0, 5]
+    result = y.clone()
+    wrapper.add_lora_logits(result, x, stacks.a[0], stacks.b[0], 1.0)
+    stacks.check("some", result, x, y, [0 if i in (7, 9) else i for i in PROMPTS])
+    manager._set_adapter_mapping(LoRAMapping((7, 9, 0) * 4, (7, 9, 0) * 4))
+    with lk.record_plans() as answers:
+        wrapper.add_lora_logits(result, x, stacks.a[0], stacks.b[0], 1.0)
+    assert answers == []
 
 
 def test_an_adapter_replaced_in_place_has_its_own_rank_in_the_same_batch(base):
@@ -451,6 +469,10 @@ def platform(request, monkeypatch):
         def is_cpu(cls):
             return request.param == "cpu"
 
+        @classmethod
+        def check_and_update_config(cls, config):
+            config.compiles = config.lora_config is None
+
     def pack(layer, remove_weight):
         raise AssertionError("vLLM packs nothing in these tests")
 
@@ -490,6 +512,9 @@ def test_asked_for_by_name_it_is_used(plugins, platform, monkeypatch):
     assert platform.get_punica_wrapper() == "lora_kernels.integrations.vllm.PunicaWrapper"
     packs = sys.modules["vllm.model_executor.layers.utils"].dispatch_cpu_unquantized_gemm
     assert hasattr(packs, "__wrapped__") == platform.is_cpu()
+    config = SimpleNamespace(lora_config="adapters")
+    platform.check_and_update_config(config)
+    assert config.compiles == platform.is_cpu() and config.lora_config == "adapters"
 
 
 def test_the_name_leads_to_our_class_on_vllms(monkeypatch):

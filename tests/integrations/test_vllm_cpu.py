@@ -155,7 +155,8 @@ def test_the_operator_is_opaque(engine):
         Stacks(40, (30, 20), torch.float32, padding=0.0),
         engine.base(torch.randn(50, 40)),
     )
-    arguments = (torch.randn(13, 40), *getattr(base, vllm_cpu.ATTRIBUTE), stacks.a, stacks.b)
+    arguments = (torch.randn(13, 40), *getattr(base, vllm_cpu.ATTRIBUTE))
+    arguments += vllm_cpu.stacks(stacks.a), vllm_cpu.stacks(stacks.b)
     table = wrapper.table_of_tokens()
     # Its kernel reads no weight but the panels, and one NaN seen as the whole is not compared.
     tests = ("test_schema", "test_faketensor")

@@ -84,8 +84,9 @@ class Layer:
 class Model:
     """A ``LoRAModel``: what it has at the seam is the A of its layers."""
 
-    def __init__(self, rank):
+    def __init__(self, rank, head=None):
         self.loras = {
+            "lm_head": Layer(torch.zeros(rank if head is None else head, 6)),
             "qkv": Layer(torch.zeros(min(rank, 2), 6), None),
             "experts": Layer(torch.zeros(2, 99, 6)),
             "o": Layer(torch.zeros(rank, 6)),
