@@ -25,7 +25,8 @@ from ..functional.linear import packed_linear
 # Below vLLM's own logger, whose handler and level it then has.
 logger = logging.getLogger("vllm.lora_kernels")
 
-ATTRIBUTE, _STACKS = "_lora_kernels_base", "_lora_kernels_stacks"
+ATTRIBUTE = "_lora_kernels_base"
+_STACKS, _NAME = "_lora_kernels_stacks", "_lora_kernels_name"
 
 
 class Base(NamedTuple):
@@ -97,11 +98,22 @@ def keep_compiling(platform: Any) -> None:
 def join_layers(wrapper_class: type) -> None:
     """Let vLLM's linear layers with adapters, in this process, compute with them in one operator
     if their wrapper is a ``wrapper_class`` and their weight is packed."""
+    from vllm.config import get_current_vllm_config_or_none
+    from vllm.forward_context import is_forward_context_available
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
-    original = BaseLinearLayerWithLoRA._apply_sync
+    original, set_mapping = BaseLinearLayerWithLoRA._apply_sync, BaseLinearLayerWithLoRA.set_mapping
     if hasattr(original, "__wrapped__"):
         return
+
+    @functools.wraps(set_mapping)
+    def set_mapping_and_name(self: Any, punica_wrapper: Any) -> None:
+        set_mapping(self, punica_wrapper)
+        config, prefix = get_current_vllm_config_or_none(), getattr(self.base_layer, "prefix", "")
+        if config is not None and prefix:
+            name = f"{prefix}.lora_kernels"
+            layers = config.compilation_config.static_forward_context
+            self.__dict__[_NAME] = name if layers.setdefault(name, self) is self else None
 
     @functools.wraps(original)
     def _apply_sync(self: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -113,10 +125,15 @@ def join_layers(wrapper_class: type) -> None:
             _log_once(f"the adapters of {type(self).__name__} do not fit its weight")
             return original(self, x, bias)
         rows = x if x.dim() == 2 else x.flatten(0, -2)
-        table = self.punica_wrapper.table_of_tokens()
-        y = torch.ops.lora_kernels.vllm_linear(rows, *base, lora_a, lora_b, table, bias)
+        name = self.__dict__.get(_NAME)
+        if name is not None and is_forward_context_available():
+            y = torch.ops.lora_kernels.vllm_layer(rows, bias, name, base.shape.shape[0])
+        else:
+            table = self.punica_wrapper.table_of_tokens()
+            y = torch.ops.lora_kernels.vllm_linear(rows, *base, lora_a, lora_b, table, bias)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
+    BaseLinearLayerWithLoRA.set_mapping = set_mapping_and_name
     BaseLinearLayerWithLoRA._apply_sync = _apply_sync
 
 
@@ -148,15 +165,32 @@ def _linear(
     return cpu.answer("segmented_linear_fwd", *operands, bias=bias, packed=panels)[0]
 
 
+def _layer(x: Tensor, bias: Tensor | None, name: str, width: int) -> Tensor:
+    from vllm.forward_context import get_forward_context
+
+    layer = get_forward_context().no_compile_layers[name]
+    base, table = getattr(layer.base_layer, ATTRIBUTE), layer.punica_wrapper.table_of_tokens()
+    return _linear(x, *base, *_stacks_of(layer), table, bias)
+
+
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
-_library.define(
-    "vllm_linear(Tensor x, Tensor shape, Tensor panels, Tensor[] lora_a, Tensor[] lora_b, "
-    "Tensor[] table, Tensor? bias) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.impl("vllm_linear", _linear, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "lora_kernels::vllm_linear",
-    lambda x, shape, *rest: x.new_empty(x.shape[0], shape.shape[0]),
-    lib=_library,
-)
+for _name, _arguments, _function, _fake in (
+    (
+        "vllm_linear",
+        "Tensor x, Tensor shape, Tensor panels, Tensor[] lora_a, Tensor[] lora_b, Tensor[] table, "
+        "Tensor? bias",
+        _linear,
+        lambda x, shape, *rest: x.new_empty(x.shape[0], shape.shape[0]),
+    ),
+    # The same for a layer that vLLM's forward context knows by its name: its twenty tensors are no
+    # arguments, which a compiled graph would make anew for every call.
+    (
+        "vllm_layer",
+        "Tensor x, Tensor? bias, str name, int width",
+        _layer,
+        lambda x, bias, name, width: x.new_empty(x.shape[0], width),
+    ),
+):
+    _library.define(f"{_name}({_arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=_library)

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.native
 MODULES = (
     "vllm",
     "vllm.config",
+    "vllm.forward_context",
     "vllm.model_executor",
     "vllm.model_executor.layers",
     "vllm.model_executor.layers.utils",
@@ -32,7 +33,9 @@ class Engine:
     """What vLLM has at the two seams: a config, a function that packs, a layer with adapters."""
 
     def __init__(self, monkeypatch):
-        self.config, self.left = SimpleNamespace(lora_config=object()), []
+        self.layers, self.left, self.runs = {}, [], False
+        compilation = SimpleNamespace(static_forward_context=self.layers)
+        self.config = SimpleNamespace(lora_config=object(), compilation_config=compilation)
         modules = {name: type(sys)(name) for name in MODULES}
         for name, module in modules.items():
             monkeypatch.setitem(sys.modules, name, module)
@@ -41,7 +44,14 @@ class Engine:
         modules["vllm.config"].get_current_vllm_config_or_none = lambda: self.config
         self.utils.dispatch_cpu_unquantized_gemm = lambda layer, remove: self.left.append(layer)
 
+        context = modules["vllm.forward_context"]
+        context.is_forward_context_available = lambda: self.runs
+        context.get_forward_context = lambda: SimpleNamespace(no_compile_layers=self.layers)
+
         class BaseLinearLayerWithLoRA:
+            def set_mapping(self, punica_wrapper):
+                self.punica_wrapper = punica_wrapper
+
             def _apply_sync(self, x, bias=None):
                 return "vLLM's"
 
@@ -60,8 +70,9 @@ class Engine:
 
     def layer(self, base, stacks, wrapper):
         layer = self.layer_class()
-        layer.base_layer, layer.punica_wrapper = base, wrapper
+        layer.base_layer, base.prefix = base, f"layer.{len(self.layers)}"
         layer.lora_a_stacked, layer.lora_b_stacked = stacks.a, stacks.b
+        layer.set_mapping(wrapper)
         return layer
 
 
@@ -90,9 +101,10 @@ def test_a_layer_is_one_operator(phase, widths, biased, dtype, engine):
     x = torch.randn(len(ids) + 3, 65).to(dtype)
     with poisoned_memory(), lk.record_plans() as answers:
         result = layer._apply_sync(x, bias)
+        engine.runs = True  # by its name
         whole = layer._apply_sync(x[None], bias)
     served(answers, "segmented_linear_fwd", "segmented_linear_fwd")
-    assert torch.equal(whole, result[None])
+    assert torch.equal(whole, result[None]) and list(engine.layers.values()) == [layer]
 
     def plain(dtype):
         y = x.to(dtype) @ weight.to(dtype).t()
