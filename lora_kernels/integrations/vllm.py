@@ -1,4 +1,5 @@
-"""vLLM: its LoRA layers on a GPU computed by our segmented operators, through its plug-in group.
+"""vLLM: its LoRA layers on a GPU or a CPU computed by our segmented operators, through its plug-in
+group.
 
 Installed, the plug-in does nothing. It is asked for by name in vLLM's own switch, which its engine
 and worker processes inherit::
@@ -6,7 +7,9 @@ and worker processes inherit::
     VLLM_PLUGINS=lora_kernels vllm serve ... --enable-lora
 
 (as every use of that variable this leaves out the plug-ins that it does not name). Written against
-vLLM 0.33.0; ``tests/integrations/test_vllm.py`` holds the signatures to its source.
+vLLM 0.33.0; ``tests/integrations/test_vllm.py`` holds the signatures to its source, and
+``tests/engines`` starts it on a CPU, where base and adapters of a linear layer are one operator
+(``vllm_cpu.py``).
 
     A  per slice [max_loras, 1, max_rank, in]     B  per slice [max_loras, 1, out, max_rank]
 
@@ -30,6 +33,8 @@ from torch import Tensor
 from ..functional import ops
 from ..spec.reference import tail_dtype
 from ..spec.segments import SegmentTable
+from . import vllm_cpu
+from .vllm_cpu import stacks
 
 PLUGIN = "lora_kernels"
 WRAPPER = f"{__name__}.PunicaWrapper"
@@ -44,13 +49,26 @@ def register() -> None:
 
 
 def enable() -> None:
-    """Let vLLM's CUDA platform use :class:`PunicaWrapper` in this process.
+    """Let vLLM's CUDA or CPU platform use :class:`PunicaWrapper` in this process.
 
     vLLM's engine and workers are other processes: ``VLLM_PLUGINS`` reaches them, a call does not.
     """
-    from vllm.platforms.cuda import CudaPlatformBase
+    platform: Any
+    if _on_cpu():
+        from vllm.platforms.cpu import CpuPlatform as platform
 
-    CudaPlatformBase.get_punica_wrapper = classmethod(lambda cls: WRAPPER)
+        vllm_cpu.pack_weights()
+        vllm_cpu.keep_compiling(platform)
+    else:
+        from vllm.platforms.cuda import CudaPlatformBase as platform
+
+    platform.get_punica_wrapper = classmethod(lambda cls: WRAPPER)
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
 
 
 def __getattr__(name: str) -> Any:
@@ -58,21 +76,30 @@ def __getattr__(name: str) -> Any:
     if name != "PunicaWrapper":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from vllm.lora.model_manager import LoRAModelManager
-    from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+
+    base: Any
+    if _on_cpu():
+        from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU as base
+
+        vllm_cpu.join_layers(SegmentedPunicaWrapper)
+    else:
+        from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU as base
 
     introduce_to_wrappers(LoRAModelManager)
-    return wrapper_class(PunicaWrapperGPU)
+    return wrapper_class(base)
 
 
 @functools.cache
 def wrapper_class(base: type) -> type:
-    """The wrapper on vLLM's ``PunicaWrapperGPU``, or on what stands in for it."""
+    """The wrapper on vLLM's ``PunicaWrapperGPU`` or ``PunicaWrapperCPU``, or on what stands in for
+    them."""
     return type("PunicaWrapper", (SegmentedPunicaWrapper, base), {"__module__": __name__})
 
 
 def introduce_to_wrappers(manager_class: type) -> None:
     """Make a ``LoRAModelManager`` known to its wrappers before it tells them of a batch: it alone
-    knows the ranks of its adapters."""
+    knows the ranks of its adapters. It tells them of the next batch anew after an adapter has come
+    into a slot: one that replaces another in place, of another rank, leaves the batch as it was."""
     original = manager_class._set_adapter_mapping  # type: ignore[attr-defined]
     if getattr(original, "introduces", False):
         return
@@ -84,13 +111,22 @@ def introduce_to_wrappers(manager_class: type) -> None:
                 wrapper.manager = weakref.ref(self)
         original(self, mapping)
 
+    activate = manager_class.activate_adapter  # type: ignore[attr-defined]
+
+    @functools.wraps(activate)
+    def activate_adapter(self: Any, lora_id: int) -> bool:
+        activated = activate(self, lora_id)
+        if activated:
+            self._last_mapping = None
+        return activated
+
     _set_adapter_mapping.introduces = True  # type: ignore[attr-defined]
     manager_class._set_adapter_mapping = _set_adapter_mapping  # type: ignore[attr-defined]
+    manager_class.activate_adapter = activate_adapter  # type: ignore[attr-defined]
 
 
 class SegmentedPunicaWrapper:
-    """What our wrapper overrides of vLLM's ``PunicaWrapperGPU``, which :func:`wrapper_class` puts
-    below it.
+    """What our wrapper overrides of vLLM's own, which :func:`wrapper_class` puts below it.
 
     Two tables are refilled in place by :meth:`update_metadata`, one for the rows of the layers and
     one for those of the logits, so that captured graphs see each batch. Everything that the layers
@@ -126,8 +162,11 @@ class SegmentedPunicaWrapper:
         self._tokens_idle, self._prompts_idle = (
             torch.tensor([True], device="cpu") for _ in range(2)
         )
-        self._ranks = [self.max_rank] * config.max_loras
-        self._rank_of_model: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        # Of the adapter in each slot: in the layers, and in the output head.
+        self._ranks = [(self.max_rank, self.max_rank)] * config.max_loras
+        self._ranks_of_model: weakref.WeakKeyDictionary[Any, tuple[int, int]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def update_metadata(
         self,
@@ -148,22 +187,27 @@ class SegmentedPunicaWrapper:
                 mapping, lora_index_to_id, max_loras, vocab_size, **kwargs
             )
         ranks = self._live_ranks(manager, lora_index_to_id)
-        changed = None
+        changed: Sequence[Tensor | None] = (None, None)
         if ranks != self._ranks:
             self._ranks = ranks
             on_gpu = self._tokens.device.type == "cuda"
-            changed = torch.tensor(ranks, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
-            changed = changed.to(self._tokens.device, non_blocking=True)
-        self._tokens.update_(self.token_lora_indices, changed, validate=False)
-        self._prompts.update_(self.sampler_indices, changed, validate=False)
+            both = torch.tensor(ranks, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
+            changed = both.to(self._tokens.device, non_blocking=True).unbind(1)
+        self._tokens.update_(self.token_lora_indices, changed[0], validate=False)
+        self._prompts.update_(self.sampler_indices, changed[1], validate=False)
+        heads = {i for i, (_, rank) in zip(lora_index_to_id, ranks, strict=True) if rank} - {None}
         self._tokens_idle[0] = not any(i > 0 for i in mapping.index_mapping)
-        self._prompts_idle[0] = not any(i > 0 for i in mapping.prompt_mapping)
+        self._prompts_idle[0] = heads.isdisjoint(mapping.prompt_mapping)
+
+    def table_of_tokens(self) -> Table:
+        """The table for the rows of the layers."""
+        return self._tokens.tensors()
 
     def add_shrink(
         self, y: Tensor, x: Tensor, lora_a_stacked: tuple[Tensor, ...], scale: float, **kwargs: Any
     ) -> None:
         """``y[j] = scale * x A_j^T``: x [M, K], y [n, M, r], zero in rows without an adapter."""
-        table, x = self._tokens.tensors(), x.view(-1, x.shape[-1])
+        table, x = self.table_of_tokens(), x.view(-1, x.shape[-1])
         torch.ops.lora_kernels.vllm_shrink_(
             y, x, lora_a_stacked, table, self._tokens_idle, scale, self.max_rank
         )
@@ -180,7 +224,7 @@ class SegmentedPunicaWrapper:
     ) -> None:
         """``y[:, slice j] += x_j B_j^T``: x [n, M, r], y [..., N], its columns from
         ``offset_start``; ``=`` without ``add_inputs``, in rows with an adapter."""
-        table, y = self._tokens.tensors(), y.view(-1, y.shape[-1])
+        table, y = self.table_of_tokens(), y.view(-1, y.shape[-1])
         torch.ops.lora_kernels.vllm_expand_(
             y, x, lora_b_stacked, table, self._tokens_idle, offset_start, add_inputs
         )
@@ -190,7 +234,7 @@ class SegmentedPunicaWrapper:
     ) -> None:
         """``y += x B^T``, where x [M, r] are the rows that a lookup found in A."""
         torch.ops.lora_kernels.vllm_expand_(
-            y, x[None], (lora_b_stacked,), self._tokens.tensors(), self._tokens_idle, 0, add_inputs
+            y, x[None], (lora_b_stacked,), self.table_of_tokens(), self._tokens_idle, 0, add_inputs
         )
 
     def add_lora_linear(
@@ -213,7 +257,7 @@ class SegmentedPunicaWrapper:
             x.view(-1, x.shape[-1]),
             lora_a_stacked,
             lora_b_stacked,
-            self._tokens.tensors(),
+            self.table_of_tokens(),
             self._tokens_idle,
             scale,
             kwargs.get("add_inputs", True),
@@ -243,15 +287,20 @@ class SegmentedPunicaWrapper:
             True,
         )
 
-    def _live_ranks(self, manager: Any, lora_index_to_id: Sequence[int | None]) -> list[int]:
-        """The rank of the adapter in each slot; the largest possible where it is not known."""
+    def _live_ranks(
+        self, manager: Any, lora_index_to_id: Sequence[int | None]
+    ) -> list[tuple[int, int]]:
+        """The ranks of the adapter in each slot; the largest possible where they are not known."""
         models = {} if manager is None else manager.list_adapters()
         ranks = []
         for lora_id in lora_index_to_id:
             model = models.get(lora_id)
-            if model is not None and model not in self._rank_of_model:
-                self._rank_of_model[model] = min(_rank_of(model) or self.max_rank, self.max_rank)
-            ranks.append(self.max_rank if model is None else self._rank_of_model[model])
+            if model is not None and model not in self._ranks_of_model:
+                layers, head = _ranks_of(model)
+                largest = min(max(layers, head) or self.max_rank, self.max_rank)
+                self._ranks_of_model[model] = largest, min(head, self.max_rank)
+            known = None if model is None else self._ranks_of_model[model]
+            ranks.append(known or (self.max_rank, self.max_rank))
         return ranks
 
 
@@ -260,13 +309,17 @@ def _all_dense(manager: Any) -> bool:
     return manager is not None and not manager._is_moe and manager._classification_head is None
 
 
-def _rank_of(model: Any) -> int:
-    """The largest rank in a ``LoRAModel`` (``rank_pattern`` gives layers their own)."""
-    matrices = []
-    for layer in model.loras.values():
-        matrices += layer.lora_a if isinstance(layer.lora_a, list) else [layer.lora_a]
-    # Those of experts have three dimensions and are not ours.
-    return max((len(a) for a in matrices if a is not None and a.dim() == 2), default=0)
+def _ranks_of(model: Any) -> tuple[int, int]:
+    """The largest rank of a ``LoRAModel`` in its layers and in its output head (``rank_pattern``
+    gives layers their own)."""
+    ranks = [0, 0]
+    for name, layer in model.loras.items():
+        of_head = "lm_head" in name  # by which vLLM knows it, too
+        matrices = layer.lora_a if isinstance(layer.lora_a, list) else [layer.lora_a]
+        # Those of experts have three dimensions and are not ours.
+        found = (len(a) for a in matrices if a is not None and a.dim() == 2)
+        ranks[of_head] = max(ranks[of_head], *found, 0)
+    return ranks[0], ranks[1]
 
 
 def lora_shrink(
@@ -330,11 +383,6 @@ def lora_expand(
     )
 
 
-def _stacks(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """[S, r, K] of vLLM's [S, 1, r, K]; its linear layers have one where others have none."""
-    return [t.squeeze(1) if t.dim() == 4 else t for t in tensors]
-
-
 def _scaled(table: Table, scale: float) -> Table:
     return table if scale == 1.0 else [*table[:2], table[2] * scale, *table[3:]]
 
@@ -353,7 +401,7 @@ def _shrink_(
 ) -> None:
     if idle.item():
         return
-    a = _stacks(lora_a)
+    a = stacks(lora_a)
     r = a[0].shape[1]
     if r != rank:
         # A part of a rank that is sharded over devices, or a full layer that is shrunk by: the live
@@ -367,7 +415,7 @@ def _expand_(
 ) -> None:
     if idle.item():
         return
-    b = _stacks(lora_b)
+    b = stacks(lora_b)
     s = x.transpose(0, 1).to(tail_dtype(y.dtype))
     ops.segmented_expand_(_columns(y, b, table, first, add), s, b, table)
 
@@ -384,7 +432,7 @@ def _lora_(
 ) -> None:
     if idle.item():
         return
-    a, b = _stacks(lora_a), _stacks(lora_b)
+    a, b = stacks(lora_a), stacks(lora_b)
     # Logits may be float32 over a half-precision model.
     columns = _columns(y, b, table, 0, add)
     ops.segmented_lora_(columns, x.to(y.dtype), a, b, _scaled(table, scale))

@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import engine_sources
 import pytest
@@ -153,6 +154,34 @@ def test_a_slot_gets_another_adapter(base):
     manager._set_adapter_mapping(mapping)
     assert wrapper._tokens.rank_of_slot.tolist() == [8, 2, 16, 11, 5]
     assert wrapper._prompts.rank_of_slot.tolist() == [8, 2, 16, 11, 5]
+
+
+def test_without_an_adapter_of_the_head_logits_cost_nothing(base):
+    wrapper, manager = managed(base)
+    stacks = Stacks(40, (30,), torch.bfloat16)
+    manager.models |= {9: Model(3, head=0), 7: Model(8, head=0)}
+    x, y = torch.randn(13, 40).bfloat16(), torch.randn(13, 30).bfloat16()
+    manager._set_adapter_mapping(batch("decode"))
+    assert wrapper._tokens.rank_of_slot.tolist() == [8, 16, 16, 3, 5]
+    assert wrapper._prompts.rank_of_slot.tolist() == [0, 16, 16, 0, 5]
+    result = y.clone()
+    wrapper.add_lora_logits(result, x, stacks.a[0], stacks.b[0], 1.0)
+    stacks.check("some", result, x, y, [0 if i in (7, 9) else i for i in PROMPTS])
+    manager._set_adapter_mapping(LoRAMapping((7, 9, 0) * 4, (7, 9, 0) * 4))
+    with lk.record_plans() as answers:
+        wrapper.add_lora_logits(result, x, stacks.a[0], stacks.b[0], 1.0)
+    assert answers == []
+
+
+def test_an_adapter_replaced_in_place_has_its_own_rank_in_the_same_batch(base):
+    """vLLM tells its wrapper of a batch that it has told of before only if slots have changed."""
+    wrapper, manager = managed(base)
+    mapping = batch("decode")
+    manager.set_adapter_mapping(mapping)
+    manager.models[9] = Model(11)
+    manager.activate_adapter(9)
+    manager.set_adapter_mapping(mapping)
+    assert wrapper._tokens.rank_of_slot.tolist() == [8, 16, 16, 11, 5]
 
 
 def test_without_a_manager_every_rank_is_the_largest(base):
@@ -414,7 +443,10 @@ def test_what_we_read_of_vllms_manager():
     assert engine_sources.parameters("vllm", path, name) == "self, mapping"
     assert engine_sources.parameters("vllm", path, "LoRAModelManager.list_adapters") == "self"
     source = ast.unparse(engine_sources.definition("vllm", path, "LoRAModelManager"))
-    for attribute in ("_is_moe", "_classification_head", "punica_wrapper_mapping"):
+    activate = "LoRAModelManager.activate_adapter"
+    assert engine_sources.parameters("vllm", path, activate) == "self, lora_id"
+    read = ("_is_moe", "_classification_head", "punica_wrapper_mapping", "_last_mapping")
+    for attribute in read:
         assert f"self.{attribute}" in source
     assert (
         "current_platform.get_punica_wrapper()"
@@ -424,37 +456,65 @@ def test_what_we_read_of_vllms_manager():
     assert engine_sources.parameters("vllm", "vllm/platforms/cuda.py", platform) == "cls"
 
 
-def platform(monkeypatch):
-    """A stand-in for vLLM's CUDA platform, at its address."""
+@pytest.fixture(params=["cuda", "cpu"])
+def platform(request, monkeypatch):
+    """A stand-in for one of vLLM's platforms, at its address."""
 
-    class CudaPlatformBase:
+    class Platform:
         @classmethod
         def get_punica_wrapper(cls):
-            return "vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU"
+            return "vllm.its.own"
 
-    for name in ("vllm", "vllm.platforms", "vllm.platforms.cuda"):
-        monkeypatch.setitem(sys.modules, name, type(sys)(name))
-    sys.modules["vllm.platforms.cuda"].CudaPlatformBase = CudaPlatformBase
-    return CudaPlatformBase
+        @classmethod
+        def is_cpu(cls):
+            return request.param == "cpu"
+
+        @classmethod
+        def check_and_update_config(cls, config):
+            config.compiles = config.lora_config is None
+
+    def pack(layer, remove_weight):
+        raise AssertionError("vLLM packs nothing in these tests")
+
+    name = "CpuPlatform" if request.param == "cpu" else "CudaPlatformBase"
+    for module, contents in {
+        "vllm": {},
+        "vllm.platforms": {"current_platform": Platform},
+        f"vllm.platforms.{request.param}": {name: Platform},
+        "vllm.config": {"get_current_vllm_config_or_none": lambda: None},
+        "vllm.model_executor": {},
+        "vllm.model_executor.layers": {},
+        "vllm.model_executor.layers.utils": {"dispatch_cpu_unquantized_gemm": pack},
+    }.items():
+        monkeypatch.setitem(sys.modules, module, type(sys)(module))
+        vars(sys.modules[module]).update(contents)
+    packing = sys.modules["vllm.model_executor.layers.utils"]
+    sys.modules["vllm.model_executor.layers"].utils = packing
+    return Platform
 
 
 @pytest.mark.parametrize("plugins", [None, "", "other", "lora_kernels_2,other"])
-def test_installed_it_does_nothing(plugins, monkeypatch):
-    base = platform(monkeypatch)
+def test_installed_it_does_nothing(plugins, platform, monkeypatch):
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     if plugins is not None:
         monkeypatch.setenv("VLLM_PLUGINS", plugins)
     plugin.register()
-    assert base.get_punica_wrapper().endswith("PunicaWrapperGPU")
+    assert platform.get_punica_wrapper() == "vllm.its.own"
+    packs = sys.modules["vllm.model_executor.layers.utils"].dispatch_cpu_unquantized_gemm
+    assert not hasattr(packs, "__wrapped__")
 
 
 @pytest.mark.parametrize("plugins", ["lora_kernels", "other,lora_kernels"])
-def test_asked_for_by_name_it_is_used(plugins, monkeypatch):
-    base = platform(monkeypatch)
+def test_asked_for_by_name_it_is_used(plugins, platform, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", plugins)
     plugin.register()
     plugin.register()
-    assert base.get_punica_wrapper() == "lora_kernels.integrations.vllm.PunicaWrapper"
+    assert platform.get_punica_wrapper() == "lora_kernels.integrations.vllm.PunicaWrapper"
+    packs = sys.modules["vllm.model_executor.layers.utils"].dispatch_cpu_unquantized_gemm
+    assert hasattr(packs, "__wrapped__") == platform.is_cpu()
+    config = SimpleNamespace(lora_config="adapters")
+    platform.check_and_update_config(config)
+    assert config.compiles == platform.is_cpu() and config.lora_config == "adapters"
 
 
 def test_the_name_leads_to_our_class_on_vllms(monkeypatch):
@@ -464,6 +524,7 @@ def test_the_name_leads_to_our_class_on_vllms(monkeypatch):
         def _set_adapter_mapping(self, mapping):
             pass
 
+    monkeypatch.setattr(plugin, "_on_cpu", lambda: False)
     module = type(sys)("vllm.lora.model_manager")
     module.LoRAModelManager = LoRAModelManager
     monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -84,8 +84,9 @@ class Layer:
 class Model:
     """A ``LoRAModel``: what it has at the seam is the A of its layers."""
 
-    def __init__(self, rank):
+    def __init__(self, rank, head=None):
         self.loras = {
+            "lm_head": Layer(torch.zeros(rank if head is None else head, 6)),
             "qkv": Layer(torch.zeros(min(rank, 2), 6), None),
             "experts": Layer(torch.zeros(2, 99, 6)),
             "o": Layer(torch.zeros(rank, 6)),
@@ -97,6 +98,7 @@ class Manager:
 
     _is_moe = False
     _classification_head = None
+    _last_mapping = None
 
     def __init__(self, wrapper, lora_index_to_id, ranks):
         self.punica_wrapper_mapping = {"language_model": wrapper}
@@ -105,6 +107,14 @@ class Manager:
 
     def list_adapters(self):
         return dict(self.models)
+
+    def activate_adapter(self, lora_id):
+        return True
+
+    def set_adapter_mapping(self, mapping):
+        if mapping != self._last_mapping:
+            self._set_adapter_mapping(mapping)
+            self._last_mapping = mapping
 
     def _set_adapter_mapping(self, mapping):
         for wrapper in self.punica_wrapper_mapping.values():
