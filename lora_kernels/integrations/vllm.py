@@ -7,7 +7,7 @@ and worker processes inherit::
     VLLM_PLUGINS=lora_kernels vllm serve ... --enable-lora
 
 (as every use of that variable this leaves out the plug-ins that it does not name). Written against
-vLLM 0.33.0; ``tests/integrations/test_vllm.py`` holds the signatures to its source, and
+vLLM 0.33.0; ``tests/integrations/test_vllm_contract.py`` holds the signatures to its source, and
 ``tests/engines`` starts it on a CPU, where base and adapters of a linear layer are one operator
 (``vllm_cpu.py``).
 
@@ -55,12 +55,15 @@ def enable() -> None:
     """
     platform: Any
     if _on_cpu():
-        from vllm.platforms.cpu import CpuPlatform as platform
+        from vllm.platforms import cpu
 
+        platform = cpu.CpuPlatform
         vllm_cpu.pack_weights()
         vllm_cpu.keep_compiling(platform)
     else:
-        from vllm.platforms.cuda import CudaPlatformBase as platform
+        from vllm.platforms import cuda
+
+        platform = cuda.CudaPlatformBase
 
     platform.get_punica_wrapper = classmethod(lambda cls: WRAPPER)
 
@@ -79,11 +82,14 @@ def __getattr__(name: str) -> Any:
 
     base: Any
     if _on_cpu():
-        from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU as base
+        from vllm.lora.punica_wrapper import punica_cpu
 
+        base = punica_cpu.PunicaWrapperCPU
         vllm_cpu.join_layers(SegmentedPunicaWrapper)
     else:
-        from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU as base
+        from vllm.lora.punica_wrapper import punica_gpu
+
+        base = punica_gpu.PunicaWrapperGPU
 
     introduce_to_wrappers(LoRAModelManager)
     return wrapper_class(base)

@@ -53,7 +53,7 @@ def pack_weights() -> None:
         return
 
     @functools.wraps(original)
-    def dispatch_cpu_unquantized_gemm(layer: nn.Module, remove_weight: bool) -> None:
+    def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
         config = get_current_vllm_config_or_none()
         # What keeps its weight is an embedding, or an output head: its adapters are the logits'.
         if config is None or config.lora_config is None or not remove_weight:
@@ -95,7 +95,7 @@ def keep_compiling(platform: Any) -> None:
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 
-def join_layers(wrapper_class: type) -> None:
+def join_layers(wrapper_class: Any) -> None:
     """Let vLLM's linear layers with adapters, in this process, compute with them in one operator
     if their wrapper is a ``wrapper_class`` and their weight is packed."""
     from vllm.config import get_current_vllm_config_or_none
@@ -169,8 +169,10 @@ def _layer(x: Tensor, bias: Tensor | None, name: str, width: int) -> Tensor:
     from vllm.forward_context import get_forward_context
 
     layer = get_forward_context().no_compile_layers[name]
-    base, table = getattr(layer.base_layer, ATTRIBUTE), layer.punica_wrapper.table_of_tokens()
-    return _linear(x, *base, *_stacks_of(layer), table, bias)
+    base: Base = getattr(layer.base_layer, ATTRIBUTE)
+    table = layer.punica_wrapper.table_of_tokens()
+    lora_a, lora_b = _stacks_of(layer)
+    return _linear(x, base.shape, base.panels, lora_a, lora_b, table, bias)
 
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
