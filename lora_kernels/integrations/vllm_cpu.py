@@ -53,7 +53,7 @@ def pack_weights() -> None:
         return
 
     @functools.wraps(original)
-    def dispatch_cpu_unquantized_gemm(layer: nn.Module, remove_weight: bool) -> None:
+    def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
         config = get_current_vllm_config_or_none()
         # What keeps its weight is an embedding, or an output head: its adapters are the logits'.
         if config is None or config.lora_config is None or not remove_weight:
@@ -95,7 +95,7 @@ def keep_compiling(platform: Any) -> None:
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 
-def join_layers(wrapper_class: type) -> None:
+def join_layers(wrapper_class: Any) -> None:
     """Let vLLM's linear layers with adapters, in this process, compute with them in one operator
     if their wrapper is a ``wrapper_class`` and their weight is packed."""
     from vllm.config import get_current_vllm_config_or_none
@@ -117,8 +117,8 @@ def join_layers(wrapper_class: type) -> None:
 
     @functools.wraps(original)
     def _apply_sync(self: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        base = getattr(self.base_layer, ATTRIBUTE, None)
-        if base is None or not isinstance(self.punica_wrapper, wrapper_class):
+        base, wrapper = getattr(self.base_layer, ATTRIBUTE, None), self.punica_wrapper
+        if base is None or not isinstance(wrapper, wrapper_class):
             return original(self, x, bias)
         lora_a, lora_b = _stacks_of(self)
         if (sum(b.shape[1] for b in lora_b), lora_a[0].shape[2]) != base.shape.shape:
@@ -129,7 +129,7 @@ def join_layers(wrapper_class: type) -> None:
         if name is not None and is_forward_context_available():
             y = torch.ops.lora_kernels.vllm_layer(rows, bias, name, base.shape.shape[0])
         else:
-            table = self.punica_wrapper.table_of_tokens()
+            table = wrapper.table_of_tokens()
             y = torch.ops.lora_kernels.vllm_linear(rows, *base, lora_a, lora_b, table, bias)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
@@ -169,8 +169,9 @@ def _layer(x: Tensor, bias: Tensor | None, name: str, width: int) -> Tensor:
     from vllm.forward_context import get_forward_context
 
     layer = get_forward_context().no_compile_layers[name]
-    base, table = getattr(layer.base_layer, ATTRIBUTE), layer.punica_wrapper.table_of_tokens()
-    return _linear(x, *base, *_stacks_of(layer), table, bias)
+    base, (lora_a, lora_b) = getattr(layer.base_layer, ATTRIBUTE), _stacks_of(layer)
+    table = layer.punica_wrapper.table_of_tokens()
+    return _linear(x, base.shape, base.panels, lora_a, lora_b, table, bias)
 
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
