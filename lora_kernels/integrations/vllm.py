@@ -53,19 +53,17 @@ def enable() -> None:
 
     vLLM's engine and workers are other processes: ``VLLM_PLUGINS`` reaches them, a call does not.
     """
-    platform: Any
+    named = classmethod(lambda cls: WRAPPER)
     if _on_cpu():
-        from vllm.platforms import cpu
+        from vllm.platforms.cpu import CpuPlatform
 
-        platform = cpu.CpuPlatform
+        CpuPlatform.get_punica_wrapper = named
         vllm_cpu.pack_weights()
-        vllm_cpu.keep_compiling(platform)
+        vllm_cpu.keep_compiling(CpuPlatform)
     else:
-        from vllm.platforms import cuda
+        from vllm.platforms.cuda import CudaPlatformBase
 
-        platform = cuda.CudaPlatformBase
-
-    platform.get_punica_wrapper = classmethod(lambda cls: WRAPPER)
+        CudaPlatformBase.get_punica_wrapper = named
 
 
 def _on_cpu() -> bool:
@@ -80,19 +78,15 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from vllm.lora.model_manager import LoRAModelManager
 
-    base: Any
-    if _on_cpu():
-        from vllm.lora.punica_wrapper import punica_cpu
-
-        base = punica_cpu.PunicaWrapperCPU
-        vllm_cpu.join_layers(SegmentedPunicaWrapper)
-    else:
-        from vllm.lora.punica_wrapper import punica_gpu
-
-        base = punica_gpu.PunicaWrapperGPU
-
     introduce_to_wrappers(LoRAModelManager)
-    return wrapper_class(base)
+    if _on_cpu():
+        from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+        vllm_cpu.join_layers(SegmentedPunicaWrapper)
+        return wrapper_class(PunicaWrapperCPU)
+    from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+
+    return wrapper_class(PunicaWrapperGPU)
 
 
 @functools.cache

@@ -117,8 +117,8 @@ def join_layers(wrapper_class: Any) -> None:
 
     @functools.wraps(original)
     def _apply_sync(self: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        base = getattr(self.base_layer, ATTRIBUTE, None)
-        if base is None or not isinstance(self.punica_wrapper, wrapper_class):
+        base, wrapper = getattr(self.base_layer, ATTRIBUTE, None), self.punica_wrapper
+        if base is None or not isinstance(wrapper, wrapper_class):
             return original(self, x, bias)
         lora_a, lora_b = _stacks_of(self)
         if (sum(b.shape[1] for b in lora_b), lora_a[0].shape[2]) != base.shape.shape:
@@ -129,7 +129,7 @@ def join_layers(wrapper_class: Any) -> None:
         if name is not None and is_forward_context_available():
             y = torch.ops.lora_kernels.vllm_layer(rows, bias, name, base.shape.shape[0])
         else:
-            table = self.punica_wrapper.table_of_tokens()
+            table = wrapper.table_of_tokens()
             y = torch.ops.lora_kernels.vllm_linear(rows, *base, lora_a, lora_b, table, bias)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
@@ -169,9 +169,8 @@ def _layer(x: Tensor, bias: Tensor | None, name: str, width: int) -> Tensor:
     from vllm.forward_context import get_forward_context
 
     layer = get_forward_context().no_compile_layers[name]
-    base: Base = getattr(layer.base_layer, ATTRIBUTE)
+    base, (lora_a, lora_b) = getattr(layer.base_layer, ATTRIBUTE), _stacks_of(layer)
     table = layer.punica_wrapper.table_of_tokens()
-    lora_a, lora_b = _stacks_of(layer)
     return _linear(x, base.shape, base.panels, lora_a, lora_b, table, bias)
 
 
