@@ -8,15 +8,16 @@ import pytest
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
-
-# Before vLLM is imported, and for the processes that it starts. The plug-in is named, nothing else.
-os.environ.update(
-    VLLM_PLUGINS="lora_kernels",
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_NO_USAGE_STATS="1",
-    HF_HUB_OFFLINE="1",
-    VLLM_LOGGING_LEVEL="INFO",
-)
+else:
+    # Before vllm is imported, and for the processes that it starts. The plug-in is named, nothing
+    # else.
+    os.environ.update(
+        VLLM_PLUGINS="lora_kernels",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_NO_USAGE_STATS="1",
+        HF_HUB_OFFLINE="1",
+        VLLM_LOGGING_LEVEL="INFO",
+    )
 
 
 @pytest.fixture(scope="session", params=["llama", "qwen3"])
