@@ -124,6 +124,9 @@ compat-oldest: COMPAT_TORCH := 2.11.0
 compat-newest: COMPAT_TORCH :=
 compat-oldest compat-newest: compat-%:
 	mkdir -p build/compat/$*
+	@# What is no more must not be tested; the environment and the objects stay.
+	find build/compat/$* -mindepth 1 -maxdepth 1 ! -name .venv ! -name build -exec rm -rf {} +
+	rm -f build/compat/$*/.venv/ready
 	git ls-files -z | tar --create --null --files-from=- | tar --extract --directory build/compat/$*
 	$(MAKE) -C build/compat/$* NO_VENV= REQUIREMENTS=$* TORCH_VERSION=$(COMPAT_TORCH) test
 
