@@ -97,7 +97,7 @@ test-peft: $(READY)
 VLLM_COPY := build/vllm
 VLLM_READY := .venv-vllm/ready-$(VLLM_VERSION)
 VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check
-COPY_FOR_VLLM = mkdir -p $(VLLM_COPY) && git ls-files -z | \
+COPY_FOR_VLLM = mkdir -p $(VLLM_COPY) && find $(VLLM_COPY) -name '*.py' -delete && git ls-files -z | \
     tar --create --null --files-from=- | tar --extract --directory $(VLLM_COPY)
 
 vllm: export OMP_WAIT_POLICY ?= PASSIVE
