@@ -140,8 +140,8 @@ def is_seen(number: int, mutant: Mutant) -> tuple[bool, str]:
     done = run([*command, "--dist", "loadgroup", *mutant.part], COPY, **environment)
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no output"]
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    # 1: tests failed. Anything else is no answer: nothing collected, a crash of pytest.
-    return done.returncode == 1 and bool(failed), (failed or lines[-1:])[0][:100]
+    # 1: tests failed; 2: stopped at the first that did. Anything else is no answer.
+    return done.returncode in (1, 2) and bool(failed), (failed or lines[-1:])[0][:100]
 
 
 def main() -> int:
