@@ -120,17 +120,18 @@ def _composed(
     rng: Tensor | None,
 ) -> Tensor:
     """y by plain torch operations, which every transformation knows."""
-    w = weight.t() if fan_in_fan_out else weight
-    acc = reference.accumulate_dtype(weight.dtype)
+    ratio = magnitude.to(norm.dtype) / norm
     with ops.without_autocast(x.device.type):
         rows = dropped = rows_of(x, weight.dtype)
         if p > 0.0:
             rng = draw_rng(x.device) if rng is None else rng
             dropped = reference.masked(rows, rng, p) / (1.0 - p)
-        s = F.linear(dropped.to(acc), lora_a.to(acc)) * scale.to(acc)
-        y = F.linear(dropped.to(acc), w.to(acc)) + F.linear(s, lora_b.to(acc))
-        y = y * (magnitude.to(acc) / norm) + F.linear((rows - dropped).to(acc), w.to(acc))
-        y = (y if bias is None else y + bias).to(weight.dtype)
+        y, _ = reference.lora_linear_fwd(
+            dropped, weight, lora_a, lora_b, scale, bias,
+            fan_in_fan_out=fan_in_fan_out, out_scale=ratio,
+        )  # fmt: skip
+        if p > 0.0:
+            y = y + F.linear(rows - dropped, weight.t() if fan_in_fan_out else weight)
     return y.reshape(*x.shape[:-1], y.shape[1])
 
 
@@ -188,8 +189,7 @@ class _DoRALinear(torch.autograd.Function):
             rows if need_m else None,
             weight, lora_a, lora_b, norm, ratio, scale, bias,
         )  # fmt: skip
-        ctx.fan_in_fan_out = fan_in_fan_out
-        ctx.like_x, ctx.like_m = (x.shape, x.dtype), magnitude.dtype
+        ctx.fan_in_fan_out, ctx.x_shape = fan_in_fan_out, x.shape
         return result_of(x, y)
 
     @staticmethod
@@ -204,13 +204,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dtype = weight.dtype
     dy = rows_of(grad, dtype)
     dx = d = da = db = dbias = dm = None
-    if need_x or need_a:
+    if need_x:
         dx, d = ops.lora_linear_dx(
             dy, weight, lora_a, lora_b, scale,
             fan_in_fan_out=ctx.fan_in_fan_out, out_scale=ratio,
         )  # fmt: skip
-        shape, x_dtype = ctx.like_x
-        dx = dx.to(x_dtype).view(shape)
+        # In the compute dtype: autograd casts it to x's.
+        dx = dx.view(ctx.x_shape)
+    elif need_a:
+        d = ops.lora_shrink(reference.scaled_rows(dy, ratio), lora_b.t(), scale)
     if need_a or need_b or need_bias:
         da, db, dbias = ops.lora_linear_dab(
             dy, rows_of(x, dtype) if need_a else None, s, d if need_a else None,
@@ -220,18 +222,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             out_scale=ratio,
         )  # fmt: skip
     if need_m:
-        dm = ((dy.to(norm.dtype) * rows).sum(0) / norm).to(ctx.like_m)
-    return (
-        dx if need_x else None,
-        None,
-        da if need_a else None,
-        db if need_b else None,
-        dm,
-        None,
-        None,
-        dbias if need_bias else None,
-        None,
-    )
+        dm = (dy.to(norm.dtype) * rows).sum(0) / norm
+    da, db, dbias = da if need_a else None, db if need_b else None, dbias if need_bias else None
+    return dx, None, da, db, dm, None, None, dbias, None
 
 
 _backward_once = once_differentiable(_backward)

@@ -34,7 +34,6 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..functional.checks import scale_tensor
-from ..functional.dora import dora_linear
 from ..functional.linear import Operands, checked_lora_linear
 from ..functional.ops import PLAIN, autocast_enabled
 from ..functional.segmented import segmented_linear
@@ -122,31 +121,22 @@ class FusedLinear(Packing, lora.Linear):
             bias = add(bias, adapter.bias * adapter.scaling)
         scale = scale_tensor(adapter.scaling, x.device, base.dtype)
         if adapter.magnitude is not None:
-            return self._fused_dora(x, base, adapter, scale)
+            return self._norms.linear(
+                x,
+                base.weight,
+                adapter.a,
+                adapter.b,
+                adapter.magnitude,
+                scale,
+                base.bias,
+                base.transposed,
+                adapter.dropout_p,
+                training=self.training,
+            )
         packed = self._packed_copies(base.weight, base.transposed, base.dtype)
         operands = x, base.weight, adapter.a, adapter.b, scale, bias, None
         options = adapter.dropout_p, base.transposed, base.dtype, *packed
         return checked_lora_linear(Operands(*operands, *options))
-
-    def _fused_dora(self, x: Tensor, base: Base, adapter: Adapter, scale: Tensor) -> Tensor:
-        operands = base.weight, adapter.a, adapter.b
-        norm = self._norms.get(*operands, scale, base.transposed, training=self.training)
-        assert adapter.magnitude is not None
-        return dora_linear(
-            x,
-            *operands,
-            adapter.magnitude,
-            scale,
-            base.bias,
-            dropout_p=adapter.dropout_p,
-            training=True,
-            fan_in_fan_out=base.transposed,
-            norm=norm,
-        )
-
-    def drop_packed(self) -> None:
-        super().drop_packed()
-        self._norms.drop()
 
     def _fused_sum(self, x: Tensor, base: Base, adapters: list[Adapter]) -> Tensor:
         # Adapters that see the same x are one adapter of the summed rank. Each mask makes an x of

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.checks import check, scale_tensor
-from ..functional.dora import dora_linear, dora_norm
+from ..functional.dora import dora_norm
 from ..functional.linear import Operands, checked_lora_linear, lora_linear
 from ..functional.ops import PLAIN, without_autocast
 from .foreign import carry_dispatch_hook
@@ -237,18 +237,8 @@ class FusedLoRALinear(MergeableLinear):
     def _adapter_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         return (self.r, self.in_features), (self.out_features, self.r)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A [r, in_features] and B [out_features, r] as the operator takes them."""
-        _, _, a, b = self._tensors()
-        return a, b
-
     def _adapter_names(self) -> list[str]:
         return ["lora_A", "lora_B"] + ["lora_magnitude_vector"] * self.use_dora
-
-    def drop_packed(self) -> None:
-        super().drop_packed()
-        if "_norms" in self.__dict__:
-            self._norms.drop()
 
     def _pristine(self) -> Tensor:
         """The weight without the adapter."""
@@ -323,9 +313,13 @@ class FusedLoRALinear(MergeableLinear):
     def _adapted_forward(self, input: Tensor) -> Tensor:
         (weight, bias, a, b), kn = self._tensors(), self.fan_in_fan_out
         scale: Any = self._buffers["_scale"]
-        if self.use_dora:
-            return self._dora_forward(input)
         p = self.lora_dropout if self.training else 0.0
+        if self.use_dora:
+            check(input, weight, a, b, bias, p, kn)
+            m = self.lora_magnitude_vector
+            return self._norms.linear(
+                input, weight, a, b, m, scale, bias, kn, p, training=self.training
+            )
         if type(input) not in PLAIN or type(weight) not in PLAIN:
             options: Any = {"training": self.training, "fan_in_fan_out": kn}
             return lora_linear(input, weight, a, b, scale, bias, dropout_p=p, **options)
@@ -335,24 +329,6 @@ class FusedLoRALinear(MergeableLinear):
         packed = self._packed_copies(weight, kn, dtype)
         return checked_lora_linear(
             Operands(input, weight, a, b, scale, bias, None, p, kn, dtype, *packed)
-        )
-
-    def _dora_forward(self, input: Tensor) -> Tensor:
-        (weight, bias, a, b), kn = self._tensors(), self.fan_in_fan_out
-        check(input, weight, a, b, bias, self.lora_dropout, kn)
-        norm = self._norms.get(weight, a, b, self._scale, kn, training=self.training)
-        return dora_linear(
-            input,
-            weight,
-            a,
-            b,
-            self.lora_magnitude_vector,
-            self._scale,
-            bias,
-            dropout_p=self.lora_dropout,
-            training=self.training,
-            fan_in_fan_out=kn,
-            norm=norm,
         )
 
     def warmup_call(
@@ -371,7 +347,7 @@ class FusedLoRALinear(MergeableLinear):
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         # Merging under autocast must not round the factors.
         with without_autocast(self.weight.device.type):
-            a, b = self.factors()
+            _, _, a, b = self._tensors()
             delta = (b.to(dtype) @ a.to(dtype)).mul_(self._scaling)
             if self.use_dora:
                 w, kn = self._pristine(), self.fan_in_fan_out

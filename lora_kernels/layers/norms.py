@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional.dora import dora_norm, squared_rows
+from ..functional.dora import dora_linear, dora_norm, squared_rows
 from ..functional.ops import is_observed
 
 
@@ -53,6 +53,36 @@ class DoRANorms:
                 norm = dora_norm(weight, lora_a, lora_b, scale, fan_in_fan_out, squares)
             self._norm = key, norm
         return self._norm[1]
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        magnitude: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        fan_in_fan_out: bool,
+        dropout_p: float,
+        *,
+        training: bool,
+    ) -> Tensor:
+        """:func:`dora_linear` with the norm from here; ``dropout_p`` is 0 where nothing drops."""
+        norm = self.get(weight, lora_a, lora_b, scale, fan_in_fan_out, training=training)
+        return dora_linear(
+            x,
+            weight,
+            lora_a,
+            lora_b,
+            magnitude,
+            scale,
+            bias,
+            dropout_p=dropout_p,
+            training=True,
+            fan_in_fan_out=fan_in_fan_out,
+            norm=norm,
+        )
 
     def drop(self) -> None:
         """Forget them: the weight or the adapter has changed."""

@@ -146,13 +146,15 @@ class Packing(nn.Module):
         self.drop_packed()
 
     def drop_packed(self) -> None:
-        """Forget the packed copies of the weight; the next call that wants one makes it anew.
+        """Forget the packed copies of the weight, and with DoRA its norms; the next call that wants
+        them makes them anew.
 
         For code that writes to ``weight`` in a way that leaves no trace, such as through
         ``weight.data`` at a few places.
         """
-        if "_packed" in self.__dict__:
-            self._packed.drop()
+        for name in ("_packed", "_norms"):
+            if name in self.__dict__:
+                self.__dict__[name].drop()
 
     def _packed_copies(self, weight: Tensor, fan_in_fan_out: bool, dtype: torch.dtype) -> Packed:
         """Of ``weight``, for the forward and for dX of a call that computes in ``dtype``."""

@@ -96,6 +96,40 @@ def test_derivatives_in_float64():
     assert torch.autograd.gradcheck(y, [t.clone().requires_grad_() for t in leaves])
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_transformations_compute_the_same(transposed, dropout_p):
+    inputs, magnitude = draw(
+        Case(9, 8, 12, 2, torch.float64, dropout_p=dropout_p, fan_in_fan_out=transposed)
+    )
+    leaves = (inputs.x, inputs.lora_a, inputs.lora_b, magnitude, inputs.bias)
+
+    def loss(x, a, b, m, bias):
+        y = dora_linear(
+            x, inputs.weight, a, b, m, inputs.scale, bias,
+            dropout_p=dropout_p, training=True, fan_in_fan_out=transposed, rng=inputs.rng,
+        )  # fmt: skip
+        return (y * inputs.dy).sum()
+
+    required = [t.clone().requires_grad_() for t in leaves]
+    expected = torch.autograd.grad(loss(*required), required)
+    found = torch.func.grad(loss, argnums=(0, 1, 2, 3, 4))(*leaves)
+    for ours, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, other)
+
+
+def test_frozen_inputs_have_the_same_gradients():
+    """Where x needs no gradient, D is made without dX."""
+    inputs, magnitude = draw(Case(33, 70, 70, 5))
+    gradients = []
+    for needs in (True, False):
+        x = inputs.x.clone().requires_grad_(needs)
+        a = inputs.lora_a.clone().requires_grad_()
+        y = dora_linear(x, inputs.weight, a, inputs.lora_b, magnitude, inputs.scale)
+        gradients.append(torch.autograd.grad(y, a, inputs.dy)[0])
+    torch.testing.assert_close(*gradients)
+
+
 def test_a_magnitude_of_zero_has_a_gradient():
     inputs, magnitude = draw(Case(9, 8, 12, 2))
     m = torch.zeros_like(magnitude).requires_grad_()
