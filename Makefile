@@ -38,6 +38,12 @@ READY := .venv/ready
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
+# Copies the checkout's files into a folder and removes what the checkout no longer has. The folder
+# keeps its environment, objects and extensions.
+copy_to = mkdir -p $(1) && find $(1) \( -name .venv -o -name build \) -prune -o -type f \
+    ! -name '*.so' ! -name _build_info.json -exec rm -f {} + && \
+    git ls-files -z | tar --create --null --files-from=- | tar --extract --directory $(1)
+
 .PHONY: help demo test quick test-all mutants aot test-peft vllm compat sanitize bench memory lint types format \
     clean
 .DEFAULT_GOAL := help
@@ -97,12 +103,10 @@ test-peft: $(READY)
 VLLM_COPY := build/vllm
 VLLM_READY := .venv-vllm/ready-$(VLLM_VERSION)
 VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check
-COPY_FOR_VLLM = mkdir -p $(VLLM_COPY) && find $(VLLM_COPY) -name '*.py' -delete && git ls-files -z | \
-    tar --create --null --files-from=- | tar --extract --directory $(VLLM_COPY)
 
 vllm: export OMP_WAIT_POLICY ?= PASSIVE
 vllm: $(VLLM_READY)
-	$(COPY_FOR_VLLM)
+	$(call copy_to,$(VLLM_COPY))
 	cd $(VLLM_COPY) && ../../.venv-vllm/bin/python -m pytest tests/engines
 	cd $(VLLM_COPY) && ../../.venv-vllm/bin/python tests/engines/vllm_suite.py
 
@@ -112,7 +116,7 @@ $(VLLM_READY): setup.py pyproject.toml requirements/tools.txt requirements/vllm.
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	@# An index may have CUDA's builds of these alone, which do not import; nothing here needs them.
 	$(VLLM_PIP) uninstall --yes torchaudio torchcodec torchvision
-	$(COPY_FOR_VLLM)
+	$(call copy_to,$(VLLM_COPY))
 	$(VLLM_PIP) install --no-build-isolation --no-deps -e $(VLLM_COPY)
 	@rm -f .venv-vllm/ready-* && touch $@
 
@@ -123,11 +127,8 @@ compat: compat-oldest compat-newest
 compat-oldest: COMPAT_TORCH := 2.11.0
 compat-newest: COMPAT_TORCH :=
 compat-oldest compat-newest: compat-%:
-	mkdir -p build/compat/$*
-	@# What is no more must not be tested; the environment and the objects stay.
-	find build/compat/$* -mindepth 1 -maxdepth 1 ! -name .venv ! -name build -exec rm -rf {} +
+	$(call copy_to,build/compat/$*)
 	rm -f build/compat/$*/.venv/ready
-	git ls-files -z | tar --create --null --files-from=- | tar --extract --directory build/compat/$*
 	$(MAKE) -C build/compat/$* NO_VENV= REQUIREMENTS=$* TORCH_VERSION=$(COMPAT_TORCH) test
 
 sanitize: $(READY)

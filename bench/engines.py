@@ -27,11 +27,10 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from .report import piped
+from .tables import piped, write
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(__file__).parent / "out" / "engines"
-JSON_NAME, TABLE_NAME, PICTURE_NAME = "engines.json", "engines.md", "engines.png"
 # tokens in, tokens out
 WORKLOADS = {"decode": (32, 128), "prefill": (512, 16)}
 RANKS = (8, 16, 32)
@@ -85,10 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         content = run(args)
     lines = table(content)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / JSON_NAME).write_text(json.dumps(content, indent=1) + "\n")
-    (args.out / TABLE_NAME).write_text("\n".join(lines) + "\n")
-    picture(content, args.out / PICTURE_NAME)
+    write(content, lines, args.out, "engines")
+    picture(content, args.out / "engines.png")
     print("\n".join(lines))
     for failure in content["failures"]:
         print(f"FAILED: {failure}", file=sys.stderr)

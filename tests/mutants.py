@@ -80,7 +80,11 @@ def read() -> list[Mutant]:
 
 
 def make_copy() -> None:
-    """The checkout's files as they are now, with the extensions and objects of its last build."""
+    """The checkout's files as they are now and no others, with the extensions of its last build;
+    the copy's own objects stay."""
+    for held in COPY.glob("*"):
+        if held.is_dir() and held.name != "build":
+            shutil.rmtree(held)
     names = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, check=True, capture_output=True, text=True,

@@ -27,18 +27,18 @@ def content():
 
 
 def test_medians_ratios_and_bars(tmp_path):
-    (tmp_path / engines.JSON_NAME).write_text(json.dumps(content()))
-    assert engines.main(["--report", str(tmp_path / engines.JSON_NAME)]) == 0
-    lines = (tmp_path / engines.TABLE_NAME).read_text()
+    (tmp_path / "engines.json").write_text(json.dumps(content()))
+    assert engines.main(["--report", str(tmp_path / "engines.json")]) == 0
+    lines = (tmp_path / "engines.md").read_text()
     table = [[cell.strip() for cell in line.split("|")] for line in lines.splitlines()]
     assert ["", "512", "decode", "8", "100", "10", "85", "0.85", "8.50", ""] in table
     outcomes = [line[-2] for line in table if line[-2:-1] and line[-2] in ("met", "missed")]
     assert outcomes == ["met", "met", "missed", "met"]  # 0.85 is enough at 512 alone
     assert "vllm, ours, hidden 512, decode" in lines
-    assert (tmp_path / engines.PICTURE_NAME).stat().st_size > 1000
+    assert (tmp_path / "engines.png").stat().st_size > 1000
 
 
 def test_a_failure_is_the_exit_status(tmp_path):
     failed = content() | {"failures": ["vllm, ours: answered by none of ours"]}
-    (tmp_path / engines.JSON_NAME).write_text(json.dumps(failed))
-    assert engines.main(["--report", str(tmp_path / engines.JSON_NAME)]) == 1
+    (tmp_path / "engines.json").write_text(json.dumps(failed))
+    assert engines.main(["--report", str(tmp_path / "engines.json")]) == 1
