@@ -13,6 +13,9 @@ from lora_kernels.backends import tune
 from lora_kernels.functional import ops
 from lora_kernels.planning import device, plan, tables
 
+# Processes are started.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# Processes are started.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -129,6 +129,7 @@ def test_names_of_other_peoples_classes_have_their_place(path):
             }
 
 
+@pytest.mark.slow
 def test_importing_touches_no_device_and_no_heavy_library():
     code = (
         "import sys, torch, lora_kernels; "

@@ -126,6 +126,14 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
+def replace_modules(root: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> None:
+    """Put the successor of each module at all the places that it has below ``root``."""
+    for parent in list(root.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in successors:
+                setattr(parent, name, successors[child])
+
+
 def share_linear(layer: PackedLinear, module: nn.Module) -> None:
     """Give ``layer`` the Parameters and the hooks of ``module``, an ``nn.Linear`` or Conv1D."""
     layer.fan_in_fan_out = is_conv1d(module)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..layers.embedding import LoRAEmbedding
 from ..layers.fused import FusedLoRALinear
+from ..layers.replacing import replace_modules
 from ..layers.sliced import SlicedLoRALinear
 from .apply import unwrap
 from .on_disk import first_few
@@ -90,10 +91,7 @@ def load_loralib(
         for key, tensor in others.items():
             state[key].copy_(tensor)
     root.requires_grad_(False)
-    for parent in list(root.modules()):
-        for name, child in list(parent.named_children()):
-            if child in layers:
-                setattr(parent, name, layers[child])
+    replace_modules(root, layers)
     for layer in layers.values():
         layer.lora_A.requires_grad_(True)
         layer.lora_B.requires_grad_(True)

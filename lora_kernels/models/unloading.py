@@ -12,6 +12,7 @@ from torch import nn
 from ..layers.embedding import LoRAEmbedding
 from ..layers.foreign import carry_dispatch_hook
 from ..layers.fused import FusedLoRALinear
+from ..layers.replacing import replace_modules
 from .apply import (
     check_not_taken_off,
     forget_record,
@@ -139,10 +140,7 @@ def _put_plain_layers(root: nn.Module, layers: dict[str, FusedLoRALinear]) -> No
     plain: dict[nn.Module, nn.Module] = {layer: layer.to_linear() for layer in layers.values()}
     for layer, module in plain.items():
         carry_dispatch_hook(layer, module)
-    for parent in list(root.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in plain:
-                setattr(parent, name, plain[child])
+    replace_modules(root, plain)
     forget_record(root)
 
 

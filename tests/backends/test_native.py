@@ -224,6 +224,7 @@ def test_masked_wrong_calls(x, rng, p, error, says):
         torch.ops.lora_kernels_cpu.masked(x, rng, p)
 
 
+@pytest.mark.slow
 @pytest.mark.native
 @pytest.mark.parametrize("isa", [isa for isa in native.available() if isa != native.load()])
 def test_every_instruction_set(isa, request):
@@ -256,10 +257,12 @@ def load_in_new_process(statement, **environment):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_import_loads_nothing():
     assert not load_in_new_process("said = hasattr(torch.ops.lora_kernels_cpu, 'isa')")
 
 
+@pytest.mark.slow
 @pytest.mark.native
 def test_threads_that_load_together():
     said = load_in_new_process(
@@ -270,6 +273,7 @@ def test_threads_that_load_together():
     assert said == [native.load()] * 32
 
 
+@pytest.mark.slow
 def test_forced_off():
     said = load_in_new_process(
         "said = [native.load(), native.why_not(), hasattr(torch.ops.lora_kernels_cpu, 'isa')]",
@@ -404,6 +408,7 @@ def test_reason_built_for_another_torch(tmp_path):
     assert "pip install --no-build-isolation --force-reinstall --no-deps" in reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forced", ["", "none"])
 def test_one_warning_where_no_extension_answers(tmp_path, forced):
     install(tmp_path, ["baseline"], torch_version="2.0.0")
@@ -426,6 +431,7 @@ def test_reason_instruction_set_not_built(tmp_path):
     assert native._load(tmp_path, "baseline") == (None, "baseline was not built")
 
 
+@pytest.mark.slow
 def test_library_that_does_not_load(tmp_path):
     install(tmp_path, ["baseline"])
     (tmp_path / "_C_baseline.so").write_bytes(b"not a library")

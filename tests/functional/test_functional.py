@@ -269,6 +269,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", COMPILED, ids=str)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_fullgraph_dynamic(variant, backend):
@@ -469,6 +470,7 @@ def test_the_default_device_is_not_that_of_the_operands():
     assert inputs.lora_a.grad.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_imported_under_another_default_device():
     # In a process of its own: what this module shares with the C++ is made once.
     code = (

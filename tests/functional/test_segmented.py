@@ -150,6 +150,7 @@ VLLM = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 16], ids=["decode", "prefill"])
 @pytest.mark.parametrize(("batch", "adapters", "rank", "hidden", "slices"), VLLM)
 def test_vllms_list(batch, adapters, rank, hidden, slices, tokens):
@@ -450,6 +451,7 @@ def test_opcheck(op):
     torch.library.opcheck(overload(op), (), given)
 
 
+@pytest.mark.slow
 def test_compiled():
     inputs = SegmentedCase(9, 30, (25, 8), (4, 0, 3)).draw()
     torch.compiler.reset()

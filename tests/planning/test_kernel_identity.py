@@ -14,6 +14,9 @@ import lora_kernels as lk
 from lora_kernels.planning import tables
 from lora_kernels.spec import native
 
+# Processes are started.
+pytestmark = pytest.mark.slow
+
 CHECKOUT = Path(lk.__file__).parents[1]
 
 
