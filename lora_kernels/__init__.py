@@ -2,6 +2,7 @@
 forward and backward."""
 
 from .functional.linear import lora_linear
+from .functional.linears import lora_linears
 from .functional.segmented import (
     segmented_expand,
     segmented_linear,
@@ -45,6 +46,7 @@ __all__ = [
     "load_adapter",
     "load_loralib",
     "lora_linear",
+    "lora_linears",
     "lora_report",
     "loralib_state_dict",
     "merge_adapter",

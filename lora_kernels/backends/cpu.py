@@ -13,6 +13,7 @@ from torch import Tensor
 from ..planning import answers, plan
 from ..planning.device import DeviceFacts, facts
 from ..spec import native, reference
+from ..spec.linears import reference_of
 from ..spec.problem import PROBLEM_OF, Problem, dtype_name
 from . import vendor
 
@@ -51,7 +52,7 @@ def answer(op: str, *args: Any, **kwargs: Any) -> Any:
     config = plan.plan(problem, _facts())
     if config.plan == "reference":
         answers.record("reference", config, problem)
-        return getattr(reference, op)(*args, **kwargs)
+        return reference_of(op)(*args, **kwargs)
     answers.record("cpu", config, problem)
     if config.plan == "native":
         return kernel(op)(*args, **kwargs)

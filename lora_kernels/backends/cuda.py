@@ -20,20 +20,22 @@ from ..planning.config import (
 )
 from ..planning.device import DeviceFacts, facts
 from ..spec import reference
+from ..spec.linears import reference_of
 from ..spec.problem import PROBLEM_OF, Problem
 from . import vendor
 
 
 def answer(op: str, *args: Any, **kwargs: Any) -> Any:
     """Run one operator on CUDA tensors, by the plan that ``plan.plan`` chooses for its problem."""
-    device = next(t.device for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+    first = next(t for t in (*args, *kwargs.values()) if isinstance(t, (Tensor, list, tuple)))
+    device = (first if isinstance(first, Tensor) else first[0]).device
     problem = PROBLEM_OF[op](*args, **kwargs)
     config = plan.plan(problem, facts(device))
     # Launches go to the tensors' device, whichever is current.
     with torch.cuda.device(device):
         if config.plan == "reference":
             answers.record("reference", config, problem)
-            return getattr(reference, op)(*args, **kwargs)
+            return reference_of(op)(*args, **kwargs)
         answers.record("cuda", config, problem)
         if config.plan == "vendor" and problem.slots:
             onto = adapters_onto(problem.adapters(), facts(device))

@@ -10,12 +10,14 @@ alone; ``onto`` is the device's kernel that adds the rest, and S is rounded once
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..spec.linears import dab_by_projection, rng_of
 from ..spec.reference import scaled_rows, tail_dtype
 
 Masked = Callable[[Tensor, Tensor, float], Tensor]
@@ -118,6 +120,116 @@ def lora_linear_dab(
         db = torch.mm(scaled_rows(dy, out_scale).to(tail).t(), s.to(tail)).to(db_dtype)
     if dbias_dtype is not None:
         dbias = dy.sum(0, dtype=torch.float32).to(dbias_dtype)
+    return da, db, dbias
+
+
+def _stack(adapters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """A of all projections one over the other, [sum r_j, K], as the tail has it."""
+    return torch.cat([a.to(dtype) for a in adapters])
+
+
+def _scale_columns(s: Tensor, scales: Sequence[Tensor], ranks: Sequence[int], p: float) -> Tensor:
+    for part, scale in zip(s.split(list(ranks), dim=1), scales, strict=True):
+        part.mul_(scale / (1.0 - p) if p else scale)
+    return s
+
+
+def lora_linears_fwd(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    fan_in_fan_out: bool = False,
+    packed: Sequence[Tensor] | None = None,
+    *,
+    masked: Masked,
+) -> tuple[list[Tensor], Tensor]:
+    ranks, tail = [len(a) for a in lora_a], tail_dtype(x.dtype)
+    if rng is None:
+        s = torch.mm(x.to(tail), _stack(lora_a, tail).t())
+        _scale_columns(s, scales, ranks, dropout_p)
+    else:
+        parts = [
+            lora_shrink(x, a, scale, rng_of(rng, j), dropout_p, masked=masked)
+            for j, (a, scale) in enumerate(zip(lora_a, scales, strict=True))
+        ]
+        s = torch.cat(parts, dim=1)
+    y = []
+    for w, b, bias, s_j in zip(weights, lora_b, biases, s.split(ranks, dim=1), strict=True):
+        inner = None if bias is None or s.dtype != x.dtype else bias.to(x.dtype)
+        y_j = F.linear(x, w.t() if fan_in_fan_out else w, inner).to(tail)
+        y_j.addmm_(s_j, b.to(tail).t())
+        if bias is not None and inner is None:
+            y_j.add_(bias)
+        y.append(y_j.to(x.dtype))
+    return y, s
+
+
+def lora_linears_dx(
+    dy: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    fan_in_fan_out: bool = False,
+    packed: Sequence[Tensor] | None = None,
+    *,
+    masked: Masked,
+) -> tuple[Tensor, Tensor]:
+    """The library adds each product onto the ones before, in dX's dtype."""
+    ranks, dtype = [len(a) for a in lora_a], dy[0].dtype
+    tail = tail_dtype(dtype)
+    d = dy[0].new_empty(dy[0].shape[0], sum(ranks), dtype=tail)
+    for rows, b, d_j in zip(dy, lora_b, d.split(ranks, dim=1), strict=True):
+        d_j.copy_(torch.mm(rows.to(tail), b.to(tail)))
+    _scale_columns(d, scales, ranks, dropout_p)
+    w = [t.t() if fan_in_fan_out else t for t in weights]
+    dx = torch.mm(dy[0], w[0]).to(tail)
+    for rows, weight in zip(dy[1:], w[1:], strict=True):
+        if tail == dtype:
+            dx.addmm_(rows, weight)
+        else:
+            dx.add_(torch.mm(rows, weight))
+    if rng is None:
+        dx.addmm_(d, _stack(lora_a, tail))
+    else:
+        for j, (a, d_j) in enumerate(zip(lora_a, d.split(ranks, dim=1), strict=True)):
+            own = rng_of(rng, j)
+            assert own is not None
+            dx.add_(masked(torch.mm(d_j, a.to(tail)), own, dropout_p))
+    return dx.to(dtype), d
+
+
+def lora_linears_dab(
+    dy: Sequence[Tensor],
+    x: Tensor | None,
+    s: Tensor | None,
+    d: Tensor | None,
+    ranks: Sequence[int],
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
+    da_dtype: torch.dtype | None = None,
+    db_dtype: torch.dtype | None = None,
+    dbias_dtype: torch.dtype | None = None,
+    *,
+    masked: Masked,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    whole = da_dtype is not None and rng is None
+    dab = functools.partial(lora_linear_dab, masked=masked)
+    da, db, dbias = dab_by_projection(
+        dab, dy, x, s, d, ranks, rng, dropout_p, None if whole else da_dtype, db_dtype, dbias_dtype
+    )
+    if whole:
+        assert x is not None and d is not None
+        # All of them in one product.
+        stacked = torch.mm(d.t(), x.to(d.dtype))
+        da = [t.to(da_dtype, copy=True) for t in stacked.split(list(ranks))]
     return da, db, dbias
 
 

@@ -20,10 +20,12 @@ from ..backends import cpu, cuda
 from ..planning import answers
 from ..planning.config import Config
 from ..spec import reference
+from ..spec.linears import reference_of
+from ..spec.operators import LINEARS_OPERATORS as LINEARS_OPERATORS
 from ..spec.operators import OPERATORS as OPERATORS
 from ..spec.operators import SCHEMAS, of_operator
 from ..spec.operators import SEGMENTED_OPERATORS as SEGMENTED_OPERATORS
-from ..spec.problem import PROBLEM_OF, rows_of, sizes
+from ..spec.problem import PROBLEM_OF, rows_of, sizes, sizes_of_linears
 
 # Tensors that no subclass gives another meaning.
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -54,7 +56,7 @@ def records_gradients() -> bool:
 
 def _reference_answer(op: str, *args: Any, **kwargs: Any) -> Any:
     answers.record("reference", Config("reference"), PROBLEM_OF[op](*args, **kwargs))
-    return getattr(reference, op)(*args, **kwargs)
+    return reference_of(op)(*args, **kwargs)
 
 
 def _below_autograd(op: str, answer: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,7 +64,8 @@ def _below_autograd(op: str, answer: Callable[..., Any]) -> Callable[..., Any]:
     inside a backend."""
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
-        device_type = args[0].device.type
+        rows = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        device_type = rows.device.type
         if autocast_enabled(device_type):
             with torch.no_grad(), torch.autocast(device_type, enabled=False):
                 return answer(op, *args, **kwargs)
@@ -123,6 +126,9 @@ lora_shrink = _direct("lora_shrink")
 lora_linear_fwd = _direct("lora_linear_fwd")
 lora_linear_dx = _direct("lora_linear_dx")
 lora_linear_dab = _direct("lora_linear_dab")
+lora_linears_fwd = _direct("lora_linears_fwd")
+lora_linears_dx = _direct("lora_linears_dx")
+lora_linears_dab = _direct("lora_linears_dab")
 segmented_shrink = _direct("segmented_shrink")
 segmented_expand_ = _direct("segmented_expand_")
 segmented_lora = _direct("segmented_lora")
@@ -215,7 +221,27 @@ def _fake_segmented_lora_dab(op: str, given: dict[str, Any]) -> tuple[list[Tenso
     return da, db
 
 
-_FAKES = {"lora_linear_dab": _fake_lora_linear_dab, "segmented_lora_dab": _fake_segmented_lora_dab}
+def _fake_linears(op: str, given: dict[str, Any]) -> Any:
+    rows, m, k, widths, ranks = sizes_of_linears(given)
+    new = rows.new_empty
+    tail = new(m, sum(ranks), dtype=reference.tail_dtype(rows.dtype))
+    if op == "lora_linears_fwd":
+        return [new(m, n) for n in widths], tail
+    if op == "lora_linears_dx":
+        return new(m, k), tail
+    da, db, dbias = (given[name] for name in ("da_dtype", "db_dtype", "dbias_dtype"))
+    return (
+        [new(r, k, dtype=da) for r in ranks if da is not None],
+        [new(n, r, dtype=db) for n, r in zip(widths, ranks, strict=True) if db is not None],
+        [new(n, dtype=dbias) for n in widths if dbias is not None],
+    )
+
+
+_FAKES = {
+    "lora_linear_dab": _fake_lora_linear_dab,
+    "segmented_lora_dab": _fake_segmented_lora_dab,
+    **dict.fromkeys(LINEARS_OPERATORS, _fake_linears),
+}
 
 for _op in SCHEMAS:
     _fake_of_op = of_operator(_op, _FAKES.get(_op, _fake))

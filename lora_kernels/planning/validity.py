@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..spec.operators import LINEARS_OPERATORS
 from ..spec.problem import ELEMENT_BYTES, Problem
 from ..spec.segments import BLOCK_ROWS
 from .config import (
@@ -63,6 +64,8 @@ def invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str 
             return "the library has no call that mixes adapters"
         # The base is the library's, the adapters are added by our kernels.
         return _tiled_invalid_reason(Config("grouped"), problem.adapters(), facts)
+    if config.plan == "native" and problem.op in LINEARS_OPERATORS:
+        return "it has no kernel for several projections"
     if config.plan in ("native", "vendor"):
         if problem.dtype == "float64":
             return "float64 is computed by the reference"
@@ -81,6 +84,8 @@ def _tiled_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) 
         return f"the kernels are compiled for sm_80 and later, not for {facts.arch}"
     if problem.dtype == "float64" or problem.adapter_dtype == "float64":
         return "float64 is computed by the reference"
+    if problem.op in LINEARS_OPERATORS:
+        return "there is no kernel for several projections"
     if problem.op in MIXED_LINEAR_OPS:
         if config.plan != "tail":
             return f"{problem.op} mixes adapters under a base: its tail comes from a shrink"

@@ -25,6 +25,14 @@ The segmented operators take, one tensor for each of n slices,
     y, dy      [M, sum N_j]    the slices side by side
     s, d       [M, n, r_max]   zero beyond the live rank
     weight     [sum N_j, K]    the slices one below the other
+
+The operators of n projections of one input take lists of n: weights, adapters, scales and biases
+as above, of N_j columns and rank r_j each;
+
+    y, dy      n x [M, N_j]
+    s, d       [M, sum r_j]    side by side
+    rng                        as above; projection j draws with its offset + j
+    packed                     none, or one for each weight
 """
 
 from __future__ import annotations
@@ -40,6 +48,9 @@ _ADAPTED = "Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scale"
 _BASE = "bool fan_in_fan_out=False, Tensor? out_scale=None, Tensor? packed=None"
 _GRADIENTS = "ScalarType? da_dtype=None, ScalarType? db_dtype=None, ScalarType? dbias_dtype=None"
 
+_PROJECTIONS = "Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor[] scales"
+_PACKED = "bool fan_in_fan_out=False, Tensor[]? packed=None"
+
 _TABLE = "Tensor[] table, int packed_slices=0"
 _SEGMENTED = f"Tensor[] lora_a, Tensor[] lora_b, {_TABLE}"
 _SEGMENTED_BASE = "bool fan_in_fan_out=False, Tensor? packed=None"
@@ -53,6 +64,17 @@ SCHEMAS = {
     "lora_linear_dab": (
         f"(Tensor dy, Tensor? x, Tensor? s, Tensor? d, {_DROPOUT}, {_GRADIENTS}, "
         "Tensor? out_scale=None) -> (Tensor da, Tensor db, Tensor dbias)"
+    ),
+    "lora_linears_fwd": (
+        f"(Tensor x, {_PROJECTIONS}, Tensor?[] biases, {_DROPOUT}, {_PACKED}) "
+        "-> (Tensor[] y, Tensor s)"
+    ),
+    "lora_linears_dx": (
+        f"(Tensor[] dy, {_PROJECTIONS}, {_DROPOUT}, {_PACKED}) -> (Tensor dx, Tensor d)"
+    ),
+    "lora_linears_dab": (
+        f"(Tensor[] dy, Tensor? x, Tensor? s, Tensor? d, int[] ranks, {_DROPOUT}, {_GRADIENTS}) "
+        "-> (Tensor[] da, Tensor[] db, Tensor[] dbias)"
     ),
     "segmented_shrink": f"(Tensor x, Tensor[] lora_a, {_TABLE}, {_DROPOUT}) -> Tensor s",
     "segmented_expand_": "(Tensor(a!) y, Tensor s, Tensor[] lora_b, Tensor[] table) -> ()",
@@ -74,7 +96,9 @@ SCHEMAS = {
     ),
 }
 
-OPERATORS = tuple(op for op in SCHEMAS if not op.startswith("segmented"))
+OPERATORS = tuple(op for op in SCHEMAS if not op.startswith(("segmented", "lora_linears")))
+# Of projections that share an input.
+LINEARS_OPERATORS = tuple(op for op in SCHEMAS if op.startswith("lora_linears"))
 SEGMENTED_OPERATORS = tuple(op for op in SCHEMAS if op.startswith("segmented"))
 
 

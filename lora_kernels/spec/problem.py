@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .operators import OPERATORS, SCHEMAS, of_operator
+from .operators import LINEARS_OPERATORS, OPERATORS, SCHEMAS, of_operator
 
-_DX = ("lora_linear_dx", "segmented_linear_dx")
+_DX = ("lora_linear_dx", "lora_linears_dx", "segmented_linear_dx")
 
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -174,7 +174,45 @@ def _whole_vectors(t: Tensor) -> bool:
     return last == 1 and not any(step % vector for step in steps) and t.data_ptr() % 16 == 0
 
 
+def sizes_of_linears(given: dict[str, Any]) -> tuple[Tensor, int, int, list[int], list[int]]:
+    """The rows of a call for projections that share an input, M, K, N_j and r_j."""
+    if "lora_a" in given:
+        a, b = given["lora_a"], given["lora_b"]
+        rows = given["dy"][0] if "dy" in given else given["x"]
+        return rows, rows.shape[0], a[0].shape[1], [t.shape[0] for t in b], [len(t) for t in a]
+    rows = given["dy"][0]
+    widths = [t.shape[1] for t in given["dy"]]
+    return rows, rows.shape[0], _width(given["x"]), widths, list(given["ranks"])
+
+
+def _linears(op: str, given: dict[str, Any]) -> Problem:
+    """Of the widths and ranks of all projections together."""
+    rows, m, k, widths, ranks = sizes_of_linears(given)
+    read = [rows, *given.get("dy", ())]
+    aligned = not rows.is_cuda or (
+        all(suits_descriptor(t, transposed=False) for t in read)
+        and all(suits_descriptor(t, transposed=True) for t in given.get("weights", ()))
+    )
+    return Problem(
+        op,
+        m,
+        sum(widths),
+        k,
+        sum(ranks),
+        dtype_name(rows.dtype),
+        dtype_name(given["lora_a"][0].dtype if "lora_a" in given else rows.dtype),
+        given["rng"] is not None,
+        given.get("fan_in_fan_out", False),
+        aligned=aligned,
+        slices=len(widths),
+    )
+
+
 # The problem of a call, by the operator and with the operator's own arguments.
 PROBLEM_OF: dict[str, Callable[..., Problem]] = {
-    op: of_operator(op, _linear if op in OPERATORS else _segmented) for op in SCHEMAS
+    op: of_operator(
+        op,
+        _linear if op in OPERATORS else _linears if op in LINEARS_OPERATORS else _segmented,
+    )
+    for op in SCHEMAS
 }
