@@ -79,25 +79,6 @@ Tensor masked_elsewhere(const Tensor& x, const Tensor& rng, double /*dropout_p*/
                     x.layout(), ") and rng on ", rng.device(), " (", rng.layout(), ")");
 }
 
-float factor(const Tensor& scale, double dropout_p) {
-  TORCH_CHECK_TYPE(scale.scalar_type() == at::kFloat, "scale must be float32, got ",
-                   scale.scalar_type());
-  TORCH_CHECK_VALUE(scale.numel() == 1, "scale must hold one number, got ", scale.sizes());
-  return static_cast<float>(*scale.const_data_ptr<float>() / (1.0 - dropout_p));
-}
-
-// Rows as the products read them: the tensor itself where its layout allows, else a copy in `copy`.
-template <typename C>
-Rows<C> as_rows(const Tensor& x, const char* name, Tensor& copy) {
-  const ConstMatrix m = matrix(x, name);
-  const int64_t ld = padded<C>(m.cols);
-  if (are_rows<C>(m)) return {static_cast<const C*>(m.data), m.rows, m.cols, m.stride_row};
-  copy = at::empty({m.rows, ld}, x.options().dtype(c10::CppTypeToScalarType<C>::value));
-  C* data = copy.mutable_data_ptr<C>();
-  copy_all_rows(m, data, ld);
-  return {data, m.rows, m.cols, ld};
-}
-
 // S or D [M, r], and the same as rows of a product: one tensor where it serves.
 template <typename C>
 struct Shrunk {

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <optional>
 
 #include "dropout.h"
+#include "linear.h"
 #include "matrix.h"
 #include "panel.h"
 
@@ -127,6 +129,25 @@ const C* panels_of(const OptionalTensor& packed, int64_t K, int64_t N) {
 template <typename C>
 bool are_rows(const ConstMatrix& m) {
   return m.kind == kind_of<C> && (m.stride_col == 1 || m.cols == 1) && padded<C>(m.cols) == m.cols;
+}
+
+inline float factor(const Tensor& scale, double dropout_p) {
+  TORCH_CHECK_TYPE(scale.scalar_type() == at::kFloat, "scale must be float32, got ",
+                   scale.scalar_type());
+  TORCH_CHECK_VALUE(scale.numel() == 1, "scale must hold one number, got ", scale.sizes());
+  return static_cast<float>(*scale.const_data_ptr<float>() / (1.0 - dropout_p));
+}
+
+// Rows as the products read them: the tensor itself where its layout allows, else a copy in `copy`.
+template <typename C>
+Rows<C> as_rows(const Tensor& x, const char* name, Tensor& copy) {
+  const ConstMatrix m = matrix(x, name);
+  const int64_t ld = padded<C>(m.cols);
+  if (are_rows<C>(m)) return {static_cast<const C*>(m.data), m.rows, m.cols, m.stride_row};
+  copy = at::empty({m.rows, ld}, x.options().dtype(c10::CppTypeToScalarType<C>::value));
+  C* data = copy.mutable_data_ptr<C>();
+  copy_all_rows(m, data, ld);
+  return {data, m.rows, m.cols, ld};
 }
 
 // Of a gradient: its dtype if that is stored directly, else float32, which is cast at the end.

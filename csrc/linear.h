@@ -84,6 +84,10 @@ struct TailProduct {
 template <typename C>
 void tail_product(const TailProduct<C>& p);
 
+// Several of them at once, of any weights; empty ones among them do nothing.
+template <typename C>
+void tail_products(const TailProduct<C>* products, int64_t count);
+
 // out = t (mask * x) for the transposed tails t [R, M] and x [M, K], a reduction over M; R is
 // small. Row `ones` of t, if there is one, is all ones, so that its product is the sum over rows.
 template <typename C>

@@ -1,6 +1,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <memory>
 
 #include "linear.h"
 #include "memory.h"
@@ -102,63 +103,101 @@ class TailTiles {
   int64_t segment_ = -1, column_ = -1;  // whose panels tail_scratch holds
 };
 
+// How a product is cut into tiles.
+struct TilePlan {
+  int64_t blocks, block;  // of rows
+  int64_t first, count;   // of its tiles among those of all products
+};
+
+template <typename C>
+class ProductTiles {
+ public:
+  ProductTiles(const TailProduct<C>& p, const TilePlan& plan) : p_(p), plan_(plan), tails_(p) {}
+
+  // Tile number t: all row blocks of a panel come one after the other, so that it is packed once.
+  void write(int64_t t) {
+    const TailProduct<C>& p = p_;
+    const int64_t M = p.x.M, K = p.x.K, N = p.y.cols, block = plan_.block;
+    float* tile = tile_scratch.of<float>(block * kPanel);
+    C* own = p.packed ? nullptr : panel_scratch.of<C>(padded<C>(K) * kPanel);
+    const int64_t n = t / plan_.blocks * kPanel, cols = std::min<int64_t>(kPanel, N - n);
+    const int64_t first = t % plan_.blocks * block, rows = std::min(block, M - first);
+    if (rows <= 0) return;
+    const int64_t width = panel_width(cols);
+    const bool fresh = current_ != n;
+    current_ = n;
+
+    tails_.write(first, rows, n, cols, tile);
+    const C* x = p.x.data + first * p.x.ld;
+    const C* panel = p.packed ? p.packed + n * padded<C>(K) : own;
+    if (own && reads_in_place<C>(block, p.w, n)) {
+      product_in_place<C>(rows, width, x, p.x.ld, p.w, n, tile);
+    } else {
+      product_by_parts(
+          rows, width, K, x, p.x.ld,
+          [&](int64_t k, int64_t k_end) {
+            if (own && fresh) pack_panel(p.w, k, k_end, n, own + k * width);
+            return panel + k * width;
+          },
+          tile, true);
+    }
+
+    for (int64_t i = 0; i < rows; ++i) {
+      float* sums = tile + i * kPanel;
+      if (p.out_scale) {
+        for (int64_t j = 0; j < cols; ++j) sums[j] *= p.out_scale[n + j];
+      }
+      if (p.bias) {
+        for (int64_t j = 0; j < cols; ++j) sums[j] += p.bias[n + j];
+      }
+      store_or_add(sums, cols, p.y, p.rows ? p.rows[first + i] : first + i, n, p.add);
+    }
+  }
+
+ private:
+  const TailProduct<C>& p_;
+  const TilePlan& plan_;
+  TailTiles<C> tails_;
+  int64_t current_ = -1;  // the column of the panel that was packed last
+};
+
 }  // namespace
 
 template <typename C>
-void tail_product(const TailProduct<C>& p) {
+void tail_products(const TailProduct<C>* products, int64_t count) {
   // Rows of a tile: its accumulators and a part's rows stay in the second-level cache.
   constexpr int64_t kRowBlock = 192, kLeastRows = 24;
-  const int64_t M = p.x.M, K = p.x.K, N = p.y.cols;
-  if (M == 0 || N == 0) return;
-  const int64_t P = panels(N), threads = at::get_num_threads();
-  const int64_t blocks =
-      std::max(ceil_div(M, kRowBlock), std::min(ceil_div(M, kLeastRows), ceil_div(4 * threads, P)));
-  const int64_t block = ceil_div(M, blocks);
-
-  // All row blocks of a panel come one after the other, so that it is packed once.
-  at::parallel_for(0, P * blocks, 1, [&](int64_t begin, int64_t end) {
-    float* tile = tile_scratch.of<float>(block * kPanel);
-    C* own = p.packed ? nullptr : panel_scratch.of<C>(padded<C>(K) * kPanel);
-    TailTiles<C> tails(p);
-    int64_t current = -1;
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t n = t / blocks * kPanel, cols = std::min<int64_t>(kPanel, N - n);
-      const int64_t first = t % blocks * block, rows = std::min(block, M - first);
-      if (rows <= 0) continue;
-      const int64_t width = panel_width(cols);
-      const bool fresh = current != n;
-      current = n;
-
-      tails.write(first, rows, n, cols, tile);
-      const C* x = p.x.data + first * p.x.ld;
-      const C* panel = p.packed ? p.packed + n * padded<C>(K) : own;
-      if (own && reads_in_place<C>(block, p.w, n)) {
-        product_in_place<C>(rows, width, x, p.x.ld, p.w, n, tile);
-      } else {
-        product_by_parts(
-            rows, width, K, x, p.x.ld,
-            [&](int64_t k, int64_t k_end) {
-              if (own && fresh) pack_panel(p.w, k, k_end, n, own + k * width);
-              return panel + k * width;
-            },
-            tile, true);
-      }
-
-      for (int64_t i = 0; i < rows; ++i) {
-        float* sums = tile + i * kPanel;
-        if (p.out_scale) {
-          for (int64_t j = 0; j < cols; ++j) sums[j] *= p.out_scale[n + j];
-        }
-        if (p.bias) {
-          for (int64_t j = 0; j < cols; ++j) sums[j] += p.bias[n + j];
-        }
-        store_or_add(sums, cols, p.y, p.rows ? p.rows[first + i] : first + i, n, p.add);
-      }
+  const int64_t threads = at::get_num_threads();
+  std::unique_ptr<TilePlan[]> plans(new TilePlan[count]);
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t M = products[i].x.M, P = panels(products[i].y.cols);
+    plans[i] = {0, 0, tiles, 0};
+    if (M == 0 || P == 0) continue;
+    const int64_t blocks =
+        std::max(ceil_div(M, kRowBlock),
+                 std::min(ceil_div(M, kLeastRows), ceil_div(4 * threads, P * count)));
+    plans[i] = {blocks, ceil_div(M, blocks), tiles, P * blocks};
+    tiles += P * blocks;
+  }
+  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < count && begin < end; ++i) {
+      const int64_t last = std::min(end, plans[i].first + plans[i].count);
+      if (last <= begin) continue;
+      ProductTiles<C> product(products[i], plans[i]);
+      for (; begin < last; ++begin) product.write(begin - plans[i].first);
     }
     release_products();
   });
 }
 
+template <typename C>
+void tail_product(const TailProduct<C>& product) {
+  tail_products(&product, 1);
+}
+
+template void tail_products(const TailProduct<float>*, int64_t);
+template void tail_products(const TailProduct<BFloat16>*, int64_t);
 template void tail_product(const TailProduct<float>&);
 template void tail_product(const TailProduct<BFloat16>&);
 

@@ -42,48 +42,74 @@ void test_shrink(Random& random) {
   }
 }
 
+// One product with its operands and what it should give.
 template <typename C>
-void test_tail_product(Random& random) {
-  const Values x(random.of({1, 2, 5, 12, 25, 49, 100, 193}),
-                 random.of({0, 1, 2, 3, 17, 64, 127, 129, 300}), random);
-  Values w(x.cols, random.of({1, 7, 16, 17, 33, 63, 64, 65, 129, 200}), random);
-  const int64_t M = x.rows, N = w.cols;
-  const Values s(M, random.of({0, 1, 2, 3, 4, 8, 16, 17, 32, 64, 130}), random);
-  Values b(s.cols, N, random);
-  const Laid laid_w(w, random.kind(), random), laid_b(b, random.kind(), random);
-  const auto mask = any_mask(random);
-  const std::string what =
-      text("tail_product ", M, "x", x.cols, "x", N, " rank ", s.cols, mask ? " masked" : "");
-
-  const auto scales = random.coin() ? exactly<float>(N) : nullptr;
-  const auto bias = random.coin() ? exactly<float>(N) : nullptr;
-  for (int64_t j = 0; j < N; ++j) {
-    if (scales) scales[j] = static_cast<float>(random.of({1, 2, -4}));
-    if (bias) bias[j] = static_cast<float>(random.below(100)) / 4;
-  }
+struct ProductCase {
+  std::string what;
+  std::optional<DropoutMask> mask;
+  std::unique_ptr<float[]> scales, bias;
   std::unique_ptr<C[]> packed;
-  if (random.coin()) {
-    packed = exactly<C>(packed_size<C>(x.cols, N));
-    pack(laid_w.matrix, packed.get());
-  }
-  const LaidRows<C> rows(x, padded<C>(x.cols) + random.of({0, 2}));
-  const LaidRows<C> tail(s, padded<C>(s.cols) + random.of({0, 2}));
-  const Laid y(M, N, random.kind(), N, 1);
-  const Tail<C> own = {tail.rows, laid_b.matrix, 0, pointer(mask)};
-  const TailedRows<C> all = {0, M, &own, 1};
-  tail_product<C>({rows.rows, laid_w.matrix, packed.get(), &all, 1, nullptr, nullptr, scales.get(),
-                   bias.get(), y.matrix, false});
+  std::optional<Laid> w, b, y;
+  std::optional<LaidRows<C>> rows, tail;
+  Tail<C> own;
+  TailedRows<C> all;
+  TailProduct<C> product;
+  Values expected{0, 0};
 
-  Values expected = times(s, b);
-  drop_values(expected, mask);
-  const Values base = times(x, w);
-  for (int64_t i = 0; i < M; ++i) {
+  explicit ProductCase(Random& random) {
+    const Values x(random.of({0, 1, 2, 5, 12, 25, 49, 100, 193}),
+                   random.of({0, 1, 2, 3, 17, 64, 127, 129, 300}), random);
+    Values weight(x.cols, random.of({1, 7, 16, 17, 33, 63, 64, 65, 129, 200}), random);
+    const int64_t M = x.rows, N = weight.cols;
+    const Values s(M, random.of({0, 1, 2, 3, 4, 8, 16, 17, 32, 64, 130}), random);
+    Values adapter(s.cols, N, random);
+    w.emplace(weight, random.kind(), random);
+    b.emplace(adapter, random.kind(), random);
+    mask = any_mask(random);
+    what = text("tail_product ", M, "x", x.cols, "x", N, " rank ", s.cols, mask ? " masked" : "");
+
+    if (random.coin()) scales = exactly<float>(N);
+    if (random.coin()) bias = exactly<float>(N);
     for (int64_t j = 0; j < N; ++j) {
-      expected(i, j) = (expected(i, j) + base(i, j)) * (scales ? scales[j] : 1) +
-                       (bias ? static_cast<double>(bias[j]) : 0);
+      if (scales) scales[j] = static_cast<float>(random.of({1, 2, -4}));
+      if (bias) bias[j] = static_cast<float>(random.below(100)) / 4;
+    }
+    if (random.coin()) {
+      packed = exactly<C>(packed_size<C>(x.cols, N));
+      pack(w->matrix, packed.get());
+    }
+    rows.emplace(x, padded<C>(x.cols) + random.of({0, 2}));
+    tail.emplace(s, padded<C>(s.cols) + random.of({0, 2}));
+    y.emplace(M, N, random.kind(), N, 1);
+    own = {tail->rows, b->matrix, 0, pointer(mask)};
+    all = {0, M, &own, 1};
+    product = {rows->rows, w->matrix,    packed.get(), &all,      1,    nullptr,
+               nullptr,    scales.get(), bias.get(),   y->matrix, false};
+
+    expected = times(s, adapter);
+    drop_values(expected, mask);
+    const Values base = times(x, weight);
+    for (int64_t i = 0; i < M; ++i) {
+      for (int64_t j = 0; j < N; ++j) {
+        expected(i, j) = (expected(i, j) + base(i, j)) * (scales ? scales[j] : 1) +
+                         (bias ? static_cast<double>(bias[j]) : 0);
+      }
     }
   }
-  expect(y.matrix, expected, what);
+
+  ProductCase(const ProductCase&) = delete;
+};
+
+template <typename C>
+void test_tail_products(Random& random) {
+  std::vector<std::unique_ptr<ProductCase<C>>> cases;
+  std::vector<TailProduct<C>> products;
+  for (int64_t i = random.of({1, 1, 2, 5}); i > 0; --i) {
+    cases.push_back(std::make_unique<ProductCase<C>>(random));
+    products.push_back(cases.back()->product);
+  }
+  tail_products(products.data(), products.size());
+  for (const auto& one : cases) expect(one->y->matrix, one->expected, one->what);
 }
 
 // One reduction with its operands and what it should give.
@@ -140,7 +166,7 @@ void test_reduce(Random& random) {
 template <typename C>
 void test_linear() {
   cases(150, test_shrink<C>);
-  cases(150, test_tail_product<C>);
+  cases(100, test_tail_products<C>);
   cases(150, test_reduce<C>);
 }
 

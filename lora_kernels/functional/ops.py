@@ -21,6 +21,7 @@ from ..planning import answers
 from ..planning.config import Config
 from ..spec import reference
 from ..spec.linears import reference_of
+from ..spec.operators import EXPERT_OPERATORS as EXPERT_OPERATORS
 from ..spec.operators import LINEARS_OPERATORS as LINEARS_OPERATORS
 from ..spec.operators import OPERATORS as OPERATORS
 from ..spec.operators import SCHEMAS, of_operator
@@ -137,6 +138,10 @@ segmented_linear_fwd = _direct("segmented_linear_fwd")
 segmented_linear_dx = _direct("segmented_linear_dx")
 segmented_lora_dx = _direct("segmented_lora_dx")
 segmented_lora_dab = _direct("segmented_lora_dab")
+expert_shrink = _direct("expert_shrink")
+expert_linear_fwd = _direct("expert_linear_fwd")
+expert_linear_dx = _direct("expert_linear_dx")
+expert_linear_dab = _direct("expert_linear_dab")
 
 
 def _new_delta(s: Tensor, lora_b: Sequence[Tensor]) -> Tensor:
@@ -237,9 +242,27 @@ def _fake_linears(op: str, given: dict[str, Any]) -> Any:
     )
 
 
-_FAKES = {
+def _fake_expert(op: str, given: dict[str, Any]) -> Any:
+    rows, problem = rows_of(given), PROBLEM_OF[op](**given)
+    tail = rows.new_empty(problem.m, problem.r, dtype=reference.tail_dtype(rows.dtype))
+    return tail if op == "expert_shrink" else (rows.new_empty(problem.m, problem.columns), tail)
+
+
+def _fake_expert_linear_dab(op: str, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    dy, p = given["dy"], PROBLEM_OF[op](**given)
+    shapes = {"da_dtype": (p.experts, p.r, p.k), "db_dtype": (p.experts, p.n, p.r)}
+    da, db = (
+        dy.new_empty(shape if given[name] else 0, dtype=given[name])
+        for name, shape in shapes.items()
+    )
+    return da, db
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
     "lora_linear_dab": _fake_lora_linear_dab,
     "segmented_lora_dab": _fake_segmented_lora_dab,
+    **dict.fromkeys(EXPERT_OPERATORS, _fake_expert),
+    "expert_linear_dab": _fake_expert_linear_dab,
     **dict.fromkeys(LINEARS_OPERATORS, _fake_linears),
 }
 

@@ -93,6 +93,8 @@ def heuristic(problem: Problem, facts: DeviceFacts) -> Config:
     # The baseline is for machines of which the library knows more than 128-bit vectors (a guess).
     if is_valid(native, problem, facts) and facts.native != "baseline":
         return native
+    if problem.experts:
+        return Config("reference")
     if problem.slots and problem.op not in MIXED_LINEAR_OPS:
         # In their order: nothing is measured that an estimate could weigh.
         shipped = (c for c in tiled_configs(problem, facts) if is_valid(c, problem, facts))

@@ -55,6 +55,8 @@ def invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str 
     statement of the constraints."""
     if config.plan not in PLANS:
         return f"no plan is called {config.plan!r}; there are {', '.join(PLANS)}"
+    if problem.experts and config.plan not in ("native", "reference"):
+        return "experts have C++ kernels and the reference so far"
     if config.plan in TILED_PLANS:
         return _tiled_invalid_reason(config, problem, facts)
     if config.plan == "native" and not facts.native:

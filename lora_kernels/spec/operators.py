@@ -33,6 +33,16 @@ as above, of N_j columns and rank r_j each;
     s, d       [M, sum r_j]    side by side
     rng                        as above; projection j draws with its offset + j
     packed                     none, or one for each weight
+
+The operators of experts take rows that are sorted by expert,
+
+    offs       int32 [E]       the rows of expert e end before offs[e], where those of e + 1 begin
+                               (as in ``torch.nn.functional.grouped_mm``); rows from offs[E-1] on
+                               belong to none, and their results are zero
+    weight     [E, N, K]       any floating dtype, rounded on use; [E, K, N] with ``fan_in_fan_out``
+    lora_a     [E, r, K]       or, with lora_b, None: no adapter, and s and d are [M, 0]
+    lora_b     [E, N, r]
+    bias       [E, N]
 """
 
 from __future__ import annotations
@@ -54,6 +64,7 @@ _PACKED = "bool fan_in_fan_out=False, Tensor[]? packed=None"
 _TABLE = "Tensor[] table, int packed_slices=0"
 _SEGMENTED = f"Tensor[] lora_a, Tensor[] lora_b, {_TABLE}"
 _SEGMENTED_BASE = "bool fan_in_fan_out=False, Tensor? packed=None"
+_EXPERTS = "Tensor weight, Tensor? lora_a, Tensor? lora_b, Tensor scale, Tensor offs"
 
 SCHEMAS = {
     "lora_shrink": f"(Tensor x, Tensor lora_a, Tensor scale, {_DROPOUT}) -> Tensor s",
@@ -94,12 +105,28 @@ SCHEMAS = {
         f"int packed_slices=0, {_DROPOUT}, ScalarType? da_dtype=None, ScalarType? db_dtype=None) "
         "-> (Tensor[] da, Tensor[] db)"
     ),
+    "expert_shrink": "(Tensor x, Tensor lora_a, Tensor scale, Tensor offs) -> Tensor s",
+    "expert_linear_fwd": (
+        f"(Tensor x, {_EXPERTS}, Tensor? bias=None, bool fan_in_fan_out=False) "
+        "-> (Tensor y, Tensor s)"
+    ),
+    "expert_linear_dx": (
+        f"(Tensor dy, {_EXPERTS}, bool fan_in_fan_out=False) -> (Tensor dx, Tensor d)"
+    ),
+    "expert_linear_dab": (
+        "(Tensor dy, Tensor? x, Tensor? s, Tensor? d, Tensor offs, ScalarType? da_dtype=None, "
+        "ScalarType? db_dtype=None) -> (Tensor da, Tensor db)"
+    ),
 }
 
-OPERATORS = tuple(op for op in SCHEMAS if not op.startswith(("segmented", "lora_linears")))
 # Of projections that share an input.
 LINEARS_OPERATORS = tuple(op for op in SCHEMAS if op.startswith("lora_linears"))
 SEGMENTED_OPERATORS = tuple(op for op in SCHEMAS if op.startswith("segmented"))
+EXPERT_OPERATORS = tuple(op for op in SCHEMAS if op.startswith("expert"))
+# Of one linear layer.
+OPERATORS = tuple(
+    op for op in SCHEMAS if op not in LINEARS_OPERATORS + SEGMENTED_OPERATORS + EXPERT_OPERATORS
+)
 
 
 def of_operator(op: str, function: Callable[[str, dict[str, Any]], Any]) -> Callable[..., Any]:

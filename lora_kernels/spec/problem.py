@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .operators import LINEARS_OPERATORS, OPERATORS, SCHEMAS, of_operator
+from .operators import EXPERT_OPERATORS, LINEARS_OPERATORS, OPERATORS, SCHEMAS, of_operator
 
-_DX = ("lora_linear_dx", "lora_linears_dx", "segmented_linear_dx")
+_DX = ("lora_linear_dx", "lora_linears_dx", "segmented_linear_dx", "expert_linear_dx")
 
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -39,6 +39,8 @@ class Problem(NamedTuple):
     # of a batch that mixes adapters; 0 slots: one adapter
     slots: int = 0
     slices: int = 1
+    # of a mixture; 0: one weight
+    experts: int = 0
 
     @property
     def columns(self) -> int:
@@ -67,6 +69,7 @@ class Problem(NamedTuple):
         flags += ["unaligned"] * (not self.aligned)
         if self.slots:
             flags += [f"{self.slots} slots", f"{self.slices} slices"]
+        flags += [f"{self.experts} experts"] * (self.experts > 0)
         sizes = f"{self.m}/{self.n}/{self.k}/{self.r}"
         formats = f"{self.dtype}/{self.adapter_dtype}/{format_}"
         return f"{self.op}/{sizes}/{formats}/{'+'.join(flags) or 'plain'}"
@@ -157,6 +160,32 @@ def _segmented(op: str, given: dict[str, Any]) -> Problem:
     )
 
 
+def _expert(op: str, given: dict[str, Any]) -> Problem:
+    rows, a, b = rows_of(given), given.get("lora_a"), given.get("lora_b")
+    m, experts = rows.shape[0], given["offs"].shape[0]
+    weight, adapter = given.get("weight"), rows.dtype if a is None else a.dtype
+    if weight is not None:
+        n, k = weight.shape[:0:-1] if given["fan_in_fan_out"] else weight.shape[1:]
+        r = 0 if b is None else b.shape[2]
+    elif a is not None:
+        n, k, r = a.shape[1], a.shape[2], a.shape[1]
+    else:
+        n, k = rows.shape[1], _width(given["x"])
+        r = _width(given["d"] if given["s"] is None else given["s"])
+        adapter = given["da_dtype"] or given["db_dtype"] or adapter
+    return Problem(
+        op,
+        m,
+        n,
+        k,
+        r,
+        dtype_name(rows.dtype),
+        dtype_name(adapter),
+        fan_in_fan_out=given.get("fan_in_fan_out", False),
+        experts=experts,
+    )
+
+
 def _is_aligned(given: dict[str, Any]) -> bool:
     """Whether 16 bytes at a time can be read along the last axis of every operand."""
     read = [rows_of(given), given.get("x"), given.get("weight")]
@@ -209,10 +238,12 @@ def _linears(op: str, given: dict[str, Any]) -> Problem:
 
 
 # The problem of a call, by the operator and with the operator's own arguments.
+_BUILDER = (
+    dict.fromkeys(SCHEMAS, _segmented)
+    | dict.fromkeys(OPERATORS, _linear)
+    | dict.fromkeys(LINEARS_OPERATORS, _linears)
+    | dict.fromkeys(EXPERT_OPERATORS, _expert)
+)
 PROBLEM_OF: dict[str, Callable[..., Problem]] = {
-    op: of_operator(
-        op,
-        _linear if op in OPERATORS else _linears if op in LINEARS_OPERATORS else _segmented,
-    )
-    for op in SCHEMAS
+    op: of_operator(op, _BUILDER[op]) for op in SCHEMAS
 }

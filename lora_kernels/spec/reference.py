@@ -45,22 +45,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dtypes import accumulate_dtype as accumulate_dtype
+from .dtypes import tail_dtype as tail_dtype
+from .experts import expert_linear_dab as expert_linear_dab
+from .experts import expert_linear_dx as expert_linear_dx
+from .experts import expert_linear_fwd as expert_linear_fwd
+from .experts import expert_shrink as expert_shrink
+
 _WORD = 0xFFFFFFFF
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 
 # One 128-bit Philox block decides this many neighbouring columns, 16 bits each.
 LANES = 8
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def tail_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What S, D, A and B are rounded to where the rows are of ``dtype``: the only statement of
-    it."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def dropout_threshold(dropout_p: float) -> int:
