@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers.fused import default_scaling
 from ..layers.multi import MultiLoRALinear, unsupported_embedding_reason
 from ..layers.replacing import unsupported_reason
 from ..models.checkpoints import write_adapter
@@ -192,9 +191,14 @@ def match(
     if not wanted:
         raise ValueError(f"{label} holds no lora_A and lora_B")
     layers = {}
-    for path, (a, b, *_) in files.take_pairs(index.model, wanted).items():
+    for path, (a, b, *others) in files.take_pairs(index.model, wanted).items():
         first, module = index.resolve(path)
-        scale = default_scaling(config.alpha(path), b.shape[1], config.use_rslora)
+        if b.shape[1] == 0:
+            # AdaLoRA's allocator took it whole.
+            continue
+        scale = config.scaling(path, b.shape[1])
+        if config.adalora is not None:
+            a = a * others[0]
         a = a.t() if wanted[path].is_embedding else a
         layers[first] = limits.weights(first, module, a, b, scale)
     files.match_rest(
@@ -205,14 +209,15 @@ def match(
         shared_base=True,
     )
     config.warn_of_unmatched(wanted.keys(), names)
-    return HostAdapter(config, layers)
+    return HostAdapter(replace(config, adalora=None), layers)
 
 
 def _layer(path: str, module: nn.Module, config: LoRAConfig, limits: SlotLimits) -> Layer:
     """What the adapter's A and B must fit at ``path``."""
     rank = config.rank(path)
     _check_rank(path, rank, limits.max_rank)
-    return Layer(rank, *_sizes(module), isinstance(module, nn.Embedding))
+    embedding = isinstance(module, nn.Embedding)
+    return Layer(rank, *_sizes(module), embedding, adalora=config.adalora is not None)
 
 
 def _check_rank(path: str, rank: int, max_rank: int) -> None:
@@ -267,7 +272,7 @@ def draw(
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         if config.init_lora_weights is False:
             nn.init.kaiming_uniform_(a if embedding else b, a=math.sqrt(5))
-        scale = default_scaling(config.alpha(path), rank, config.use_rslora)
+        scale = config.scaling(path, rank)
         layers[path] = limits.weights(path, module, a.t() if embedding else a, b, scale)
     config.warn_of_unmatched(layers, names_of(index.model))
     return HostAdapter(config, layers)
