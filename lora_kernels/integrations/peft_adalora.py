@@ -9,7 +9,7 @@ from peft.tuners.adalora.layer import SVDLinear
 from torch import Tensor
 
 from ..functional.ops import PLAIN
-from .peft_layers import NOT_PLAIN, NOTHING, FusedLayer
+from .peft_layers import NOT_PLAIN, NOTHING, FusedLayer, Offsets
 from .peft_operands import Adapter, Base
 
 
@@ -47,13 +47,16 @@ class FusedSVDLinear(FusedLayer, SVDLinear):
         adapter = Adapter(name, a * e, b, None, scaling, dropout_p)
         return self._misfit(adapter, x, base) or adapter
 
-    def _forward_mixed(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor | str:
+    def _forward_mixed(
+        self, x: Tensor, adapter_names: Sequence[str], alora_offsets: Offsets = None
+    ) -> Tensor | str:
         # PEFT's own error.
         return NOTHING
 
     def _delta(self, name: str, x: Tensor) -> Tensor:
         a: Any = self.lora_A[name]
-        rows = self.lora_dropout[name](self._cast_input_dtype(x, a.dtype))
+        layer: Any = self
+        rows = layer.lora_dropout[name](self._cast_input_dtype(x, a.dtype))
         delta = rows @ (a * self.lora_E[name]).t() @ self.lora_B[name].t()
         scaled: Tensor = delta * self.scaling[name] / (self.ranknum[name] + 1e-5)
         return scaled

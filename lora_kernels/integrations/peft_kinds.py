@@ -6,7 +6,6 @@ from typing import Any
 
 from peft.tuners import lora
 from peft.tuners.adalora.layer import SVDLinear
-from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
 from ..functional.ops import PLAIN
@@ -16,7 +15,7 @@ from ..layers.packed import PackedWeight
 from ..models.foreign import offload_reason
 from .peft_adalora import FusedSVDLinear
 from .peft_calls import Calls
-from .peft_layers import FusedLayer, FusedLinear, orientation
+from .peft_layers import VARIANTS, FusedLayer, FusedLinear, orientation
 
 _FUSED: dict[type, type[FusedLayer]] = {
     kind.peft_class: kind for kind in (FusedLinear, FusedSVDLinear)
@@ -58,7 +57,7 @@ def unsupported_reason(layer: Any) -> str | None:
 def _adapter_reason(layer: Any, name: str) -> str | None:
     """Why no call of one adapter could be fused, or None."""
     variant = layer.lora_variant.get(name)
-    if variant is not None and type(variant) is not DoraLinearVariant:
+    if variant is not None and type(variant).__name__ not in VARIANTS:
         return f"its adapter is a {type(variant).__name__}"
     for part in ("lora_A", "lora_B"):
         module = getattr(layer, part)[name]

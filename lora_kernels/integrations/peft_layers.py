@@ -8,8 +8,8 @@ changes values without moving ``Tensor._version``.
 
 PEFT's forward answers, and the reason is counted, where
 
-- an adapter is a variant (aLoRA, ...), several are active and one is DoRA, or one is not made of
-  plain ``nn.Linear`` modules;
+- an adapter is a variant other than DoRA, aLoRA and MiCA, several are active and one of them is
+  DoRA or aLoRA, or one is not made of plain ``nn.Linear`` modules;
 - a hook, a parametrisation or a forward of its own stands on the base layer or a module of the
   adapter, or a global hook on all modules: they expect to be called (accelerate's hooks that only
   send inputs to the weight's device are seen through);
@@ -17,7 +17,7 @@ PEFT's forward answers, and the reason is counted, where
   differ, or x is a tensor subclass, nested or sparse;
 - the call is traced for a file (``torch.export``, ``torch.jit.trace``) or transformed
   (``torch.func``, forward-mode derivatives);
-- a mixed batch (``adapter_names=``) is compiled, or meets dropout or ``lora_bias``.
+- a mixed batch (``adapter_names=``) or aLoRA is compiled, or a mixed batch meets dropout or DoRA.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from peft.tuners import lora
-from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
@@ -41,10 +41,20 @@ from ..layers.foreign import is_conv1d, is_dispatched, is_falcon_linear
 from ..layers.norms import DoRANorms
 from ..layers.packed import Packing
 from .peft_calls import Calls
-from .peft_operands import Adapter, Base, add, concatenated, stacked, table_of
+from .peft_operands import Adapter, Base, add, biases, concatenated, runs_of, stacked, table_of
 
 _DTYPES = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])
+# Of each sequence, how many of its last tokens an aLoRA adapter is for.
+Offsets = Sequence[int | None] | None
 _KNOWN_ARGUMENTS = frozenset(["adapter_names", "alora_offsets"])
+
+# Variants of PEFT's that are computed here, not all of which every version has: what they are
+# called in reports. MiCA computes as LoRA, with a frozen B.
+VARIANTS = {
+    "DoraLinearVariant": "DoRA",
+    "ALoraLinearVariant": "aLoRA",
+    "MiCALinearVariant": "MiCA",
+}
 
 # A call without an adapter to compute: PEFT's forward, and nothing to count.
 NOTHING = ""
@@ -81,9 +91,9 @@ class FusedLayer(Packing, lora.LoraLayer):
         elif args or not kwargs.keys() <= _KNOWN_ARGUMENTS:
             y = "arguments that the base layer would have to take"
         elif kwargs.get("adapter_names") is None:
-            y = self._forward_active(x)
+            y = self._forward_active(x, kwargs.get("alora_offsets"))
         else:
-            y = self._forward_mixed(x, kwargs["adapter_names"])
+            y = self._forward_mixed(x, **kwargs)
         counts = not torch.compiler.is_compiling()
         if not isinstance(y, str):
             if counts:
@@ -105,7 +115,7 @@ class FusedLayer(Packing, lora.LoraLayer):
         layer: Any = self
         return layer.base_layer.weight.new_zeros(rows, layer.in_features, dtype=dtype), call
 
-    def _forward_active(self, x: Tensor) -> Tensor | str:
+    def _forward_active(self, x: Tensor, offsets: Offsets = None) -> Tensor | str:
         """The sum of the active adapters on the base; or why not."""
         held: Any = self._modules["lora_A"]
         active = self._active_adapter
@@ -122,10 +132,12 @@ class FusedLayer(Packing, lora.LoraLayer):
             if isinstance(adapter, str):
                 return adapter
             adapters.append(adapter)
-        if len(adapters) == 1:
+        if len(adapters) == 1 and not adapters[0].from_invocation:
             return self._fused(x, base, adapters[0])
-        if any(adapter.magnitude is not None for adapter in adapters):
-            return "several active adapters, one of which is DoRA"
+        if len(adapters) == 1:
+            return self._by_sequence(x, base, adapters, [0] * len(x), offsets)
+        if any(t.magnitude is not None or t.from_invocation for t in adapters):
+            return "several active adapters, one of which is DoRA or aLoRA"
         return self._fused_sum(x, base, adapters)
 
     def _fused(self, x: Tensor, base: Base, adapter: Adapter) -> Tensor:
@@ -162,10 +174,10 @@ class FusedLayer(Packing, lora.LoraLayer):
             y = y + self._delta(adapter.name, x)
         return y.to(dtype)
 
-    def _forward_mixed(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor | str:
+    def _forward_mixed(
+        self, x: Tensor, adapter_names: Sequence[str], alora_offsets: Offsets = None
+    ) -> Tensor | str:
         """Each sequence of the batch with its own adapter; or why not."""
-        if torch.compiler.is_compiling():
-            return "adapter_names in compiled code"
         if x.dim() < 2 or len(adapter_names) != x.shape[0]:
             # PEFT's own error.
             return NOTHING
@@ -183,26 +195,51 @@ class FusedLayer(Packing, lora.LoraLayer):
                 return adapter
             if adapter.dropout_p > 0.0:
                 return "adapter_names with dropout in training mode"
-            if adapter.bias is not None or adapter.magnitude is not None:
-                return "adapter_names with lora_bias or DoRA"
             adapters.append(adapter)
         slots = {name: slot for slot, name in enumerate(names)}
+        return self._by_sequence(
+            x, base, adapters, [slots.get(name, -1) for name in adapter_names], alora_offsets
+        )
+
+    def _by_sequence(
+        self, x: Tensor, base: Base, adapters: list[Adapter], slots: list[int], offsets: Offsets
+    ) -> Tensor | str:
+        """Sequence i of the batch with the adapter ``slots[i]``, or none for -1; or why not."""
+        if torch.compiler.is_compiling():
+            return "adapter_names or aLoRA in compiled code"
+        if any(adapter.magnitude is not None for adapter in adapters):
+            return "adapter_names with DoRA"
+        tokens = math.prod(x.shape[1:-1])
+        last = [tokens] * len(slots)
+        if any(adapter.from_invocation for adapter in adapters):
+            offsets = [0] * len(slots) if offsets is None else offsets
+            if x.dim() not in (2, 3) or len(offsets) != len(slots):
+                return "aLoRA on an x that is not [batch, tokens, in]"
+            last = [
+                int(offset or 0) if slot >= 0 and adapters[slot].from_invocation else tokens
+                for slot, offset in zip(slots, offsets, strict=True)
+            ]
         table = table_of(
-            tuple([slots.get(name, -1) for name in adapter_names]),
-            math.prod(x.shape[1:-1]),
+            *runs_of(slots, tokens, last),
             tuple([adapter.a.shape[0] for adapter in adapters]),
             tuple([float(adapter.scaling) for adapter in adapters]),
             x.device,
         )
-        return segmented_linear(
+        y = segmented_linear(
             x.to(base.dtype),
             base.weight,
             *stacked(adapters),
             table,
             base.bias,
+            dropout_p=adapters[0].dropout_p,
+            training=True,
             fan_in_fan_out=base.transposed,
             packed=self._packed_copies(base.weight, base.transposed, base.dtype),
         )
+        if all(adapter.bias is None for adapter in adapters):
+            return y
+        added = biases(adapters)[table.slot_of_row.long()].view(y.shape)
+        return (y + added).to(y.dtype)
 
     def _base_operands(self, x: Tensor) -> Base | str:
         """What the base layer computes with; or why its forward has to be called."""
@@ -257,7 +294,7 @@ class FusedLayer(Packing, lora.LoraLayer):
 
     def _misfit(self, adapter: Adapter, x: Tensor, base: Base) -> str:
         """Why the kernels cannot compute ``adapter``, or nothing."""
-        _, a, b, bias, scaling, dropout_p, magnitude = adapter
+        _, a, b, bias, scaling, dropout_p, magnitude, _ = adapter
         device = x.device
         if a.device != device or b.device != device:
             return "x and the adapter are on different devices"
@@ -319,7 +356,7 @@ class FusedLinear(FusedLayer, lora.Linear):
             magnitude = held.weight if is_called_plainly(held) else None
             if type(magnitude) not in PLAIN or magnitude.device != x.device:
                 return "a magnitude of DoRA that is no plain Parameter beside x, or has a hook"
-        elif variant is not None:
+        elif variant is not None and type(variant).__name__ not in VARIANTS:
             return f"the adapter is a {type(variant).__name__}"
         modules: dict[str, Any] = self._modules
         lora_a = modules["lora_A"]._modules[name]
@@ -341,7 +378,8 @@ class FusedLinear(FusedLayer, lora.Linear):
             or lora_a._parameters.get("bias") is not None
         ):
             return NOT_PLAIN
-        adapter = Adapter(name, a, b, bias, self.scaling[name], dropout_p, magnitude)
+        activated = type(variant) is ALoraLinearVariant
+        adapter = Adapter(name, a, b, bias, self.scaling[name], dropout_p, magnitude, activated)
         return self._misfit(adapter, x, base) or adapter
 
     def _delta(self, name: str, x: Tensor) -> Tensor:

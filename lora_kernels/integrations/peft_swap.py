@@ -85,11 +85,13 @@ def restore_peft(model: nn.Module) -> list[str]:
 
 def _description(layer: Any) -> str:
     """ "kind [out, in], adapters" of a swapped layer."""
+    from . import peft_layers
+
     adapters = []
     for name, module in layer.lora_A.items():
         rank = getattr(module, "weight", module).shape[0]
         variant = type(layer.lora_variant.get(name)).__name__
-        left = " DoRA" if variant == "DoraLinearVariant" else f" {variant} by PEFT"
-        adapters.append(f"{name} r={rank}" + left * (variant != "NoneType"))
+        what = peft_layers.VARIANTS.get(variant, f"{variant} by PEFT")
+        adapters.append(f"{name} r={rank}" + f" {what}" * (variant != "NoneType"))
     kind = type(layer.base_layer).__name__
     return f"{kind} [{layer.out_features}, {layer.in_features}], {', '.join(adapters)}"

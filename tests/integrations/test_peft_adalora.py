@@ -116,8 +116,13 @@ def step(model, optimizer, batch, number):
 
 @pytest.mark.slow
 def test_a_run_with_a_budget_has_pefts_losses_and_ranks():
-    theirs = adalora(small.build("gpt2"), ["c_attn", "c_proj", "c_fc"])
+    # Importance that forgets soon, and factors that one step changes: ranks change places.
+    options = {"beta1": 0.2, "beta2": 0.2, "target_r": 3}
+    theirs = adalora(small.build("gpt2"), ["c_attn", "c_proj", "c_fc"], **options)
     draw(theirs, torch.ones(R, dtype=torch.bool))
+    with torch.no_grad():
+        for layer in svd_layers(theirs).values():
+            layer.lora_E["default"].mul_(0.1)
     ours = copy.deepcopy(theirs)
     report = lk.accelerate_peft(ours)
     assert len(report.fused) == len(svd_layers(theirs)) and not report.skipped
@@ -126,7 +131,7 @@ def test_a_run_with_a_budget_has_pefts_losses_and_ranks():
     for model in theirs, ours:
         model.eval()
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-2)
+        optimizer = torch.optim.AdamW(trained, lr=5e-2)
         runs.append([step(model, optimizer, batch, number) for number in range(14)])
     for (loss, ranks), (other, expected) in zip(*reversed(runs), strict=True):
         assert loss == pytest.approx(other, rel=1e-4)
