@@ -36,9 +36,7 @@ class AdaLoRALinear(FusedLoRALinear):
     lora_E: nn.Parameter | None
     _least_rank = 0
 
-    def _add_lora(  # type: ignore[override]
-        self, r: int, *args: Any, init_r: int | None = None, **options: Any
-    ) -> None:
+    def _add_lora(self, r: int, *args: Any, init_r: int | None = None, **options: Any) -> None:
         self.init_r = r if init_r is None else init_r
         if self.init_r < max(r, 1):
             raise ValueError(f"init_r must be at least r={r} and 1, not {init_r}")
