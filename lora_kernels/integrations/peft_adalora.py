@@ -24,8 +24,6 @@ class FusedSVDLinear(FusedLayer, SVDLinear):
     """
 
     peft_class = SVDLinear
-    lora_E: Any
-    ranknum: Any
 
     def _adapter_operands(self, name: str, x: Tensor, base: Base) -> Adapter | str:
         modules: dict[str, Any] = self._modules
@@ -54,9 +52,8 @@ class FusedSVDLinear(FusedLayer, SVDLinear):
         return NOTHING
 
     def _delta(self, name: str, x: Tensor) -> Tensor:
-        a: Any = self.lora_A[name]
         layer: Any = self
+        a, b = layer.lora_A[name], layer.lora_B[name]
         rows = layer.lora_dropout[name](self._cast_input_dtype(x, a.dtype))
-        delta = rows @ (a * self.lora_E[name]).t() @ self.lora_B[name].t()
-        scaled: Tensor = delta * self.scaling[name] / (self.ranknum[name] + 1e-5)
-        return scaled
+        delta: Tensor = rows @ (a * layer.lora_E[name]).t() @ b.t()
+        return delta * self.scaling[name] / (layer.ranknum[name] + 1e-5)

@@ -104,6 +104,29 @@ def test_one_layer(dtype, cast, transposed, dropout, monkeypatch):
     assert report.calls.fused == 1 and not report.calls.fallen_back
 
 
+def test_several_active_adapters():
+    model = adalora(One(False, torch.float32), ["proj"])
+    frozen = peft.AdaLoraConfig(target_modules=["proj"], lora_alpha=5, **SCHEDULE)
+    frozen.inference_mode = True
+    model.add_adapter("second", frozen)
+    model.base_model.set_adapter(["default", "second"])
+    layer = model.base_model.model.proj
+    for part in (layer.lora_A, layer.lora_E, layer.lora_B):
+        for name in ("default", "second"):
+            nn.init.normal_(part[name])
+    ours = copy.deepcopy(model)
+    report = lk.accelerate_peft(ours)
+    x = torch.randn(9, IN)
+    exact = model.double()(x.double())
+    torch.testing.assert_close(ours(x).double(), exact, rtol=1e-4, atol=1e-3)
+    assert report.calls.fused == 1
+    # With dropout each has a mask of its own, and all but the first are added by PEFT's lines.
+    fused = ours.base_model.model.proj
+    fused.lora_dropout["default"] = fused.lora_dropout["second"] = nn.Dropout(1e-9)
+    torch.testing.assert_close(ours.train()(x).double(), exact, rtol=1e-4, atol=1e-3)
+    assert report.calls.fused == 2
+
+
 def step(model, optimizer, batch, number):
     loss = model(**batch, labels=batch["input_ids"]).loss
     optimizer.zero_grad()
