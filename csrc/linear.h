@@ -42,6 +42,8 @@ struct Shrink {
   Matrix s;                 // of C; data may be null
   const int32_t* rows;      // or null
   C* s_rows;                // or null
+  // [r], in place of scale: adapters of several projections one over the other. Or null.
+  const float* scales = nullptr;
 };
 
 // Several of them at once; empty ones among them do nothing.
@@ -65,6 +67,14 @@ struct TailedRows {
   int64_t count;
 };
 
+// Another product of the same size, which is added to x w.
+template <typename C>
+struct Factors {
+  Rows<C> x;
+  ConstMatrix w;
+  const C* packed;  // as in TailProduct
+};
+
 // y = out_scale (x w + tails) + bias, or y += tails, in one pass over tiles with one rounding.
 template <typename C>
 struct TailProduct {
@@ -79,6 +89,8 @@ struct TailProduct {
   const float* bias;       // [N], or null
   Matrix y;                // [M, N]
   bool add;
+  const Factors<C>* others = nullptr;
+  int64_t other_count = 0;
 };
 
 template <typename C>

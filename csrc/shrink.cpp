@@ -39,7 +39,7 @@ void finish_shrink(float* tiles, int64_t tile_size, int64_t first, int64_t M,
     for (int64_t n = 0; n < r; n += kPanel) {
       float* sums = tiles + n / kPanel * tile_size + i * kPanel;
       const int64_t cols = std::min<int64_t>(kPanel, r - n);
-      for (int64_t j = 0; j < cols; ++j) sums[j] *= job.scale;
+      for (int64_t j = 0; j < cols; ++j) sums[j] *= job.scales ? job.scales[n + j] : job.scale;
       if (job.s.data) store_row(sums, cols, job.s, row, n);
       if (to) {
         for (int64_t j = 0; j < cols; ++j) to[n + j] = C(sums[j]);

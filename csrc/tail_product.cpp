@@ -103,6 +103,12 @@ class TailTiles {
   int64_t segment_ = -1, column_ = -1;  // whose panels tail_scratch holds
 };
 
+// Rows of a tile: its accumulators and a part's rows stay in the second-level cache.
+constexpr int64_t kRowBlock = 192, kLeastRows = 24;
+// Of one that several products are added to: their panels, which are made one after the other, pay
+// for themselves on as many rows.
+constexpr int64_t kSummedRows = 4 * kRowBlock;
+
 // How a product is cut into tiles.
 struct TilePlan {
   int64_t blocks, block;  // of rows
@@ -117,29 +123,19 @@ class ProductTiles {
   // Tile number t: all row blocks of a panel come one after the other, so that it is packed once.
   void write(int64_t t) {
     const TailProduct<C>& p = p_;
-    const int64_t M = p.x.M, K = p.x.K, N = p.y.cols, block = plan_.block;
+    const int64_t M = p.x.M, N = p.y.cols, block = plan_.block;
     float* tile = tile_scratch.of<float>(block * kPanel);
-    C* own = p.packed ? nullptr : panel_scratch.of<C>(padded<C>(K) * kPanel);
     const int64_t n = t / plan_.blocks * kPanel, cols = std::min<int64_t>(kPanel, N - n);
     const int64_t first = t % plan_.blocks * block, rows = std::min(block, M - first);
     if (rows <= 0) return;
-    const int64_t width = panel_width(cols);
-    const bool fresh = current_ != n;
+    // Of several products each packs over the panel of the one before.
+    const bool fresh = current_ != n || p.other_count > 0;
     current_ = n;
 
     tails_.write(first, rows, n, cols, tile);
-    const C* x = p.x.data + first * p.x.ld;
-    const C* panel = p.packed ? p.packed + n * padded<C>(K) : own;
-    if (own && reads_in_place<C>(block, p.w, n)) {
-      product_in_place<C>(rows, width, x, p.x.ld, p.w, n, tile);
-    } else {
-      product_by_parts(
-          rows, width, K, x, p.x.ld,
-          [&](int64_t k, int64_t k_end) {
-            if (own && fresh) pack_panel(p.w, k, k_end, n, own + k * width);
-            return panel + k * width;
-          },
-          tile, true);
+    multiply({p.x, p.w, p.packed}, first, rows, n, panel_width(cols), fresh, tile);
+    for (int64_t i = 0; i < p.other_count; ++i) {
+      multiply(p.others[i], first, rows, n, panel_width(cols), fresh, tile);
     }
 
     for (int64_t i = 0; i < rows; ++i) {
@@ -155,6 +151,31 @@ class ProductTiles {
   }
 
  private:
+  // tile += x w of these rows and of the panel at n.
+  void multiply(const Factors<C>& f, int64_t first, int64_t rows, int64_t n, int64_t width,
+                bool fresh, float* tile) {
+    const int64_t K = f.x.K;
+    C* own = f.packed ? nullptr : panel_scratch.of<C>(padded<C>(K) * kPanel);
+    const C* panel = f.packed ? f.packed + n * padded<C>(K) : own;
+    const bool in_place = own && reads_in_place<C>(plan_.block, f.w, n);
+    for (int64_t done = 0; done < rows; done += kRowBlock) {
+      const C* x = f.x.data + (first + done) * f.x.ld;
+      const int64_t M = std::min(kRowBlock, rows - done);
+      float* sums = tile + done * kPanel;
+      if (in_place) {
+        product_in_place<C>(M, width, x, f.x.ld, f.w, n, sums);
+        continue;
+      }
+      product_by_parts(
+          M, width, K, x, f.x.ld,
+          [&](int64_t k, int64_t k_end) {
+            if (own && fresh && done == 0) pack_panel(f.w, k, k_end, n, own + k * width);
+            return panel + k * width;
+          },
+          sums, true);
+    }
+  }
+
   const TailProduct<C>& p_;
   const TilePlan& plan_;
   TailTiles<C> tails_;
@@ -165,8 +186,6 @@ class ProductTiles {
 
 template <typename C>
 void tail_products(const TailProduct<C>* products, int64_t count) {
-  // Rows of a tile: its accumulators and a part's rows stay in the second-level cache.
-  constexpr int64_t kRowBlock = 192, kLeastRows = 24;
   const int64_t threads = at::get_num_threads();
   std::unique_ptr<TilePlan[]> plans(new TilePlan[count]);
   int64_t tiles = 0;
@@ -175,7 +194,7 @@ void tail_products(const TailProduct<C>* products, int64_t count) {
     plans[i] = {0, 0, tiles, 0};
     if (M == 0 || P == 0) continue;
     const int64_t blocks =
-        std::max(ceil_div(M, kRowBlock),
+        std::max(ceil_div(M, products[i].other_count > 0 ? kSummedRows : kRowBlock),
                  std::min(ceil_div(M, kLeastRows), ceil_div(4 * threads, P * count)));
     plans[i] = {blocks, ceil_div(M, blocks), tiles, P * blocks};
     tiles += P * blocks;

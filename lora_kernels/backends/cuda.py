@@ -41,7 +41,13 @@ def answer(op: str, *args: Any, **kwargs: Any) -> Any:
             onto = adapters_onto(problem.adapters(), facts(device))
             return getattr(vendor, op)(*args, **kwargs, onto=onto)
         if config.plan == "vendor":
-            return getattr(vendor, op)(*args, **kwargs, masked=masked)
+            options: dict[str, Any] = {"masked": masked}
+            if op in ("lora_linears_fwd", "lora_linears_dx"):
+                rows = shrink_problem(problem)
+                if plan.is_valid(Config("skinny"), rows, facts(device)):
+                    config = fill_tile_sizes(Config("skinny"), rows, facts(device))
+                    options["shrinks"] = shrinks_with(config)
+            return getattr(vendor, op)(*args, **kwargs, **options)
         return run_kernel(op, config, problem, facts(device), *args, **kwargs)
 
 
@@ -67,6 +73,28 @@ def adapters_onto(problem: Problem, known: DeviceFacts) -> Callable[..., Tensor]
         return functools.partial(segmented.dx_onto, config=config)
     module = segmented_decode if config.plan == "decode" else segmented
     return functools.partial(module.lora_onto, config=config)
+
+
+def shrinks_with(config: Config) -> Callable[..., Tensor]:
+    """A function that makes S or D of several projections in one launch."""
+    from ..kernels import linears
+
+    return functools.partial(linears.lora_shrinks, config=config)
+
+
+def shrink_problem(problem: Problem) -> Problem:
+    """Of the shrink that makes S or D for a product with a base."""
+    return Problem(
+        "lora_shrink",
+        problem.m,
+        problem.r,
+        problem.inner,
+        problem.r,
+        problem.dtype,
+        problem.adapter_dtype,
+        problem.dropout and problem.op in ("lora_linear_fwd", "lora_linears_fwd"),
+        slices=problem.slices,
+    )
 
 
 def run_kernel(
@@ -97,17 +125,7 @@ def run_kernel(
         return kernel(*args, **kwargs, config=config)
     if config.plan == "producer":
         return getattr(linear_producer, op)(*args, **kwargs, config=config)
-    rows = Problem(
-        "lora_shrink",
-        problem.m,
-        problem.r,
-        problem.inner,
-        problem.r,
-        problem.dtype,
-        problem.adapter_dtype,
-        problem.dropout and op == "lora_linear_fwd",
-    )
-    shrink = fill_tile_sizes(Config("skinny"), rows, known)
+    shrink = fill_tile_sizes(Config("skinny"), shrink_problem(problem), known)
     return getattr(linear_fwd, op)(*args, **kwargs, config=config, shrink=shrink)
 
 

@@ -21,6 +21,8 @@ from ..spec.linears import dab_by_projection, rng_of
 from ..spec.reference import scaled_rows, tail_dtype
 
 Masked = Callable[[Tensor, Tensor, float], Tensor]
+# S of one x, or D of a list of gradients, of several projections: ``kernels.linears.lora_shrinks``.
+Shrinks = Callable[..., Tensor]
 # Adds the adapters of a mixed batch to its first argument, and returns S or D.
 Onto = Callable[..., Tensor]
 
@@ -147,9 +149,12 @@ def lora_linears_fwd(
     packed: Sequence[Tensor] | None = None,
     *,
     masked: Masked,
+    shrinks: Shrinks | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     ranks, tail = [len(a) for a in lora_a], tail_dtype(x.dtype)
-    if rng is None:
+    if shrinks is not None:
+        s = shrinks([x], lora_a, scales, rng, dropout_p)
+    elif rng is None:
         s = torch.mm(x.to(tail), _stack(lora_a, tail).t())
         _scale_columns(s, scales, ranks, dropout_p)
     else:
@@ -181,14 +186,18 @@ def lora_linears_dx(
     packed: Sequence[Tensor] | None = None,
     *,
     masked: Masked,
+    shrinks: Shrinks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The library adds each product onto the ones before, in dX's dtype."""
     ranks, dtype = [len(a) for a in lora_a], dy[0].dtype
     tail = tail_dtype(dtype)
-    d = dy[0].new_empty(dy[0].shape[0], sum(ranks), dtype=tail)
-    for rows, b, d_j in zip(dy, lora_b, d.split(ranks, dim=1), strict=True):
-        d_j.copy_(torch.mm(rows.to(tail), b.to(tail)))
-    _scale_columns(d, scales, ranks, dropout_p)
+    if shrinks is not None:
+        d = shrinks(dy, [b.t() for b in lora_b], scales, None, dropout_p)
+    else:
+        d = torch.cat(
+            [torch.mm(t.to(tail), b.to(tail)) for t, b in zip(dy, lora_b, strict=True)], 1
+        )
+        _scale_columns(d, scales, ranks, dropout_p)
     w = [t.t() if fan_in_fan_out else t for t in weights]
     dx = torch.mm(dy[0], w[0]).to(tail)
     for rows, weight in zip(dy[1:], w[1:], strict=True):

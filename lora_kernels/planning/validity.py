@@ -66,8 +66,6 @@ def invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str 
             return "the library has no call that mixes adapters"
         # The base is the library's, the adapters are added by our kernels.
         return _tiled_invalid_reason(Config("grouped"), problem.adapters(), facts)
-    if config.plan == "native" and problem.op in LINEARS_OPERATORS:
-        return "it has no kernel for several projections"
     if config.plan in ("native", "vendor"):
         if problem.dtype == "float64":
             return "float64 is computed by the reference"
@@ -216,6 +214,9 @@ def _register_reason(config: Config, problem: Problem, facts: DeviceFacts) -> st
     rank, nvidia = block_r(config, problem.r), sm_number(facts.arch) < 1000
     if config.plan == "skinny":
         shrink = problem.op == "lora_shrink"
+        if shrink and problem.slices > 1 and config.block_m == 16:
+            # Where each row of A lies takes registers, too.
+            return _REGISTERS
         columns = config.block_k if shrink else config.block_n
         # The tile of x or dY, and the one of A or of S and D.
         loaded = max(config.block_m * columns, (columns if shrink else config.block_m) * rank)

@@ -24,7 +24,7 @@ from lora_kernels.testing.linears import (
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # Groups as models have them (q, k, v with fewer heads; gate, up), one projection alone, ranks that
-# are odd or differ, and more rows than one tile of any kernel.
+# are odd or differ, and more rows than any tile.
 GROUPS = [
     (Case(0, 0, 8, 0), (9, 4), (2,)),
     (Case(1, 0, 40, 0), (16,), (8,)),
@@ -32,6 +32,7 @@ GROUPS = [
     (Case(130, 0, 264, 0), (200, 40, 40), (24,)),
     (Case(64, 0, 129, 0), (70, 131), (5, 100)),
     (Case(300, 0, 530, 0), (130, 66, 64, 3), (16, 2)),
+    (Case(900, 0, 70, 0), (40, 40), (4,)),
 ]
 
 VARIANTS = [
@@ -71,7 +72,7 @@ def test_operator_keeps_the_budget(op, group, variant, dtype, plan, device):
 @pytest.mark.parametrize(
     ("op", "mutation"), [(op, name) for op in MUTATIONS for name in MUTATIONS[op]]
 )
-@pytest.mark.parametrize("plan", ["vendor", "reference"])
+@pytest.mark.parametrize("plan", ["native", "vendor", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_broken_backend_turns_the_check_red(op, mutation, plan, dtype, device, monkeypatch):
     if plan == "native" and not facts(device).native:
@@ -141,6 +142,32 @@ def separate(inputs):
 
 def answered(plans):
     return [a.op for a in plans]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_packed_weights_give_the_same_bits(dtype):
+    inputs = projections(GROUPS[5], dtype, dropout_p=0.2).draw()
+    for op, operand in (
+        ("lora_linears_fwd", lambda w: w.t()),
+        ("lora_linears_dx", lambda w: w),
+    ):
+        given = arguments(inputs, op)
+        packed = [torch.ops.lora_kernels_cpu.pack(operand(w)) for w in given["weights"]]
+        plain, ours = operator(op)(**given), operator(op)(**given, packed=packed)
+        for a, b in zip(plain, ours, strict=True):
+            assert all(torch.equal(*each) for each in zip(a, b, strict=True))
+        # Which are read.
+        for t in packed:
+            t.zero_()
+        assert not torch.equal(operator(op)(**given, packed=packed)[0][0], plain[0][0])
+
+
+@pytest.mark.native
+def test_rows_are_those_of_separate_layers_bit_for_bit():
+    inputs = projections(GROUPS[3], torch.bfloat16).draw()
+    for ours, apart in zip(call(inputs), separate(inputs), strict=True):
+        assert torch.equal(ours, apart)
 
 
 @pytest.mark.parametrize("variant", [{}, {"dropout_p": 0.4}, {"fan_in_fan_out": True}], ids=str)

@@ -160,7 +160,7 @@ def predicted(call: Call, kernel: str, c: dict[str, Any]) -> list[int]:
         tail = "tf32" if dtype == "float16" else dtype
         return instructions(arch, rows, columns, depth, warps, tail)
 
-    if kernel == "_lora_shrink_kernel":
+    if kernel in ("_lora_shrink_kernel", "_lora_shrinks_kernel"):
         loops = [of_tail(c["BLOCK_M"], c["BLOCK_R"], c["BLOCK_K"])]
     elif kernel == "_lora_linear_dab_kernel":
         # dA, then dB

@@ -22,7 +22,7 @@ import torch
 from lora_kernels import kernels
 from lora_kernels.backends import cuda
 from lora_kernels.spec.reference import tail_dtype
-from tests.kernels import aot_segmented
+from tests.kernels import aot_linears, aot_segmented
 from tests.kernels.aot_calls import DTYPES, FACTS, Call
 
 
@@ -107,6 +107,10 @@ def launches() -> Iterator[list[Caught]]:
 
 def launch(call: Call) -> Caught:
     """What the operator's launcher gives its kernel; a tail's shrink is a call of its own."""
+    if call.problem.op in aot_linears.OPERATORS:
+        with launches() as caught:
+            aot_linears.shrink(call.config, call.problem, call.layout)
+        return caught[call.launch]
     args, kwargs = arguments(call)
     with launches() as caught:
         cuda.run_kernel(

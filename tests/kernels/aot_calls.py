@@ -18,7 +18,8 @@ covering set of it, each member there for what it costs in registers or in addre
 - the shrink and dA/dB: each tile at the largest rank it admits masked and not, split and not,
   aligned, odd and strided, fp16 likewise but fewer, fp32 once; ranks 16 and 64 once, masked and
   aligned.
-- the segmented operators: the docstring of ``aot_segmented.py``.
+- the segmented operators, and the shrink of several projections: the docstrings of
+  ``aot_segmented.py`` and ``aot_linears.py``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from lora_kernels.planning.config import Config, tiled_configs
 from lora_kernels.planning.device import DeviceFacts
 from lora_kernels.planning.validity import invalid_reason
 from lora_kernels.spec.problem import Problem
-from tests.kernels import aot_segmented
+from tests.kernels import aot_linears, aot_segmented
 
 RANKS = (16, 32, 64, 128, 256)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -74,6 +75,7 @@ class Call(NamedTuple):
         tile = f"{sizes} w{config.num_warps} s{config.num_stages}"
         tile += f" split {config.split_k}" * (config.split_k > 1)
         names = {"lora_linear_fwd": "fwd", "lora_linear_dx": "dx"}
+        names |= {"lora_linears_fwd": "S", "lora_linears_dx": "D"}
         flags = [names[op]] if op in names else []
         flags += [op.removeprefix("segmented_")] * (problem.slots > 0) + ["packed"] * self.packed
         flags += ["mask"] * problem.dropout + ["Conv1D"] * problem.fan_in_fan_out
@@ -85,7 +87,9 @@ class Call(NamedTuple):
 def calls(arch: str) -> list[Call]:
     """The covering set of the module's docstring for one architecture, without repetitions."""
     mixed = itertools.starmap(functools.partial(Call, arch), aot_segmented.calls(FACTS[arch]))
-    return list(dict.fromkeys(itertools.chain(_linear(arch), _skinny(arch), mixed)))
+    several = itertools.starmap(functools.partial(Call, arch), aot_linears.calls(FACTS[arch]))
+    every = itertools.chain(_linear(arch), _skinny(arch), mixed, several)
+    return list(dict.fromkeys(every))
 
 
 def sample(arch: str) -> list[Call]:
