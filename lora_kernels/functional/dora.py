@@ -106,6 +106,30 @@ def dora_linear(
         return result_of(x, kept + y)
 
 
+def dora_rows(
+    y: Tensor, bias: Tensor | None, ratio: Tensor, is_dora: Tensor, slot_of_row: Tensor
+) -> Tensor:
+    """The rows of a mixed batch that belong to DoRA adapters, brought to their lengths:
+    ``ratio (y - bias) + bias``, rounded once more; the others as they are.
+
+    Args:
+        y: [..., N] = ``x W^T + S B^T + bias``.
+        ratio: [S, N], ``m / ||W + s B A||`` of every slot, in float32 or wider.
+        is_dora: bool [S + 1], which slots hold DoRA adapters; the last is False, for rows of -1.
+        slot_of_row: int [M] or longer.
+    """
+    rows = y.reshape(-1, y.shape[-1])
+    slot = slot_of_row[: rows.shape[0]].long()
+    chosen = is_dora[slot][:, None]
+    # What other slots hold was perhaps never written, and would spoil a gradient.
+    factor = torch.where(chosen, ratio[slot.clamp(min=0)], 1)
+    if bias is None:
+        scaled = rows.to(ratio.dtype) * factor
+    else:
+        scaled = (rows.to(ratio.dtype) - bias) * factor + bias
+    return torch.where(chosen, scaled.to(y.dtype), rows).view(y.shape)
+
+
 def _composed(
     x: Tensor,
     weight: Tensor,
@@ -204,26 +228,31 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dtype = weight.dtype
     dy = rows_of(grad, dtype)
     dx = d = da = db = dbias = dm = None
+    scaled, left = dy, ratio
+    if dtype != torch.float16:
+        # Once for all that read it, by any plan; of float16 the scaled rows are float32.
+        scaled, left = reference.scaled_rows(dy, ratio), None
     if need_x:
         dx, d = ops.lora_linear_dx(
-            dy, weight, lora_a, lora_b, scale,
-            fan_in_fan_out=ctx.fan_in_fan_out, out_scale=ratio,
+            scaled, weight, lora_a, lora_b, scale,
+            fan_in_fan_out=ctx.fan_in_fan_out, out_scale=left,
         )  # fmt: skip
         # In the compute dtype: autograd casts it to x's.
         dx = dx.view(ctx.x_shape)
     elif need_a:
-        d = ops.lora_shrink(reference.scaled_rows(dy, ratio), lora_b.t(), scale)
-    if need_a or need_b or need_bias:
-        da, db, dbias = ops.lora_linear_dab(
-            dy, rows_of(x, dtype) if need_a else None, s, d if need_a else None,
+        d = ops.lora_shrink(reference.scaled_rows(scaled, left), lora_b.t(), scale)
+    if need_a or need_b:
+        da, db, _ = ops.lora_linear_dab(
+            scaled, rows_of(x, dtype) if need_a else None, s, d if need_a else None,
             da_dtype=lora_a.dtype if need_a else None,
             db_dtype=lora_b.dtype if need_b else None,
-            dbias_dtype=bias.dtype if need_bias else None,
-            out_scale=ratio,
+            out_scale=left,
         )  # fmt: skip
+    if need_bias:
+        dbias = dy.sum(0, dtype=norm.dtype).to(bias.dtype)
     if need_m:
         dm = (dy.to(norm.dtype) * rows).sum(0) / norm
-    da, db, dbias = da if need_a else None, db if need_b else None, dbias if need_bias else None
+    da, db = da if need_a else None, db if need_b else None
     return dx, None, da, db, dm, None, None, dbias, None
 
 

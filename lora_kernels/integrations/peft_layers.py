@@ -1,4 +1,4 @@
-"""``FusedLinear``: the class that a LoRA layer of PEFT has while our kernels answer its calls.
+"""``FusedLayer``, ``FusedLinear``: what a LoRA layer of PEFT is while our kernels answer its calls.
 
 Only a subclass at module level, with the attributes of its base, leaves everything of PEFT's as it
 is: ``isinstance``, pickles, copies, names in ``state_dict``. Everything is read afresh in each
@@ -8,8 +8,8 @@ changes values without moving ``Tensor._version``.
 
 PEFT's forward answers, and the reason is counted, where
 
-- an adapter is a variant (aLoRA, ...), several are active and one is DoRA, or one is not made of
-  plain ``nn.Linear`` modules;
+- an adapter is a variant other than DoRA, aLoRA and MiCA, several are active and one of them is
+  DoRA or aLoRA, or one is not made of plain ``nn.Linear`` modules;
 - a hook, a parametrisation or a forward of its own stands on the base layer or a module of the
   adapter, or a global hook on all modules: they expect to be called (accelerate's hooks that only
   send inputs to the weight's device are seen through);
@@ -17,18 +17,18 @@ PEFT's forward answers, and the reason is counted, where
   differ, or x is a tensor subclass, nested or sparse;
 - the call is traced for a file (``torch.export``, ``torch.jit.trace``) or transformed
   (``torch.func``, forward-mode derivatives);
-- a mixed batch (``adapter_names=``) is compiled, or meets dropout or ``lora_bias``.
+- a mixed batch (``adapter_names=``) or aLoRA is compiled, or a mixed batch meets dropout or DoRA.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from peft.tuners import lora
-from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
@@ -37,26 +37,49 @@ from ..functional.checks import scale_tensor
 from ..functional.linear import Operands, checked_lora_linear
 from ..functional.ops import PLAIN, autocast_enabled
 from ..functional.segmented import segmented_linear
-from ..layers import replacing
 from ..layers.foreign import is_conv1d, is_dispatched, is_falcon_linear
 from ..layers.norms import DoRANorms
-from ..layers.packed import PackedWeight, Packing
-from ..models.foreign import offload_reason
+from ..layers.packed import Packing
 from .peft_calls import Calls
-from .peft_operands import Adapter, Base, add, concatenated, stacked, table_of
+from .peft_operands import Adapter, Base, add, biases, concatenated, runs_of, stacked, table_of
 
 _DTYPES = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])
+# Of each sequence, how many of its last tokens an aLoRA adapter is for.
+Offsets = Sequence[int | None] | None
 _KNOWN_ARGUMENTS = frozenset(["adapter_names", "alora_offsets"])
 
+# Variants of PEFT's that are computed here, not all of which every version has: what they are
+# called in reports. MiCA computes as LoRA, with a frozen B.
+VARIANTS = {
+    "DoraLinearVariant": "DoRA",
+    "ALoraLinearVariant": "aLoRA",
+    "MiCALinearVariant": "MiCA",
+}
+
 # A call without an adapter to compute: PEFT's forward, and nothing to count.
-_NOTHING = ""
+NOTHING = ""
+
+# Reasons that all kinds of layers give.
+HOOK = "a hook, or a forward of its own, on a module of the adapter"
+NOT_PLAIN = "a weight of the adapter that is no plain Parameter"
 
 
-class FusedLinear(Packing, lora.Linear):
-    """``peft.tuners.lora.Linear`` on our kernels; made by :func:`swap`, never by a constructor."""
+class FusedLayer(Packing, lora.LoraLayer):
+    """What the kinds of layers have in common. A subclass has PEFT's class as its next base; it is
+    made by :func:`lora_kernels.integrations.peft_kinds.swap`, never by a constructor.
+    """
 
+    peft_class: ClassVar[type[nn.Module]]
     kernel_calls: Calls
     _norms: DoRANorms
+
+    def _adapter_operands(self, name: str, x: Tensor, base: Base) -> Adapter | str:
+        """What the adapter ``name`` computes with; or why PEFT's own forward has to."""
+        raise NotImplementedError
+
+    def _delta(self, name: str, x: Tensor) -> Tensor:
+        """What the adapter ``name`` adds, by PEFT's modules."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in_features] -> [..., out_features], as PEFT's layer."""
@@ -68,15 +91,15 @@ class FusedLinear(Packing, lora.Linear):
         elif args or not kwargs.keys() <= _KNOWN_ARGUMENTS:
             y = "arguments that the base layer would have to take"
         elif kwargs.get("adapter_names") is None:
-            y = self._forward_active(x)
+            y = self._forward_active(x, kwargs.get("alora_offsets"))
         else:
-            y = self._forward_mixed(x, kwargs["adapter_names"])
+            y = self._forward_mixed(x, **kwargs)
         counts = not torch.compiler.is_compiling()
         if not isinstance(y, str):
             if counts:
                 self.kernel_calls.fused += 1
             return y
-        if counts and y is not _NOTHING:
+        if counts and y is not NOTHING:
             self.kernel_calls.fall_back(y)
         return super().forward(x, *args, **kwargs)
 
@@ -92,14 +115,14 @@ class FusedLinear(Packing, lora.Linear):
         layer: Any = self
         return layer.base_layer.weight.new_zeros(rows, layer.in_features, dtype=dtype), call
 
-    def _forward_active(self, x: Tensor) -> Tensor | str:
+    def _forward_active(self, x: Tensor, offsets: Offsets = None) -> Tensor | str:
         """The sum of the active adapters on the base; or why not."""
-        held = cast(Any, self._modules["lora_A"])._modules
+        held: Any = self._modules["lora_A"]
         active = self._active_adapter
         names = (active,) if isinstance(active, str) else active
         names = [name for name in names if name in held]
         if not names:
-            return _NOTHING
+            return NOTHING
         base = self._base_operands(x)
         if isinstance(base, str):
             return base
@@ -109,10 +132,12 @@ class FusedLinear(Packing, lora.Linear):
             if isinstance(adapter, str):
                 return adapter
             adapters.append(adapter)
-        if len(adapters) == 1:
+        if len(adapters) == 1 and not adapters[0].from_invocation:
             return self._fused(x, base, adapters[0])
-        if any(adapter.magnitude is not None for adapter in adapters):
-            return "several active adapters, one of which is DoRA"
+        if len(adapters) == 1:
+            return self._by_sequence(x, base, adapters, [0] * len(x), offsets)
+        if any(t.magnitude is not None or t.from_invocation for t in adapters):
+            return "several active adapters, one of which is DoRA or aLoRA"
         return self._fused_sum(x, base, adapters)
 
     def _fused(self, x: Tensor, base: Base, adapter: Adapter) -> Tensor:
@@ -145,23 +170,21 @@ class FusedLinear(Packing, lora.Linear):
         apart = [t for t in adapters if t.dropout_p > 0.0 and t is not together[0]]
         y = self._fused(x, base, concatenated(together))
         dtype = y.dtype
-        for name, _, _, _, scaling, *_ in apart:
-            lora_a, lora_b = cast(Any, self.lora_A[name]), self.lora_B[name]
-            rows = self._cast_input_dtype(x, lora_a.weight.dtype)
-            y = y + lora_b(lora_a(self.lora_dropout[name](rows))) * scaling
+        for adapter in apart:
+            y = y + self._delta(adapter.name, x)
         return y.to(dtype)
 
-    def _forward_mixed(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor | str:
+    def _forward_mixed(
+        self, x: Tensor, adapter_names: Sequence[str], alora_offsets: Offsets = None
+    ) -> Tensor | str:
         """Each sequence of the batch with its own adapter; or why not."""
-        if torch.compiler.is_compiling():
-            return "adapter_names in compiled code"
         if x.dim() < 2 or len(adapter_names) != x.shape[0]:
             # PEFT's own error.
-            return _NOTHING
-        held = cast(Any, self._modules["lora_A"])._modules
+            return NOTHING
+        held: Any = self._modules["lora_A"]
         names = [n for n in dict.fromkeys(adapter_names) if n != "__base__" and n in held]
         if not names:
-            return _NOTHING
+            return NOTHING
         base = self._base_operands(x)
         if isinstance(base, str):
             return base
@@ -172,26 +195,51 @@ class FusedLinear(Packing, lora.Linear):
                 return adapter
             if adapter.dropout_p > 0.0:
                 return "adapter_names with dropout in training mode"
-            if adapter.bias is not None or adapter.magnitude is not None:
-                return "adapter_names with lora_bias or DoRA"
             adapters.append(adapter)
         slots = {name: slot for slot, name in enumerate(names)}
+        return self._by_sequence(
+            x, base, adapters, [slots.get(name, -1) for name in adapter_names], alora_offsets
+        )
+
+    def _by_sequence(
+        self, x: Tensor, base: Base, adapters: list[Adapter], slots: list[int], offsets: Offsets
+    ) -> Tensor | str:
+        """Sequence i of the batch with the adapter ``slots[i]``, or none for -1; or why not."""
+        if torch.compiler.is_compiling():
+            return "adapter_names or aLoRA in compiled code"
+        if any(adapter.magnitude is not None for adapter in adapters):
+            return "adapter_names with DoRA"
+        tokens = math.prod(x.shape[1:-1])
+        last = [tokens] * len(slots)
+        if any(adapter.from_invocation for adapter in adapters):
+            offsets = [0] * len(slots) if offsets is None else offsets
+            if x.dim() not in (2, 3) or len(offsets) != len(slots):
+                return "aLoRA on an x that is not [batch, tokens, in]"
+            last = [
+                int(offset or 0) if slot >= 0 and adapters[slot].from_invocation else tokens
+                for slot, offset in zip(slots, offsets, strict=True)
+            ]
         table = table_of(
-            tuple([slots.get(name, -1) for name in adapter_names]),
-            math.prod(x.shape[1:-1]),
+            *runs_of(slots, tokens, last),
             tuple([adapter.a.shape[0] for adapter in adapters]),
             tuple([float(adapter.scaling) for adapter in adapters]),
             x.device,
         )
-        return segmented_linear(
+        y = segmented_linear(
             x.to(base.dtype),
             base.weight,
             *stacked(adapters),
             table,
             base.bias,
+            dropout_p=adapters[0].dropout_p,
+            training=True,
             fan_in_fan_out=base.transposed,
             packed=self._packed_copies(base.weight, base.transposed, base.dtype),
         )
+        if all(adapter.bias is None for adapter in adapters):
+            return y
+        added = biases(adapters)[table.slot_of_row.long()].view(y.shape)
+        return (y + added).to(y.dtype)
 
     def _base_operands(self, x: Tensor) -> Base | str:
         """What the base layer computes with; or why its forward has to be called."""
@@ -208,7 +256,7 @@ class FusedLinear(Packing, lora.Linear):
         if _has_any_global_hook():
             return "a global hook on all modules"
         layer: Any = self._modules["base_layer"]
-        transposed = _orientation(layer)
+        transposed = orientation(layer)
         if isinstance(transposed, str):
             return transposed
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
@@ -216,7 +264,7 @@ class FusedLinear(Packing, lora.Linear):
             return "a weight of the base layer that is no plain Parameter"
         if x.device != weight.device:
             return "x and the base weight are on different devices"
-        if not _is_called_plainly(layer):
+        if not is_called_plainly(layer):
             return "a hook, or a forward of its own, on the base layer"
         dtype = x.dtype
         if dtype not in _DTYPES or weight.dtype not in _DTYPES:
@@ -231,46 +279,22 @@ class FusedLinear(Packing, lora.Linear):
             return "shapes that do not fit"
         return Base(weight, bias, transposed, dtype)
 
-    def _adapter_operands(self, name: str, x: Tensor, base: Base) -> Adapter | str:
-        """What the adapter ``name`` computes with; or why its modules have to be called."""
-        variant = self.lora_variant.get(name)
-        magnitude: Any = None
-        if type(variant) is DoraLinearVariant:
-            held = self.lora_magnitude_vector[name]
-            magnitude = held.weight if _is_called_plainly(held) else None
-            if type(magnitude) not in PLAIN or magnitude.device != x.device:
-                return "a magnitude of DoRA that is no plain Parameter beside x, or has a hook"
-        elif variant is not None:
-            return f"the adapter is a {type(variant).__name__}"
+    def _dropout_of(self, name: str) -> float | str:
+        """The dropout of the adapter ``name``, 0.0 in evaluation mode; or why it has to be
+        called."""
         # Past nn.Module.__getattr__, which costs more than the lookup.
-        modules: dict[str, Any] = self._modules
-        lora_a = modules["lora_A"]._modules[name]
-        lora_b = modules["lora_B"]._modules[name]
-        dropout = modules["lora_dropout"]._modules[name]
-        if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
-            return "lora_A or lora_B is no plain nn.Linear"
+        dropout: Any = self._modules["lora_dropout"]._modules[name]  # type: ignore[union-attr]
         if type(dropout) is nn.Identity:
             dropout_p = 0.0
         elif type(dropout) is nn.Dropout:
             dropout_p = dropout.p if dropout.training else 0.0
         else:
             return f"the dropout is a {type(dropout).__name__}"
-        if not (
-            _is_called_plainly(lora_a)
-            and _is_called_plainly(lora_b)
-            and _is_called_plainly(dropout)
-        ):
-            return "a hook, or a forward of its own, on a module of the adapter"
-        a: Any = lora_a._parameters.get("weight")
-        b: Any = lora_b._parameters.get("weight")
-        bias = lora_b._parameters.get("bias")
-        if (
-            type(a) not in PLAIN
-            or type(b) not in PLAIN
-            or not (bias is None or type(bias) in PLAIN)
-            or lora_a._parameters.get("bias") is not None
-        ):
-            return "a weight of the adapter that is no plain Parameter"
+        return dropout_p if is_called_plainly(dropout) else HOOK
+
+    def _misfit(self, adapter: Adapter, x: Tensor, base: Base) -> str:
+        """Why the kernels cannot compute ``adapter``, or nothing."""
+        _, a, b, bias, scaling, dropout_p, magnitude, _ = adapter
         device = x.device
         if a.device != device or b.device != device:
             return "x and the adapter are on different devices"
@@ -284,7 +308,6 @@ class FusedLinear(Packing, lora.Linear):
                 return "a float64 adapter on another base"
             if not self.cast_input_dtype_enabled:
                 return "the cast of x to the adapter's dtype is switched off"
-        scaling = self.scaling[name]
         if isinstance(scaling, Tensor) and (
             scaling.requires_grad or scaling.dim() != 0 or not scaling.is_floating_point()
         ):
@@ -294,7 +317,7 @@ class FusedLinear(Packing, lora.Linear):
             return "shapes that do not fit, or dropout of everything"
         if magnitude is not None and bias is not None:
             return "DoRA with lora_bias"
-        return Adapter(name, a, b, bias, scaling, dropout_p, magnitude)
+        return ""
 
     # What PEFT writes into the base weight, it writes through .data, a small adapter perhaps in few
     # places: the packed copies go first. While merged none is made, so unmerging finds none.
@@ -314,81 +337,56 @@ class FusedLinear(Packing, lora.Linear):
 
     def _get_name(self) -> str:
         # What PEFT prints of it is known by heart to others' code.
-        return lora.Linear.__name__
+        return self.peft_class.__name__
 
     def extra_repr(self) -> str:
         return "on lora_kernels"
 
 
-def lora_layers(model: nn.Module) -> dict[str, lora.LoraLayer]:
-    """PEFT's LoRA layers by name; one that stands at several paths appears under its first."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, lora.LoraLayer)}
+class FusedLinear(FusedLayer, lora.Linear):
+    """``peft.tuners.lora.Linear`` on our kernels."""
 
+    peft_class = lora.Linear
 
-def unsupported_reason(layer: Any) -> str | None:
-    """Why no call of this layer could be fused, or None if some could."""
-    if type(layer) not in (lora.Linear, FusedLinear):
-        return f"is a {type(layer).__name__}; lora.Linear is served"
-    if layer.quantization_backend is not None:
-        return "its base is quantised"
-    base = layer.base_layer
-    transposed = _orientation(base)
-    if isinstance(transposed, str):
-        return transposed
-    reason = replacing.unsupported_reason(base)
-    if reason is not None:
-        return f"its base layer {reason}"
-    if type(base.weight) not in PLAIN:
-        return f"its weight is a {type(base.weight).__name__}"
-    reason = offload_reason(layer) or offload_reason(base)
-    if reason is not None:
-        return reason
-    if not replacing.is_forward_of_class(layer):
-        return "its forward was replaced on the instance"
-    reasons = [_adapter_reason(layer, name) for name in layer.lora_A]
-    found = sorted({reason for reason in reasons if reason is not None})
-    return ", ".join(found) if found and None not in reasons else None
+    def _adapter_operands(self, name: str, x: Tensor, base: Base) -> Adapter | str:
+        variant = self.lora_variant.get(name)
+        magnitude: Any = None
+        if type(variant) is DoraLinearVariant:
+            held = self.lora_magnitude_vector[name]
+            magnitude = held.weight if is_called_plainly(held) else None
+            if type(magnitude) not in PLAIN or magnitude.device != x.device:
+                return "a magnitude of DoRA that is no plain Parameter beside x, or has a hook"
+        elif variant is not None and type(variant).__name__ not in VARIANTS:
+            return f"the adapter is a {type(variant).__name__}"
+        modules: dict[str, Any] = self._modules
+        lora_a = modules["lora_A"]._modules[name]
+        lora_b = modules["lora_B"]._modules[name]
+        if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+            return "lora_A or lora_B is no plain nn.Linear"
+        dropout_p = self._dropout_of(name)
+        if isinstance(dropout_p, str):
+            return dropout_p
+        if not (is_called_plainly(lora_a) and is_called_plainly(lora_b)):
+            return HOOK
+        a: Any = lora_a._parameters.get("weight")
+        b: Any = lora_b._parameters.get("weight")
+        bias = lora_b._parameters.get("bias")
+        if (
+            type(a) not in PLAIN
+            or type(b) not in PLAIN
+            or not (bias is None or type(bias) in PLAIN)
+            or lora_a._parameters.get("bias") is not None
+        ):
+            return NOT_PLAIN
+        activated = type(variant) is ALoraLinearVariant
+        adapter = Adapter(name, a, b, bias, self.scaling[name], dropout_p, magnitude, activated)
+        return self._misfit(adapter, x, base) or adapter
 
-
-def _adapter_reason(layer: Any, name: str) -> str | None:
-    """Why no call of one adapter could be fused, or None."""
-    variant = layer.lora_variant.get(name)
-    if variant is not None and type(variant) is not DoraLinearVariant:
-        return f"its adapter is a {type(variant).__name__}"
-    for part in ("lora_A", "lora_B"):
-        module = getattr(layer, part)[name]
-        reason = replacing.unsupported_reason(module)
-        if reason is not None or type(module) is not nn.Linear:
-            return f"its {part} {reason or f'is a {type(module).__name__}'}"
-    return None
-
-
-def swap(layer: Any, calls: Calls, pack_weight: str) -> None:
-    """Make ``layer``, for which :func:`unsupported_reason` is None, a :class:`FusedLinear`."""
-    if not isinstance(layer, FusedLinear):
-        layer.__class__ = FusedLinear
-        layer._packed, layer._norms = PackedWeight(), DoRANorms()
-        _rebind(layer)
-    layer.kernel_calls = calls
-    if vars(layer).get("_pack_weight") != pack_weight:
-        layer.pack_weight = pack_weight
-
-
-def restore(layer: Any) -> None:
-    """Undo :func:`swap`."""
-    for name in ("kernel_calls", "_packed", "_pack_weight", "_norms"):
-        vars(layer).pop(name, None)
-    layer.__class__ = lora.Linear
-    _rebind(layer)
-
-
-def _rebind(layer: Any) -> None:
-    # accelerate keeps the forward that it found, bound, and calls that one.
-    # When a hook is removed, it becomes the instance's forward.
-    for name in ("_old_forward", "forward"):
-        held = vars(layer).get(name)
-        if getattr(held, "__func__", None) in (lora.Linear.forward, FusedLinear.forward):
-            setattr(layer, name, type(layer).forward.__get__(layer))
+    def _delta(self, name: str, x: Tensor) -> Tensor:
+        lora_a, lora_b = cast(Any, self.lora_A[name]), self.lora_B[name]
+        rows = self._cast_input_dtype(x, lora_a.weight.dtype)
+        delta: Tensor = lora_b(lora_a(self.lora_dropout[name](rows))) * self.scaling[name]
+        return delta
 
 
 def _is_own_forward(forward: Any, module: nn.Module) -> bool:
@@ -404,7 +402,7 @@ def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def _is_called_plainly(module: Any) -> bool:
+def is_called_plainly(module: Any) -> bool:
     """Whether calling ``module`` is running its class's forward, and nothing else."""
     if (
         module._forward_hooks
@@ -436,7 +434,7 @@ def _is_device(device: Any, module: nn.Module) -> bool:
     return wanted.type == parameter.device.type and index == (parameter.device.index or 0)
 
 
-def _orientation(module: nn.Module) -> bool | str:
+def orientation(module: nn.Module) -> bool | str:
     """Whether the class of ``module`` keeps its weight as [in, out]; or why it is not served."""
     kind: Any = type(module)
     forward, transposed = _ORIENTATIONS.get(kind, (None, False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,8 @@ class Adapter(NamedTuple):
     dropout_p: float
     # of DoRA
     magnitude: Tensor | None = None
+    # aLoRA: only for the last tokens of a sequence, as many as ``alora_offsets`` says.
+    from_invocation: bool = False
 
 
 def concatenated(adapters: list[Adapter]) -> Adapter:
@@ -52,18 +55,40 @@ def add(bias: Tensor | None, other: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def table_of(
     slots: tuple[int, ...],
-    rows: int,
+    lengths: tuple[int, ...],
     ranks: tuple[int, ...],
     scales: tuple[float, ...],
     device: torch.device,
 ) -> SegmentTable:
-    """The table of a batch whose sequence i has ``rows`` rows of slot ``slots[i]``: one for all
-    layers with the same ranks and scales."""
+    """The table of a batch that has ``lengths[i]`` rows of slot ``slots[i]``, one after the other:
+    one for all layers with the same ranks and scales."""
     # One made in inference mode could not be saved for a backward later. The numbers become tensors
     # on a CPU first, whatever the default device is.
     with torch.inference_mode(False), torch.device("cpu"):
-        lengths = [rows] * len(slots)
         return SegmentTable.from_lengths(slots, lengths, ranks, scales, device=device)
+
+
+def runs_of(
+    slots: Sequence[int], tokens: int, last: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The slots and lengths of :func:`table_of` for sequences of ``tokens`` rows, whose ``last`` so
+    many use their slot.
+
+    >>> runs_of([0, -1, 1], tokens=5, last=[2, 5, 9])
+    ((-1, 0, -1, 1), (3, 2, 5, 5))
+    """
+    runs: list[tuple[int, int]] = []
+    for slot, count in zip(slots, last, strict=True):
+        count = min(count, tokens)
+        runs += [(-1, tokens - count)] * (count < tokens) + [(slot, count)] * (count > 0)
+    return tuple([slot for slot, _ in runs]), tuple([length for _, length in runs])
+
+
+def biases(adapters: list[Adapter]) -> Tensor:
+    """What ``lora_bias`` adds in each slot and, at the end, to rows without one: [S + 1, N]."""
+    zero = next(t.b for t in adapters).new_zeros(adapters[0].b.shape[0])
+    scaled = [zero if t.bias is None else t.bias * t.scaling for t in adapters]
+    return torch.stack([*scaled, zero])
 
 
 def stacked(adapters: list[Adapter]) -> tuple[Tensor, Tensor]:

@@ -24,10 +24,11 @@ def accelerate_peft(model: nn.Module, *, pack_weight: str = "eval") -> PeftRepor
     """Run the LoRA layers of a ``PeftModel``, or of a transformers model with loaded adapters, on
     our kernels, in place.
 
-    Each ``peft.tuners.lora.Linear`` that can be served gets a subclass of itself as its class, with
-    another ``forward``. Parameters, names, hooks and files stay PEFT's and so does every method;
-    what the kernels do not serve in a call (:mod:`lora_kernels.integrations.peft_layers` lists it)
-    is answered by PEFT's forward and counted, with the reason, in ``report.calls``.
+    Each ``peft.tuners.lora.Linear`` and each ``SVDLinear`` of AdaLoRA that can be served gets a
+    subclass of itself as its class, with another ``forward``. Parameters, names, hooks and files
+    stay PEFT's and so does every method; what the kernels do not serve in a call
+    (:mod:`lora_kernels.integrations.peft_layers` lists it) is answered by PEFT's forward and
+    counted, with the reason, in ``report.calls``.
 
     The adapter is computed in x's dtype (or autocast's) with float32 accumulation; PEFT without
     autocast computes float32 adapters on a half-precision base in float32. Dropout draws other
@@ -46,19 +47,19 @@ def accelerate_peft(model: nn.Module, *, pack_weight: str = "eval") -> PeftRepor
         ValueError: the model has no LoRA layers of PEFT, or an unknown ``pack_weight``.
     """
     check_pack_weight(pack_weight)
-    from . import peft_layers
+    from . import peft_kinds
 
-    layers = peft_layers.lora_layers(model)
+    layers = peft_kinds.lora_layers(model)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no LoRA layers of PEFT: add an adapter to it first"
         )
-    held = (m.kernel_calls for m in layers.values() if isinstance(m, peft_layers.FusedLinear))
+    held = (m.kernel_calls for m in layers.values() if isinstance(m, peft_kinds.FusedLayer))
     report = PeftReport({}, {}, next(held, Calls()), [_LATER, _ONCE])
     for name, layer in layers.items():
-        reason = peft_layers.unsupported_reason(layer)
+        reason = peft_kinds.unsupported_reason(layer)
         if reason is None:
-            peft_layers.swap(layer, report.calls, pack_weight)
+            peft_kinds.swap(layer, report.calls, pack_weight)
             report.fused[name] = _description(layer)
         else:
             report.skipped[name] = reason
@@ -72,22 +73,25 @@ def restore_peft(model: nn.Module) -> list[str]:
     Nothing of :func:`accelerate_peft` stays behind; a model without swapped layers is left as it
     is.
     """
-    from . import peft_layers
+    from . import peft_kinds
 
     restored = []
-    for name, layer in peft_layers.lora_layers(model).items():
-        if isinstance(layer, peft_layers.FusedLinear):
-            peft_layers.restore(layer)
+    for name, layer in peft_kinds.lora_layers(model).items():
+        if isinstance(layer, peft_kinds.FusedLayer):
+            peft_kinds.restore(layer)
             restored.append(name)
     return restored
 
 
 def _description(layer: Any) -> str:
     """ "kind [out, in], adapters" of a swapped layer."""
+    from . import peft_layers
+
     adapters = []
     for name, module in layer.lora_A.items():
-        variant = layer.lora_variant.get(name)
-        what = f"r={module.weight.shape[0]}" if variant is None else f"{type(variant).__name__}"
-        adapters.append(f"{name} {what}" + " by PEFT" * (variant is not None))
+        rank = getattr(module, "weight", module).shape[0]
+        variant = type(layer.lora_variant.get(name)).__name__
+        what = peft_layers.VARIANTS.get(variant, f"{variant} by PEFT")
+        adapters.append(f"{name} r={rank}" + f" {what}" * (variant != "NoneType"))
     kind = type(layer.base_layer).__name__
     return f"{kind} [{layer.out_features}, {layer.in_features}], {', '.join(adapters)}"

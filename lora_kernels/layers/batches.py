@@ -71,6 +71,7 @@ class Adapter(NamedTuple):
     # path of a layer -> (rank, scale)
     layers: Mapping[str, tuple[int, float]]
     dropout_p: float
+    use_dora: bool = False
 
 
 @dataclass(eq=False)
@@ -79,6 +80,9 @@ class _Kind:
 
     rank_of_slot: list[int]
     scale_of_slot: list[float]
+    # For every slot, and at the end for rows of -1.
+    is_dora: list[bool]
+    masks: dict[torch.device, Tensor] = field(default_factory=dict)
     tables: dict[tuple[int, torch.device], SegmentTable] = field(default_factory=dict)
 
 
@@ -154,6 +158,17 @@ class Batch:
             table = kind.tables[key] = self._new_table(kind, *key)
         return table
 
+    def dora_slots(self, path: str, device: torch.device) -> Tensor | None:
+        """bool [S + 1], after :meth:`table` for the same layer: which slots hold DoRA adapters;
+        None if none does."""
+        kind = self._kind_of_layer[path]
+        if kind is None or not any(kind.is_dora):
+            return None
+        if device not in kind.masks:
+            with torch.inference_mode(False):
+                kind.masks[device] = torch.tensor(kind.is_dora, device=device)
+        return kind.masks[device]
+
     def dropout_p(self, path: str) -> float:
         """The adapters' common dropout at the layer ``path``.
 
@@ -171,11 +186,14 @@ class Batch:
 
     def _kind(self, path: str) -> _Kind | None:
         ranks, scales = [0] * self._slots, [0.0] * self._slots
+        is_dora = [False] * (self._slots + 1)
         for adapter in self._adapters:
             ranks[adapter.slot], scales[adapter.slot] = adapter.layers.get(path, (0, 0.0))
+            is_dora[adapter.slot] = adapter.use_dora and path in adapter.layers
         if not any(ranks):
             return None
-        return self._kinds.setdefault((tuple(ranks), tuple(scales)), _Kind(ranks, scales))
+        key = tuple(ranks), tuple(scales), tuple(is_dora)
+        return self._kinds.setdefault(key, _Kind(ranks, scales, is_dora))
 
     def _new_table(self, kind: _Kind, rows: int, device: torch.device) -> SegmentTable:
         # What a layer keeps for its backward must be no inference tensor, whoever ran first.

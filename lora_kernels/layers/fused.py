@@ -86,6 +86,7 @@ class FusedLoRALinear(MergeableLinear):
     use_dora = False
     lora_magnitude_vector: nn.Parameter
     _scale: Tensor
+    _least_rank = 1
     # What stood here before.
     _plain = Plain(nn.Linear, {})
 
@@ -147,7 +148,7 @@ class FusedLoRALinear(MergeableLinear):
         reason = unsupported_reason(module)
         if reason is not None:
             raise TypeError(f"FusedLoRALinear.from_linear: the module {reason}")
-        check_lora_arguments(r, lora_alpha, lora_dropout, init_lora_weights)
+        check_lora_arguments(r, lora_alpha, lora_dropout, init_lora_weights, cls._least_rank)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         share_linear(self, module)
@@ -183,13 +184,11 @@ class FusedLoRALinear(MergeableLinear):
         device, dtype = self.weight.device, self.weight.dtype
         if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16):
             dtype = torch.float32
-        for name, shape in zip(("lora_A", "lora_B"), self._adapter_shapes(), strict=True):
+        for name, shape in self._adapter_shapes().items():
             setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         if use_dora:
-            m = torch.empty(self.out_features, device=device, dtype=dtype)
-            self.lora_magnitude_vector = nn.Parameter(m)
             self._norms = DoRANorms()
-        self._scaling = default_scaling(lora_alpha, r, use_rslora)
+        self._scaling = self._default_scaling()
         # A tensor, so that changing it recompiles nothing and reaches captured graphs; not part of
         # any state_dict.
         self.register_buffer("_scale", self._new_scale(), persistent=False)
@@ -218,14 +217,7 @@ class FusedLoRALinear(MergeableLinear):
                 values = torch.empty_like(held, device=self.weight.device)
                 setattr(self, name, nn.Parameter(values, held.requires_grad))
             self._keep_scale(self._scale)
-        if self.init_lora_weights == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if self.init_lora_weights is False:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(self.lora_B)
+        self._draw_adapter()
         if self.use_dora and not self.weight.is_meta:
             # So that the layer starts as W + s B A.
             norm = dora_norm(
@@ -234,11 +226,30 @@ class FusedLoRALinear(MergeableLinear):
             with torch.no_grad():
                 self.lora_magnitude_vector.copy_(norm)
 
-    def _adapter_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        return (self.r, self.in_features), (self.out_features, self.r)
+    def _draw_adapter(self) -> None:
+        a: Any = self.lora_A
+        b: Any = self.lora_B
+        if self.init_lora_weights == "gaussian":
+            nn.init.normal_(a, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if self.init_lora_weights is False:
+            nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(b)
+
+    def _adapter_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_A": (self.r, self.in_features),
+            "lora_B": (self.out_features, self.r),
+        }
+        return shapes | {"lora_magnitude_vector": (self.out_features,)} if self.use_dora else shapes
 
     def _adapter_names(self) -> list[str]:
-        return ["lora_A", "lora_B"] + ["lora_magnitude_vector"] * self.use_dora
+        return list(self._adapter_shapes())
+
+    def _default_scaling(self) -> float:
+        return default_scaling(self.lora_alpha, self.r, self.use_rslora)
 
     def _pristine(self) -> Tensor:
         """The weight without the adapter."""
@@ -260,20 +271,21 @@ class FusedLoRALinear(MergeableLinear):
             ValueError: ``lora_a`` is not [r, in_features] or ``lora_b`` not [out_features, r]; or
                 ``magnitude`` is missing with ``use_dora``, or not [out_features].
         """
+        others = [] if magnitude is None else [magnitude]
+        self._set_adapter([lora_a, lora_b, *others], lora_alpha, use_rslora)
+
+    def _set_adapter(self, tensors: list[Tensor], lora_alpha: float, use_rslora: bool) -> None:
         if self.lora_A is None or self.lora_B is None:
             raise RuntimeError("merge(keep_base=False) removed the adapter of this layer")
-        if lora_a.shape != self.lora_A.shape or lora_b.shape != self.lora_B.shape:
+        shapes = self._adapter_shapes()
+        if [tuple(t.shape) for t in tensors] != list(shapes.values()):
+            names = [*map(str.lower, shapes), "a magnitude"]
+            given = [f"{n} {list(t.shape)}" for n, t in zip(names, tensors, strict=False)]
             raise ValueError(
-                f"lora_a {list(lora_a.shape)} and lora_b {list(lora_b.shape)} do not fit this "
-                f"layer's {list(self.lora_A.shape)} and {list(self.lora_B.shape)}"
+                f"{', '.join(given)} do not fit this layer's "
+                + ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
             )
-        expected = (self.out_features,) if self.use_dora else None
-        if (None if magnitude is None else tuple(magnitude.shape)) != expected:
-            given = "none" if magnitude is None else f"one {list(magnitude.shape)}"
-            wanted = f"one [{self.out_features}]" if self.use_dora else "none: use_dora is False"
-            raise ValueError(f"this layer wants a magnitude, {wanted}; there is {given}")
-        tensors = [lora_a, lora_b] + [magnitude] * self.use_dora
-        self._check_writable("set an adapter", *self._adapter_names())
+        self._check_writable("set an adapter", *shapes)
         self._with_pristine_weight(lambda: self._set_lora(tensors, lora_alpha, use_rslora))
 
     @torch.no_grad()
@@ -281,7 +293,7 @@ class FusedLoRALinear(MergeableLinear):
         for name, tensor in zip(self._adapter_names(), tensors, strict=True):
             getattr(self, name).copy_(tensor)
         self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
-        self._set_scaling(default_scaling(lora_alpha, self.r, use_rslora))
+        self._set_scaling(self._default_scaling())
 
     @property
     def scaling(self) -> float:
@@ -427,10 +439,14 @@ def default_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
 
 
 def check_lora_arguments(
-    r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float,
+    init_lora_weights: bool | str,
+    least: int = 1,
 ) -> None:
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise ValueError(f"the rank r must be an integer >= 1, not {r!r}")
+    if not isinstance(r, int) or isinstance(r, bool) or r < least:
+        raise ValueError(f"the rank r must be an integer >= {least}, not {r!r}")
     if not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
         raise ValueError(f"lora_alpha must be a finite number, not {lora_alpha!r}")
     if not isinstance(lora_dropout, (int, float)) or not 0.0 <= lora_dropout < 1.0:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..functional import ops
 from ..functional.checks import compute_dtype, is_foreign
+from ..functional.dora import dora_rows
 from ..functional.segmented import (
     checked_segmented_linear,
     segmented_expand,
@@ -19,7 +20,7 @@ from ..functional.segmented import (
     segmented_lora,
 )
 from ..functional.segmented_autograd import Call
-from ..spec.reference import tail_dtype
+from ..spec.reference import accumulate_dtype, tail_dtype
 from ..spec.segments import SegmentTable
 from .batches import Owner, active_batch
 from .foreign import carry_dispatch_hook
@@ -64,11 +65,24 @@ class SlottedLayer(nn.Module):
     def _input_of(self, rows: int, dtype: torch.dtype | None) -> Tensor:
         raise NotImplementedError
 
-    def _adapted(self, input: Tensor, table: SegmentTable, dropout_p: float) -> Tensor:
+    def ratio_of(self, slot: int) -> Tensor:
+        """A view of the ratio [out] by which DoRA scales the outputs of ``slot``."""
         raise NotImplementedError
 
-    def _table(self, shape: torch.Size, device: torch.device) -> tuple[SegmentTable, float] | None:
-        """The rows' table and the adapters' dropout; None: the base model."""
+    def _adapted(
+        self,
+        input: Tensor,
+        table: SegmentTable,
+        dropout_p: float,
+        is_dora: Tensor | None = None,
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def _table(
+        self, shape: torch.Size, device: torch.device
+    ) -> tuple[SegmentTable, float, Tensor | None] | None:
+        """The rows' table, the adapters' dropout and which slots are DoRA's; None: the base
+        model."""
         if torch.compiler.is_dynamo_compiling():
             # Compiled code asks at every call: a table that was traced would stay. (No decorator:
             # that would import the compiler with this package.)
@@ -77,14 +91,15 @@ class SlottedLayer(nn.Module):
 
     def _find_table(
         self, shape: torch.Size, device: torch.device
-    ) -> tuple[SegmentTable, float] | None:
+    ) -> tuple[SegmentTable, float, Tensor | None] | None:
         batch = active_batch(self._owner, self.path)
         if batch is None:
             return None
         table = batch.table(self.path, shape, device)
         if table is None:
             return None
-        return table, batch.dropout_p(self.path) if self.training else 0.0
+        dropout_p = batch.dropout_p(self.path) if self.training else 0.0
+        return table, dropout_p, batch.dora_slots(self.path, device)
 
     def warmup_call(
         self, rows: int, dtype: torch.dtype | None
@@ -136,7 +151,8 @@ class MultiLoRALinear(SlottedLayer, PackedLinear):
     its ``state_dict``, which is that of the base model, to be saved and loaded with and without a
     store; adapters are saved by ``store.save``.
 
-    In evaluation mode a CPU keeps a packed copy of ``weight``, see ``pack_weight`` of
+    Rows of a DoRA adapter are brought to its lengths afterwards. In evaluation mode a CPU keeps a
+    packed copy of ``weight``, see ``pack_weight`` of
     :class:`lora_kernels.FusedLoRALinear`.
 
     >>> import lora_kernels as lk
@@ -147,6 +163,9 @@ class MultiLoRALinear(SlottedLayer, PackedLinear):
     >>> sorted(model.state_dict())
     ['0.weight']
     """
+
+    # Of DoRA [S, out], once a slot has had one: no Parameter, and of its own dtype.
+    _ratio: Tensor | None
 
     @classmethod
     def from_linear(
@@ -183,8 +202,26 @@ class MultiLoRALinear(SlottedLayer, PackedLinear):
             self.bias.requires_grad_(False)
         shapes = (slots, max_rank, self.in_features), (slots, self.out_features, max_rank)
         self._add_slots(path, owner or Owner(), *shapes, device, dtype)
+        self._ratio = None
         carry_dispatch_hook(module, self)
         return self.train(module.training)
+
+    def ratio_of(self, slot: int) -> Tensor:
+        if self._ratio is None:
+            stack, dtype = self.lora_B, accumulate_dtype(self.weight.dtype)
+            with torch.inference_mode(False):
+                self._ratio = torch.empty(stack.shape[:2], dtype=dtype, device=stack.device)
+            if stack.is_cuda:
+                # Another stream writes to memory that this one may still be using.
+                torch.cuda.synchronize(stack.device)
+        return self._ratio[slot]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiLoRALinear:
+        super()._apply(fn, recurse)
+        if self._ratio is not None:
+            # Its dtype is not the weight's.
+            self._ratio = self._ratio.to(self.lora_B.device)
+        return self
 
     def slot(self, slot: int, rank: int) -> tuple[Tensor, Tensor]:
         return self.lora_A.detach()[slot, :rank], self.lora_B.detach()[slot, :, :rank]
@@ -199,7 +236,19 @@ class MultiLoRALinear(SlottedLayer, PackedLinear):
     def _input_of(self, rows: int, dtype: torch.dtype | None) -> Tensor:
         return self.weight.new_zeros(rows, self.in_features, dtype=dtype)
 
-    def _adapted(self, input: Tensor, table: SegmentTable, dropout_p: float) -> Tensor:
+    def _adapted(
+        self,
+        input: Tensor,
+        table: SegmentTable,
+        dropout_p: float,
+        is_dora: Tensor | None = None,
+    ) -> Tensor:
+        if is_dora is not None:
+            assert self._ratio is not None
+            if dropout_p > 0.0:
+                raise RuntimeError("a batch with DoRA adapters has no dropout: call model.eval()")
+            y = self._adapted(input, table, 0.0)
+            return dora_rows(y, self.bias, self._ratio, is_dora, table.slot_of_row)
         (weight, bias, a, b), kn = self._tensors(), self.fan_in_fan_out
         if not self._fits(input, weight, bias, a, b, table):
             # It says what does not fit, or takes what is no plain tensor.
@@ -316,7 +365,13 @@ class MultiLoRAEmbedding(SlottedLayer, nn.Embedding):
     def _input_of(self, rows: int, dtype: torch.dtype | None) -> Tensor:
         return self.weight.new_zeros(rows, dtype=torch.long)
 
-    def _adapted(self, input: Tensor, table: SegmentTable, dropout_p: float) -> Tensor:
+    def _adapted(
+        self,
+        input: Tensor,
+        table: SegmentTable,
+        dropout_p: float,
+        is_dora: Tensor | None = None,
+    ) -> Tensor:
         y = nn.Embedding.forward(self, input)
         slots, embeddings, max_rank = self.lora_A.shape
         dtype = tail_dtype(y.dtype)

@@ -57,10 +57,10 @@ class SlicedLoRALinear(FusedLoRALinear):
             )
         super()._add_lora(*args, **options)
 
-    def _adapter_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    def _adapter_shapes(self) -> dict[str, tuple[int, ...]]:
         enabled = sum(self.enable_lora)
         rows = self.out_features // len(self.enable_lora) * enabled
-        return (self.r * enabled, self.in_features), (rows, self.r)
+        return {"lora_A": (self.r * enabled, self.in_features), "lora_B": (rows, self.r)}
 
     def _tensors(self) -> tuple[Any, Any, Any, Any]:
         weight, bias, a, b = super()._tensors()

@@ -68,7 +68,8 @@ def apply_lora(
 
     Args:
         r: the rank; or the configuration, as ``config``.
-        config: a ``LoraConfig`` of PEFT or an ``lk.LoRAConfig``, in place of the fields.
+        config: a ``LoraConfig`` or ``AdaLoraConfig`` of PEFT, or an ``lk.LoRAConfig``, in place of
+            the fields.
         target_modules: a list of module names or their endings ("q_proj", "layers.0.mlp.up_proj");
             a regular expression that matches whole names; None or "all-linear": every ``nn.Linear``
             and Conv1D except the output head and classifier heads.
@@ -215,7 +216,8 @@ def insert(model: nn.Module, config: LoRAConfig, selection: Selection) -> None:
     try:
         layers: dict[nn.Module, FusedLoRALinear] = {}
         for module, names in selection.targets.items():
-            layers[module] = FusedLoRALinear.from_linear(module, **config.layer_arguments(names[0]))
+            arguments = config.layer_arguments(names[0])
+            layers[module] = config.layer_class.from_linear(module, **arguments)
         for module, names in selection.targets.items():
             for name in names:
                 parent_name, _, child = name.rpartition(".")

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..functional.checks import is_dtensor
+from ..layers.adalora import AdaLoRALinear
 from ..layers.fused import FusedLoRALinear
 from ..layers.merging import write_obstacle
 from .apply import (
@@ -35,6 +36,7 @@ from .config import LoRAConfig, exact_patterns
 from .foreign import stored_value, taken_for_experts
 from .on_disk import (
     CONFIG_NAME,
+    FACTORS,
     MAGNITUDE,
     PREFIX,
     WEIGHTS_NAME,
@@ -139,14 +141,20 @@ def load_adapter(
             raise ValueError(
                 f"merge_adapter(model, keep_base=False) removed the adapter of {first_few(removed)}"
             )
+        adaptive = config.adalora is not None
         wanted = {
-            n: Layer(m.r, m.in_features, m.out_features, use_dora=m.use_dora)
+            n: Layer(m.r, m.in_features, m.out_features, use_dora=m.use_dora, adalora=adaptive)
             for n, m in layers.items()
         }
         if config.use_dora != present.use_dora:
             raise ValueError(
                 f"{folder / CONFIG_NAME}: use_dora is {config.use_dora}, the model was adapted "
                 f"with use_dora={present.use_dora}"
+            )
+        if (present.adalora is not None) != adaptive or adaptive and present.r != config.r:
+            raise ValueError(
+                f"{folder / CONFIG_NAME}: this is {_method(config)}, the model was adapted by "
+                + _method(present)
             )
         saved = {name: root.get_submodule(name) for name in applied(root).report.modules_to_save}
     else:
@@ -159,7 +167,13 @@ def load_adapter(
             transposed = not isinstance(module, nn.Linear)
             out_features, in_features = weight.shape[::-1] if transposed else weight.shape
             rank = config.rank(names[0])
-            wanted[names[0]] = Layer(rank, in_features, out_features, use_dora=config.use_dora)
+            wanted[names[0]] = Layer(
+                rank,
+                in_features,
+                out_features,
+                use_dora=config.use_dora,
+                adalora=config.adalora is not None,
+            )
         saved = selection.modules_to_save
     pairs = files.take_pairs(root, wanted)
     for name, layer in layers.items():
@@ -189,9 +203,14 @@ def load_adapter(
         lora_alpha=config.lora_alpha,
         alpha_pattern=config.alpha_pattern,
         use_rslora=config.use_rslora,
+        adalora=config.adalora,
     )
     record.embeddings = sorted({*record.embeddings, *embeddings})
     return model
+
+
+def _method(config: LoRAConfig) -> str:
+    return "LoRA" if config.adalora is None else f"AdaLoRA with init_r={config.r}"
 
 
 def _warn_of_shared(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> None:
@@ -212,8 +231,14 @@ def _tensors(
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         assert layer.lora_A is not None and layer.lora_B is not None
-        tensors[f"{name}.lora_A.weight"] = stored_value(layer, "lora_A")
-        tensors[f"{name}.lora_B.weight"] = stored_value(layer, "lora_B")
+        ending = ".weight"
+        if isinstance(layer, AdaLoRALinear):
+            ending = ""
+            # One alpha is the whole file's.
+            factor = layer.scaling / config.scaling(name, layer.r)
+            tensors[name + FACTORS] = stored_value(layer, FACTORS[1:]) * factor
+        tensors[f"{name}.lora_A{ending}"] = stored_value(layer, "lora_A")
+        tensors[f"{name}.lora_B{ending}"] = stored_value(layer, "lora_B")
         if layer.use_dora:
             tensors[name + MAGNITUDE] = stored_value(layer, MAGNITUDE[1:])
         if config.bias != "none" and layer.bias is not None:
@@ -286,22 +311,23 @@ def _content(
         # of a mixture it takes a regular expression for the last names that match.
         content["target_modules"] = _targets(model, layers)
         content["layers_to_transform"] = content["layers_pattern"] = None
+    adalora = content.pop("adalora")
+    shared = {
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+        "peft_type": "LORA" if adalora is None else "ADALORA",
+        "task_type": None,
+    }
+    if adalora is not None:
+        # Its r is not used, and PEFT warns of any but its default.
+        return content | shared | {"init_r": config.r, "r": 8} | adalora
     alphas = {}
     for name, (rank, scaling) in layers.items():
         alpha = scaling * (math.sqrt(rank) if config.use_rslora else rank)
         own = config.alpha(name)
         alphas[name] = rank, own if math.isclose(alpha, own, rel_tol=1e-12) else alpha
-    return (
-        content
-        | exact_patterns(config, alphas)
-        | {
-            "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-            "fan_in_fan_out": fan_in_fan_out,
-            "inference_mode": True,
-            "peft_type": "LORA",
-            "task_type": None,
-        }
-    )
+    return content | exact_patterns(config, alphas) | shared
 
 
 def _modules_to_save(

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from ..layers.fused import check_lora_arguments
+from ..layers.adalora import AdaLoRALinear
+from ..layers.fused import FusedLoRALinear, check_lora_arguments, default_scaling
 
 # One process tries all patterns; honest ones take milliseconds.
 _PATTERN_SECONDS = 10.0
@@ -29,7 +30,7 @@ _MAX_PATTERNS = 2**15
 _MAX_NOTES = 20
 
 # Fields of PEFT's LoraConfig that say nothing of what a fresh adapter computes.
-_NO_PART_OF_A_LAYER = frozenset(
+NO_PART_OF_A_LAYER = frozenset(
     [
         "auto_mapping",
         "base_model_name_or_path",
@@ -51,6 +52,29 @@ _NO_PART_OF_A_LAYER = frozenset(
 )
 
 
+# Fields of PEFT's AdaLoraConfig that its LoraConfig has not, but for ``init_r``; and one that means
+# something else there.
+ADALORA = frozenset(
+    ["target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"]
+    + ["init_r", "rank_pattern", "alpha_pattern", "use_rslora"]
+)
+
+
+def adalora_fields(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields ``r`` and ``adalora`` of a :class:`LoRAConfig` for those of PEFT's AdaLoraConfig.
+
+    >>> adalora_fields({"init_r": 2, "rank_pattern": {"h.fc.lora_E.default": [True, False]}})
+    {'r': 2, 'adalora': {'rank_pattern': {'h.fc.lora_E': [True, False]}}}
+    """
+    schedule = {k: content[k] for k in content if k in ADALORA and k != "init_r"}
+    pattern = schedule.get("rank_pattern")
+    if isinstance(pattern, Mapping):
+        # While a model of PEFT trains, the name of the adapter is behind.
+        ends = {key: key.rpartition(".lora_E")[0] for key in pattern}
+        schedule["rank_pattern"] = {f"{ends[key]}.lora_E": kept for key, kept in pattern.items()}
+    return {"r": content.get("init_r", 12), "adalora": schedule}
+
+
 @dataclass
 class LoRAConfig:
     """What was applied to a model; fields and their meaning as in PEFT's ``LoraConfig``."""
@@ -69,6 +93,9 @@ class LoRAConfig:
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    # Of AdaLoRA, whose ``init_r`` is ``r``: what PEFT's configuration has besides (its schedule,
+    # its ``rank_pattern`` of booleans).
+    adalora: dict[str, Any] | None = None
     autocast_adapter_dtype: bool = True
 
     @staticmethod
@@ -114,17 +141,21 @@ class LoRAConfig:
                 f"config must be a LoraConfig of PEFT or an lk.LoRAConfig, not {config!r}"
             )
         method = getattr(config.peft_type, "value", config.peft_type)
-        if method != "LORA":
-            raise ValueError(f"config is of {method}; only LORA is computed here")
+        if method not in ("LORA", "ADALORA"):
+            raise ValueError(f"config is of {method}; only LORA and ADALORA are computed here")
         own = {f.name for f in fields(cls)}
         values: dict[str, Any] = {}
         others = []
+        if method == "ADALORA":
+            values = adalora_fields(vars(config))
         for f in fields(config):
             value = getattr(config, f.name)
             default = f.default_factory() if callable(f.default_factory) else f.default
+            if f.name in values or method == "ADALORA" and f.name in ADALORA:
+                continue
             if f.name in own:
                 values[f.name] = sorted(value) if isinstance(value, (set, frozenset)) else value
-            elif value != default and value and f.name not in _NO_PART_OF_A_LAYER:
+            elif value != default and value and f.name not in NO_PART_OF_A_LAYER:
                 others.append(f.name)
         if others:
             raise ValueError(
@@ -140,13 +171,23 @@ class LoRAConfig:
         return target is None or isinstance(target, str) and target.lower() == "all-linear"
 
     def rank(self, name: str) -> int:
+        if self.adalora is not None:
+            kept = (self.adalora.get("rank_pattern") or {}).get(f"{name}.lora_E")
+            return self.r if kept is None else sum(kept)
         return by_pattern(self.rank_pattern, name, self.r)
+
+    def scaling(self, name: str, r: int) -> float:
+        """The scaling of the layer ``name``, whose rank is ``r``."""
+        if self.adalora is not None:
+            return self.lora_alpha / (self.r + 1e-5)
+        return default_scaling(self.alpha(name), r, self.use_rslora)
 
     def alpha(self, name: str) -> float:
         return by_pattern(self.alpha_pattern, name, self.lora_alpha)
 
     def layer_arguments(self, name: str) -> dict[str, Any]:
-        return {
+        """Of the layer class :meth:`layer_class`."""
+        return ({} if self.adalora is None else {"init_r": self.r}) | {
             "r": self.rank(name),
             "lora_alpha": self.alpha(name),
             "lora_dropout": self.lora_dropout,
@@ -155,6 +196,10 @@ class LoRAConfig:
             "use_dora": self.use_dora,
             "autocast_adapter_dtype": self.autocast_adapter_dtype,
         }
+
+    @property
+    def layer_class(self) -> type[FusedLoRALinear]:
+        return FusedLoRALinear if self.adalora is None else AdaLoRALinear
 
     def is_target(self, name: str) -> bool:
         return self.all_linear or _matches(self.target_modules, name)
@@ -197,6 +242,8 @@ class LoRAConfig:
         layers = self.layers_to_transform
         if not isinstance(layers, int | None) and not _is_list_of(int, layers):
             raise ValueError(f"layers_to_transform must be one or more indices, not {layers!r}")
+        if self.adalora is not None:
+            self._check_adalora()
         is_regex = isinstance(self.target_modules, str) and not self.all_linear
         if is_regex and layers not in (None, []):
             raise ValueError("layers_to_transform wants a list of target_modules, not a regex")
@@ -222,6 +269,16 @@ class LoRAConfig:
                     check_lora_arguments(value, 1, 0.0, True)
                 except ValueError as error:
                     raise ValueError(f"{name}[{pattern!r}]: {error}") from error
+
+    def _check_adalora(self) -> None:
+        pattern = self.adalora and self.adalora.get("rank_pattern") or {}
+        if not isinstance(pattern, dict):
+            raise ValueError(f"rank_pattern must be a dictionary, not {pattern!r}")
+        for name, kept in pattern.items():
+            if not _is_list_of(bool, kept) or len(kept) != self.r:
+                raise ValueError(f"rank_pattern[{name!r}] must be init_r={self.r} booleans")
+        if self.use_dora or self.lora_alpha <= 0:
+            raise ValueError("AdaLoRA has no DoRA, and wants a lora_alpha above 0")
 
     def check_patterns_end(self, names: Collection[str]) -> None:
         """Raise ValueError where a regular expression takes for ever on one of ``names``.

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..layers.sliced import spread
-from .config import LoRAConfig
+from .config import ADALORA, NO_PART_OF_A_LAYER, LoRAConfig, adalora_fields
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -56,30 +56,12 @@ _UNSUPPORTED = (
 _BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # Fields that do not touch what the layers compute once the weights are loaded.
-_IRRELEVANT = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        # Of releases before 0.3; resolved by _without_slices.
-        "enable_lora",
-        "merge_weights",
-        "ensure_weight_tying",
-        "eva_config",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "loftq_config",
-        "lora_ga_config",
-        "megatron_core",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "task_type",
-    }
-)
+_IRRELEVANT = NO_PART_OF_A_LAYER | {
+    "init_lora_weights",
+    # Of releases before 0.3; resolved by _without_slices.
+    "enable_lora",
+    "merge_weights",
+}
 
 # Fields that PEFT writes as null where they are not set.
 _MAY_BE_NULL = frozenset(
@@ -103,20 +85,25 @@ class Layer(NamedTuple):
     out_features: int
     is_embedding: bool = False
     use_dora: bool = False
+    adalora: bool = False
 
     def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
-        """Of A, of B and with DoRA of the magnitude, by their keys."""
+        """Of A, of B and of DoRA's magnitude or AdaLoRA's factors, by their keys."""
         ending_a, ending_b = EMBEDDING if self.is_embedding else LINEAR
         shapes: dict[str, tuple[int, ...]] = {
             name + ending_a: (self.rank, self.in_features),
             name + ending_b: (self.out_features, self.rank),
         }
+        if self.adalora:
+            shapes[name + FACTORS] = (self.rank, 1)
         return shapes | ({name + MAGNITUDE: (self.out_features,)} if self.use_dora else {})
 
 
 LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 MAGNITUDE = ".lora_magnitude_vector"
+# AdaLoRA's, beside ".lora_A" and ".lora_B", which have no ".weight" there.
+FACTORS = ".lora_E"
 
 
 @dataclass
@@ -142,8 +129,8 @@ class AdapterFiles:
     def take_pairs(
         self, model: nn.Module, layers: Mapping[str, Layer]
     ) -> dict[str, tuple[Tensor, ...]]:
-        """A and B (with DoRA, the magnitude) of every layer of ``model``, which are removed from
-        ``tensors``.
+        """A and B (with DoRA the magnitude, of AdaLoRA E) of every layer of ``model``, which are
+        removed from ``tensors``.
 
         Raises:
             ValueError: one is missing, of the wrong shape, or no floating point numbers.
@@ -290,14 +277,9 @@ def read_adapter(folder: Path, model: nn.Module) -> AdapterFiles:
         FileNotFoundError: the directory or one of its two files is missing.
         ValueError: a file cannot be read, or says what is not computed here.
     """
-    names = names_of(model)
-    content = _read_json(folder)
+    content, names = _read_json(folder), names_of(model)
     config = _checked(content, folder / CONFIG_NAME, names)
-    label = str(folder / WEIGHTS_NAME)
-    tensors = without_prefix(_read_tensors(folder), names)
-    if content.get("enable_lora") is not None:
-        _without_slices(config, tensors, content["enable_lora"], label)
-    return AdapterFiles(config, tensors, label)
+    return _files(config, content, _read_tensors(folder), names, str(folder / WEIGHTS_NAME))
 
 
 def from_state_dict(
@@ -305,7 +287,24 @@ def from_state_dict(
 ) -> AdapterFiles:
     """As :func:`read_adapter`, of tensors with PEFT's keys and the fields of PEFT's file."""
     names = names_of(model)
-    return AdapterFiles(_checked(content, label, names), without_prefix(tensors, names), label)
+    return _files(_checked(content, label, names), content, tensors, names, label)
+
+
+def _files(
+    config: LoRAConfig,
+    content: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    names: Collection[str],
+    label: str,
+) -> AdapterFiles:
+    if config.adalora is not None:
+        # A and B by the keys that they have in LoRA.
+        bare = (".lora_A", ".lora_B")
+        tensors = {k + ".weight" * k.endswith(bare): tensor for k, tensor in tensors.items()}
+    own = without_prefix(tensors, names)
+    if content.get("enable_lora") is not None:
+        _without_slices(config, own, content["enable_lora"], label)
+    return AdapterFiles(config, own, label)
 
 
 def _without_slices(
@@ -357,8 +356,11 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _checked(content: Mapping[str, Any], path: Path | str, names: Collection[str]) -> LoRAConfig:
     """The configuration in ``content``, fields as in PEFT's file; ``path`` names it in errors."""
     peft_type = content.get("peft_type")
-    if peft_type != "LORA":
-        raise ValueError(f"{path}: peft_type is {peft_type!r}; only LORA adapters can be loaded")
+    if peft_type not in ("LORA", "ADALORA"):
+        raise ValueError(
+            f"{path}: peft_type is {peft_type!r}; only LORA and ADALORA adapters can be loaded"
+        )
+    adaptive = peft_type == "ADALORA"
     used = [name for name in _UNSUPPORTED if content.get(name)]
     if used:
         raise ValueError(f"{path} uses {', '.join(used)}, which FusedLoRALinear does not compute")
@@ -369,7 +371,8 @@ def _checked(content: Mapping[str, Any], path: Path | str, names: Collection[str
             "plain LoRA when saving it (PEFT's path_initial_model_for_weight_conversion)"
         )
     known = {f.name for f in fields(LoRAConfig)}
-    unknown = [k for k, v in content.items() if v and k not in known and k not in _IRRELEVANT]
+    others = _IRRELEVANT | ADALORA if adaptive else _IRRELEVANT
+    unknown = [k for k, v in content.items() if v and k not in known and k not in others]
     if unknown:
         warnings.warn(
             f"{path}: ignored fields that are not known here: {first_few(unknown)}", stacklevel=4
@@ -379,6 +382,10 @@ def _checked(content: Mapping[str, Any], path: Path | str, names: Collection[str
         k: v for k, v in content.items() if k in known and not (v is None and k in _MAY_BE_NULL)
     }
     values["init_lora_weights"] = True
+    # No field of PEFT's.
+    values.pop("adalora", None)
+    if adaptive:
+        values = {k: v for k, v in values.items() if k not in ADALORA} | adalora_fields(content)
     config = LoRAConfig(**values)
     try:
         config.check()
@@ -427,7 +434,7 @@ def places_of(model: nn.Module, adapted: Collection[str]) -> dict[str, Tensor]:
     places = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         owner, _, last = key.rpartition(".")
-        if owner in adapted and last in ("lora_A", "lora_B", MAGNITUDE[1:]):
+        if owner in adapted and last in ("lora_A", "lora_B", FACTORS[1:], MAGNITUDE[1:]):
             continue
         if isinstance(tensor, Tensor):
             places[key] = tensor

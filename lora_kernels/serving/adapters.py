@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +14,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers.fused import default_scaling
+from ..functional.dora import dora_norm
+from ..layers.batches import Adapter
 from ..layers.multi import MultiLoRALinear, unsupported_embedding_reason
 from ..layers.replacing import unsupported_reason
 from ..models.checkpoints import write_adapter
 from ..models.config import LoRAConfig
-from ..models.on_disk import AdapterFiles, Layer, from_state_dict, names_of, read_adapter
+from ..models.on_disk import (
+    MAGNITUDE,
+    AdapterFiles,
+    Layer,
+    from_state_dict,
+    names_of,
+    read_adapter,
+)
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
@@ -27,11 +35,14 @@ Source = str | os.PathLike[str] | Mapping[str, Tensor]
 @dataclass
 class Weights:
     """A and B of one layer as its slots hold them: a [r, in] and b [out, r]; of an embedding a is
-    [V, r]."""
+    [V, r]. With DoRA the magnitude [out], and over the lengths of the rows of ``W + scale * B A``
+    the ratio [out]."""
 
     a: Tensor
     b: Tensor
     scale: float
+    magnitude: Tensor | None = None
+    ratio: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -48,6 +59,17 @@ class HostAdapter:
     @functools.cached_property
     def ranks_and_scales(self) -> dict[str, tuple[int, float]]:
         return {path: (w.rank, w.scale) for path, w in self.layers.items()}
+
+    def in_slot(self, name: str, slot: int) -> Adapter:
+        """What a batch knows of it."""
+        config = self.config
+        return Adapter(name, slot, self.ranks_and_scales, config.lora_dropout, config.use_dora)
+
+
+def check_trainable(adapters: Sequence[HostAdapter]) -> None:
+    """Raise RuntimeError where one cannot train in its slot."""
+    if any(adapter.config.use_dora for adapter in adapters):
+        raise RuntimeError("a store serves DoRA adapters and does not train them: unload them")
 
 
 def read(name: str, source: Source, config: Any, model: nn.Module) -> AdapterFiles:
@@ -158,6 +180,17 @@ class SlotLimits(NamedTuple):
             there.copy_(here.detach())
         return Weights(own[0], own[1], scale)
 
+    def with_magnitude(self, weights: Weights, module: nn.Module, magnitude: Tensor) -> Weights:
+        """``weights`` of a DoRA adapter of the linear layer ``module``."""
+        weight = _weight(module)
+        a, b = weights.a.to(weight.device), weights.b.to(weight.device)
+        scale = torch.tensor(weights.scale, dtype=torch.float64, device=weight.device)
+        norm = dora_norm(weight, a, b, scale, is_transposed(module)).cpu()
+        own = torch.empty(magnitude.shape, dtype=norm.dtype, device="cpu", pin_memory=self.pinned)
+        own.copy_(magnitude.detach())
+        ratio = torch.empty_like(own, pin_memory=self.pinned)
+        return replace(weights, magnitude=own, ratio=torch.div(own, norm, out=ratio))
+
 
 def match(
     index: LayerIndex, files: AdapterFiles, limits: SlotLimits, load_embedding_layers: bool
@@ -169,8 +202,6 @@ def match(
             above ``max_rank`` or not the configuration's.
     """
     config, label = files.config, files.label
-    if config.use_dora:
-        raise ValueError(f"{label} uses use_dora, which a store does not serve")
     names = names_of(index.model)
     found: dict[str, str] = {}
     wanted: dict[str, Layer] = {}
@@ -192,11 +223,18 @@ def match(
     if not wanted:
         raise ValueError(f"{label} holds no lora_A and lora_B")
     layers = {}
-    for path, (a, b, *_) in files.take_pairs(index.model, wanted).items():
+    for path, (a, b, *others) in files.take_pairs(index.model, wanted).items():
         first, module = index.resolve(path)
-        scale = default_scaling(config.alpha(path), b.shape[1], config.use_rslora)
+        if b.shape[1] == 0:
+            # AdaLoRA's allocator took it whole.
+            continue
+        scale = config.scaling(path, b.shape[1])
+        if config.adalora is not None:
+            a = a * others[0]
         a = a.t() if wanted[path].is_embedding else a
         layers[first] = limits.weights(first, module, a, b, scale)
+        if config.use_dora:
+            layers[first] = limits.with_magnitude(layers[first], module, others[0])
     files.match_rest(
         index.model,
         {name: index.model.get_submodule(name) for name in config.modules_to_save or []},
@@ -205,14 +243,18 @@ def match(
         shared_base=True,
     )
     config.warn_of_unmatched(wanted.keys(), names)
-    return HostAdapter(config, layers)
+    return HostAdapter(replace(config, adalora=None), layers)
 
 
 def _layer(path: str, module: nn.Module, config: LoRAConfig, limits: SlotLimits) -> Layer:
     """What the adapter's A and B must fit at ``path``."""
     rank = config.rank(path)
     _check_rank(path, rank, limits.max_rank)
-    return Layer(rank, *_sizes(module), isinstance(module, nn.Embedding))
+    embedding = isinstance(module, nn.Embedding)
+    if embedding and config.use_dora:
+        raise ValueError(f"{path!r} is an embedding with use_dora, which a store does not serve")
+    adaptive = config.adalora is not None
+    return Layer(rank, *_sizes(module), embedding, config.use_dora, adaptive)
 
 
 def _check_rank(path: str, rank: int, max_rank: int) -> None:
@@ -228,12 +270,14 @@ def _weight(module: nn.Module) -> Tensor:
 def _sizes(module: nn.Module) -> tuple[int, int]:
     """in_features (of an embedding: its entries) and out_features."""
     rows, columns = _weight(module).shape
-    transposed = (
-        module.fan_in_fan_out
-        if isinstance(module, MultiLoRALinear)
-        else not isinstance(module, nn.Linear)
-    )
-    return (rows, columns) if transposed else (columns, rows)
+    return (rows, columns) if is_transposed(module) else (columns, rows)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is [in, out] (of an embedding: entries first)."""
+    if isinstance(module, MultiLoRALinear):
+        return module.fan_in_fan_out
+    return not isinstance(module, nn.Linear)
 
 
 def draw(
@@ -267,7 +311,7 @@ def draw(
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         if config.init_lora_weights is False:
             nn.init.kaiming_uniform_(a if embedding else b, a=math.sqrt(5))
-        scale = default_scaling(config.alpha(path), rank, config.use_rslora)
+        scale = config.scaling(path, rank)
         layers[path] = limits.weights(path, module, a.t() if embedding else a, b, scale)
     config.warn_of_unmatched(layers, names_of(index.model))
     return HostAdapter(config, layers)
@@ -279,6 +323,8 @@ def peft_tensors(adapter: HostAdapter, layers: Mapping[str, nn.Module]) -> dict[
     for path, weights in adapter.layers.items():
         embedding = isinstance(layers[path], nn.Embedding)
         key_a, key_b = Layer(weights.rank, *_sizes(layers[path]), embedding).shapes(path)
+        if weights.magnitude is not None:
+            tensors[path + MAGNITUDE] = weights.magnitude.clone()
         a = weights.a.t() if embedding else weights.a
         tensors[key_a] = a.clone(memory_format=torch.contiguous_format)
         tensors[key_b] = weights.b.clone()

@@ -67,6 +67,12 @@ class SlottedModel:
     def devices(self) -> set[torch.device]:
         return {layer.lora_A.device for layer in self.layers.values()}
 
+    def requires_grad_(self, requires_grad: bool) -> None:
+        self.trains = requires_grad
+        for layer in self.layers.values():
+            layer.lora_A.requires_grad_(requires_grad)
+            layer.lora_B.requires_grad_(requires_grad)
+
     def add(self, paths: Collection[str]) -> list[str]:
         """Give slots to the layers at ``paths`` that have none; these paths."""
         new = [path for path in paths if path not in self.layers]

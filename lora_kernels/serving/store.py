@@ -12,12 +12,12 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..layers.batches import Adapter, Batch, ModelHook, bind
+from ..layers.batches import Batch, ModelHook, bind
 from ..models import foreign
 from ..models.apply import unwrap
 from ..models.config import LoRAConfig
 from ..models.on_disk import first_few
-from .adapters import HostAdapter, Source, draw, match, peft_tensors, read, write
+from .adapters import HostAdapter, Source, check_trainable, draw, match, peft_tensors, read, write
 from .running import BatchContext, Key, checked_names, checked_rows
 from .slots import HeldAdapter, Resident, Slots, UnknownAdapterError
 from .slotted_model import SlottedModel
@@ -216,8 +216,8 @@ class AdapterStore:
             target_modules = list(target_modules)
         config = LoRAConfig(r=r, lora_alpha=lora_alpha, target_modules=target_modules, **options)
         config.check()
-        if config.bias != "none" or config.modules_to_save:
-            raise ValueError("a store's adapters have no biases and no modules_to_save")
+        if config.bias != "none" or config.modules_to_save or config.use_dora:
+            raise ValueError("new adapters of a store have no biases, modules_to_save or DoRA")
         index = self._slotted.index()
         paths = self._slotted.linear if config.all_linear else index.named_by(config)
         host = draw(index, config, paths, self._slotted.limits())
@@ -399,8 +399,8 @@ class AdapterStore:
         slot_of_key = torch.tensor([-1 if key is None else slot_of[key] for key in keys] + [-1])
         return Batch(
             [
-                Adapter(r.name, slot, r.host.ranks_and_scales, r.host.config.lora_dropout)
-                for r, slot in zip(residents, slots, strict=True)
+                resident.host.in_slot(resident.name, slot)
+                for resident, slot in zip(residents, slots, strict=True)
             ],
             self.max_adapters,
             self.max_rank,
@@ -431,10 +431,9 @@ class AdapterStore:
         with self._slots.lock:
             # Nobody is evicted as long as any of them trains.
             if requires_grad:
+                check_trainable([resident.host for resident in self._adapters.values()])
                 self._slots.hold_all(True)
-            self._slotted.trains = requires_grad
-            for parameter in self.parameters():
-                parameter.requires_grad_(requires_grad)
+            self._slotted.requires_grad_(requires_grad)
             self._slots.hold_all(requires_grad)
         return self
 
@@ -487,6 +486,7 @@ class AdapterStore:
 
     def _enter(self, name: str, host: HostAdapter) -> None:
         with self._slots.lock:
+            check_trainable([host] if self._slotted.trains else [])
             before = set(self._layers)
             resident = Resident(name, host)
             try:

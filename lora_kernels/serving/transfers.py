@@ -40,6 +40,9 @@ class Transfers:
                 strict=True,
             )
         ]
+        for path, weights in resident.host.layers.items():
+            if weights.ratio is not None:
+                copies.append((self._model.layers[path].ratio_of(slot), weights.ratio))
         self._copy(copies, slot)
         self._open.discard(slot)
 

@@ -74,9 +74,9 @@ def leaves_of(layer, names):
     return found
 
 
-def by_formula(layer, x, dy, names, dtype, masks=None, rows=None):
+def by_formula(layer, x, dy, names, dtype, masks=None, rows=None, chosen=None):
     """y and the gradients, all operands cast to ``dtype``; ``masks``: name -> kept elements over
-    1 - p; ``rows``: name -> the rows of x it is for."""
+    1 - p; ``rows``: the name for each sequence; ``chosen``: the tokens that have an adapter."""
     base = layer.base_layer
     weight = base.weight.detach().to(dtype)
     weight = weight if isinstance(base, nn.Linear) else weight.t()
@@ -93,6 +93,7 @@ def by_formula(layer, x, dy, names, dtype, masks=None, rows=None):
             delta = delta + float(layer.scaling[name]) * leaves[f"dbias {name}"]
         if rows is not None:
             chosen = torch.tensor([n == name for n in rows]).view(-1, 1, 1)
+        if chosen is not None:
             delta = delta.where(chosen, 0)
         y = y + delta
     gradients = torch.autograd.grad(y, [x, *leaves.values()], dy.to(dtype))

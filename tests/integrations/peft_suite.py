@@ -197,7 +197,7 @@ if os.environ.get(_ACCOUNT):
     from peft.tuners.tuners_utils import BaseTuner
 
     import lora_kernels as lk
-    from lora_kernels.integrations import peft_calls, peft_layers
+    from lora_kernels.integrations import peft_calls, peft_kinds
 
     # One account for all models of this process.
     _calls = peft_calls.Calls()
@@ -209,7 +209,7 @@ if os.environ.get(_ACCOUNT):
 
     def _inject_and_swap(self, model, *args, **kwargs):
         result = _inject(self, model, *args, **kwargs)
-        if peft_layers.lora_layers(model):
+        if peft_kinds.lora_layers(model):
             lk.accelerate_peft(model)
         return result
 

@@ -98,11 +98,12 @@ def test_an_adapter_of_peft(given, gpt2, tmp_path, capsys):
 
 
 def test_what_is_left_to_peft_is_told_with_the_reason(gpt2, tmp_path, capsys):
-    changes = {"target_modules": ["c_attn"], "alora_invocation_tokens": [1, 2]}
-    adapter = adapter_for(gpt2, tmp_path / "alora", task_type="CAUSAL_LM", **changes)
+    velora = peft.tuners.lora.config.VeloraConfig(num_groups=4)
+    changes = {"target_modules": ["c_attn"], "velora_config": velora}
+    adapter = adapter_for(gpt2, tmp_path / "velora", **changes)
     status, out, err = run(capsys, adapter, *SMALL)
     assert status == 1
-    assert re.search(r"(left|fell back) to PEFT: .*ALora", out, re.IGNORECASE)
+    assert re.search(r"(left|fell back) to PEFT: .*Velora", out, re.IGNORECASE)
     assert "FAILED: no call was fused" in err
 
 

@@ -129,14 +129,18 @@ class TestMixedBatches:
             y = model(x, adapter_names=names)
         assert y.device.type == "cpu" and torch.equal(y, model(x, adapter_names=names))
 
-    def test_lora_bias_falls_back(self):
-        model = model_with("ab", lora_bias=True).eval()
-        stock = copy.deepcopy(model)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_lora_bias(self, dtype):
+        model = model_with("ab", dtype=dtype, lora_bias=True).eval()
+        layer_of(model).lora_A.requires_grad_(True)
+        layer_of(model).lora_B.requires_grad_(True)
         report = lk.accelerate_peft(model)
-        x, _ = self.operands(torch.float32)
+        x, dy = self.operands(dtype)
         rows = ["a", "b", "a", "__base__", "b", "b"]
-        assert torch.equal(model(x, adapter_names=rows), stock(x, adapter_names=rows))
-        assert dict(report.calls.fallen_back) == {"adapter_names with lora_bias or DoRA": 1}
+        ours, answers = run(model, x, dy, "ab", adapter_names=rows)
+        assert answers[0].op == "segmented_linear_fwd" and report.calls.fused == 1
+        assert {"dbias a", "dbias b"} <= ours.keys()
+        assert_budget(ours, layer_of(model), x, dy, "ab", dtype, rows=rows)
 
     def test_wrong_calls_raise_what_peft_raises(self):
         model = model_with("ab").eval()

@@ -187,10 +187,10 @@ def test_warmup_runs_the_swapped_layers_and_counts_no_call():
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("variant", ["alora", "bdlora"])
+@pytest.mark.parametrize("variant", ["velora", "bdlora"])
 def test_variants_are_pefts(variant):
     changes = {
-        "alora": {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
+        "velora": {"velora_config": lora.config.VeloraConfig(num_groups=4)},
         "bdlora": {
             "use_bdlora": peft.BdLoraConfig(
                 ["o_proj", "down_proj"], ["q_proj", "v_proj", "up_proj"], 2
@@ -212,13 +212,13 @@ def test_variants_are_pefts(variant):
 
 def test_a_variant_beside_a_plain_adapter_falls_back_call_by_call():
     trio = Trio(stock_model("llama"))
-    changes = {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"}
-    trio.do(lambda m: m.add_adapter("alora", config("llama", **changes)))
+    changes = {"velora_config": lora.config.VeloraConfig(num_groups=4)}
+    trio.do(lambda m: m.add_adapter("velora", config("llama", **changes)))
     trio.check(LAYERS["llama"])
-    trio.do(lambda m: m.set_adapter("alora"))
+    trio.do(lambda m: m.set_adapter("velora"))
     trio.check(0)
     ((reason, count),) = trio.report.calls.fallen_back.items()
-    assert "ALoraLinearVariant" in reason and count == LAYERS["llama"]
+    assert "VeloraLinearVariant" in reason and count == LAYERS["llama"]
     trio.do(lambda m: m.set_adapter("default"))
     trio.check(LAYERS["llama"])
 
