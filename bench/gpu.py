@@ -1,18 +1,17 @@
-"""Everything to run on a machine with a GPU: tests, tuning, benchmarks, within ten minutes.
+"""The first minutes on a GPU: a smoke of at most 150 s, then a run of at most 390 s.
 
-``python -m bench.gpu --out DIR`` runs, each under its own time limit and with its own log in DIR:
+``python -m bench.gpu smoke --out DIR``: facts and floors of the device, every family of kernels
+against float64, graphs, and one shape by every plan. ``python -m bench.gpu run --out DIR --skip
+FAMILY,...``: the rows of ``gpu_work.rows()`` in order of worth, for as long as time is left. Each
+part is a process of its own with a time limit, since after one illegal access a process has no
+device any more. What was found is appended line by line, so that a kill loses nothing:
 
-1. the tests of the GPU in bfloat16;
-2. ``python -m lora_kernels tune`` for the shapes of the report, its tables in DIR/plans, with and
-   without dropout, and for its batches that mix 8 adapters;
-3. ``pytest bench`` with those tables: results.json, report.md. Others' kernels are in
-   it where their copies were carried along (``--peers``, made by ``bench.peers``);
-4. ``compute-sanitizer`` (memcheck, then racecheck) over the smallest kernel tests, where it is
-   installed;
-5. all tests, for as long as time is left.
+    run.log       what was printed
+    rows.jsonl    one result a line; ``python -m bench.gpu report DIR`` makes pages of it
+    cuda-*.json   the table of the fastest plans so far, as ``lora_kernels tune`` writes it
 
-A stage that fails or runs late does not keep the next from running: every row of the benchmarks
-is checked by itself. ``summary.json`` and the exit status say what happened.
+``--rehearse`` runs all of it on this CPU and Triton's interpreter: is the script whole? Its times
+mean nothing.
 """
 
 from __future__ import annotations
@@ -20,177 +19,162 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from . import report
-from .cases import GPU_SHAPES, QUICK_SHAPES
-from .peers import DEFAULT_DIRECTORY
-from .segmented_cases import ADAPTERS, mixed_settings
-
 _ROOT = Path(__file__).parent.parent
-# What the whole run keeps back for starting Python and for writing down what was found.
-_RESERVE_S = 20
-# The benchmarks' part of it. Their rows stop beginning before the stage is stopped, so that the
-# last of them ends and the report is written.
-_BENCH_SHARE = 0.5
-_LAST_ROW_S = 60
+ROWS, LOG = "rows.jsonl", "run.log"
+# What each command may take in all, and after how long the rows stop beginning.
+SMOKE_S, RUN_S, LAST_ROW_S = 150, 390, 340
+# A process imports torch and Triton and makes a context in 6 to 10 s (a guess).
+_FAMILY_S, _PLANS_S = 35, 45
+# The producer's tiles wait for one another without an end: it comes last, and alone.
+_LAST = "producer"
 
 
-@dataclass
-class Stage:
-    """One command; ``share``: how much of the run's whole time it may take; ``tuned``: it writes or
-    reads this run's tables of plans, where the others keep the user's.
-    """
+class Child:
+    """One step in a process of its own."""
 
-    name: str
-    command: list[str]
-    share: float
-    tuned: bool = False
-    status: str = "not run"
-    seconds: float = 0.0
-    last_line: str = ""
-
-    @property
-    def log(self) -> str:
-        return self.name.replace(" ", "-") + ".log"
-
-    def run(self, directory: Path, limit: float) -> None:
-        start = time.monotonic()
-        path = directory / self.log
-        tables = {"LORA_KERNELS_CACHE": str(directory / "plans")} if self.tuned else {}
-        with path.open("w") as log:
-            process = subprocess.Popen(
-                self.command,
-                cwd=_ROOT,
-                env=os.environ | tables,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                code = process.wait(limit)
-                self.status = "ok" if code == 0 else f"FAILED (exit status {code})"
-            except subprocess.TimeoutExpired:
-                # With what it has started: compilers, workers.
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                self.status = f"STOPPED after {limit:.0f} s"
-        self.seconds = time.monotonic() - start
-        lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
-        self.last_line = next((line for line in reversed(lines) if line), "")
-
-
-def stages(
-    out: Path, bench_seconds: float, quick: bool, peers: Path = DEFAULT_DIRECTORY
-) -> list[Stage]:
-    python = [sys.executable, "-m"]
-    shapes = QUICK_SHAPES["cuda"] if quick else GPU_SHAPES
-    shape_names = ",".join("x".join(map(str, shape)) for shape in shapes)
-    bench = [*python, "pytest", "bench", "-q", "--bench-device", "cuda", "--report-dir", str(out)]
-    bench += ["--time-limit", str(int(bench_seconds)), "--benchmark-columns", "median,iqr,rounds"]
-    bench += ["--peers", str(peers)]
-    on_gpu = "(cuda or gpu or kernels) and bfloat16"
-    tune = [*python, "lora_kernels", "tune", "--shapes", shape_names, "--seconds", "0.7"]
-    return [
-        Stage("tests in bfloat16", [*python, "pytest", "tests", "-q", "-k", on_gpu], 0.16),
-        Stage("tune with dropout", [*tune, "--dropout", "0.1"], 0.12, tuned=True),
-        Stage("tune", tune, 0.12, tuned=True),
-        *_mixed_stages(python, quick),
-        Stage("bench", bench + ["--quick"] * quick, _BENCH_SHARE, tuned=True),
-        *_sanitizer_stages(python),
-        Stage("all tests", [*python, "pytest", "tests", "-q"], 1.0),
-    ]
-
-
-def _mixed_stages(python: list[str], quick: bool) -> list[Stage]:
-    """Tuning of the report's batches of 8 adapters (the populations have others, and keep the
-    heuristic), rank by rank."""
-    shapes: dict[int, list[str]] = {}
-    for setting in mixed_settings("cuda", quick=quick):
-        if setting.adapters == ADAPTERS and setting.population == "modulo":
-            shapes.setdefault(setting.r, []).append(setting.shape)
-    tune = [*python, "lora_kernels", "tune", "--slots", str(ADAPTERS), "--seconds", "0.4"]
-    tune += ["--ops", "segmented_lora_,segmented_linear_fwd"]
-    return [
-        Stage(
-            f"tune mixed rank {r}",
-            [*tune, "--r", str(r), "--shapes", ",".join(found)],
-            0.08 / len(shapes),
-            tuned=True,
+    def __init__(self, command: Command, *step: str, interpret: bool = True) -> None:
+        self.command, self.step = command, " ".join(step)
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "LORA_KERNELS_CACHE": str(command.out)}
+        arguments = ["--out", str(command.out), "--skip", ",".join(command.skip)]
+        if command.rehearse:
+            arguments.append("--rehearse")
+            environment["TRITON_INTERPRET"] = str(int(interpret))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.gpu_steps", *step, *arguments],
+            cwd=_ROOT,
+            env=environment,
+            start_new_session=True,
         )
-        for r, found in sorted(shapes.items())
-    ]
+
+    def wait(self, limit: float) -> bool:
+        """Whether it ended well within ``limit`` seconds, and before the command's own end."""
+        limit = min(limit * self.command.slower, self.command.left())
+        status = f"STOPPED after {limit:.0f} s"
+        try:
+            code = self.process.wait(max(limit, 0.1))
+            status = "" if code == 0 else f"FAILED with exit status {code}"
+        except subprocess.TimeoutExpired:
+            # With what it has started. First in a way that lets it write.
+            for sign in (signal.SIGTERM, signal.SIGKILL):
+                os.killpg(self.process.pid, sign)
+                try:
+                    self.process.wait(5)
+                    break
+                except subprocess.TimeoutExpired:
+                    continue
+        if status:
+            self.command.note({"kind": "step", "step": self.step, "status": status})
+        return not status
 
 
-def _sanitizer_stages(python: list[str]) -> list[Stage]:
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        return []
-    small = "(one and row or tiny or skinny_kernels) and bfloat16"
-    tests = [*python, "pytest", "tests/kernels/test_kernels.py", "-q", "-x", "-k", small]
-    return [
-        Stage(check, [tool, "--tool", check, "--error-exitcode", "9", *tests], 0.1)
-        for check in ("memcheck", "racecheck")
-    ]
+class Command:
+    """A smoke or a run: its folder, its clock, and its children."""
+
+    def __init__(self, out: Path, seconds: float, rehearse: bool, skip: list[str]) -> None:
+        self.out, self.rehearse, self.skip = out, rehearse, skip
+        out.mkdir(parents=True, exist_ok=True)
+        # An earlier run's must not pass for this one's.
+        (out / ROWS).write_text("")
+        # The interpreter takes its time.
+        self.slower = 12 if rehearse else 1
+        self.begin = time.monotonic()
+        self.end = self.begin + self.slower * (seconds - 5)
+        self.well = True
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def note(self, line: dict[str, object]) -> None:
+        self.well = False
+        print(f"{line['step']}: {line['status']}", flush=True)
+        with (self.out / ROWS).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def prepare(self, what: str) -> None:
+        """The device's facts and floors, and meanwhile the binaries that ``what`` needs."""
+        workers = 1 if self.rehearse else max((os.cpu_count() or 4) - 2, 1)
+        children = [Child(self, "device")]
+        children += [
+            Child(self, "compile", "--of", what, "--share", f"{i}/{workers}", interpret=False)
+            for i in range(workers)
+        ]
+        for child in children:
+            child.wait(60)
+        self.say(f"{what}: compiled")
+
+    def say(self, what: str) -> None:
+        print(f"-- {time.monotonic() - self.begin:5.1f} s: {what}", flush=True)
+
+    def smoke(self, families: list[str]) -> None:
+        self.prepare("smoke")
+        chosen = [name for name in families if name not in (*self.skip, _LAST)]
+        # Each in a process of its own; a rehearsal is cheaper in one.
+        alone = [chosen] if self.rehearse else [[name] for name in chosen]
+        children = [Child(self, "family", *names) for names in alone]
+        children.append(Child(self, "replay"))
+        for child in children:
+            child.wait(_FAMILY_S)
+        self.say("families")
+        Child(self, "plans").wait(_PLANS_S)
+        if _LAST not in self.skip:
+            Child(self, "family", _LAST).wait(_FAMILY_S)
+        self.say("the producer")
+
+    def run(self) -> None:
+        self.prepare("run")
+        last = self.begin + self.slower * LAST_ROW_S
+        first = 0
+        # What ended the process ends no more than its row.
+        while (left := last - time.monotonic()) > 15:
+            child = Child(self, "rows", "--first", str(first), "--seconds", f"{left:.0f}")
+            if child.wait(RUN_S):
+                break
+            found = [line["row"] + 1 for line in self.lines() if "row" in line]
+            first = 1 + max([first, *found])
+        self.say("rows")
+
+    def lines(self) -> list[dict[str, int]]:
+        return [json.loads(line) for line in (self.out / ROWS).read_text().splitlines()]
 
 
-def run(out: Path, minutes: float, quick: bool, peers: Path = DEFAULT_DIRECTORY) -> int:
-    out.mkdir(parents=True, exist_ok=True)
-    # An earlier run's must not pass for this one's.
-    (out / report.JSON_NAME).unlink(missing_ok=True)
-    whole = minutes * 60 - _RESERVE_S
-    end = time.monotonic() + whole
-    planned = stages(out, _BENCH_SHARE * whole - _LAST_ROW_S, quick, peers)
-    for stage in planned:
-        limit = min(stage.share * whole, end - time.monotonic())
-        if limit < 5:
-            stage.status = "no time left"
-        else:
-            stage.run(out, limit)
-        print(f"{stage.name}: {stage.status}, {stage.seconds:.0f} s", flush=True)
-        (out / "summary.json").write_text(json.dumps([asdict(s) for s in planned], indent=1) + "\n")
-    print(_table(planned, out), flush=True)
-    return 0 if all(stage.status == "ok" for stage in planned) else 1
-
-
-def _table(planned: list[Stage], out: Path) -> str:
-    lines = []
-    results = out / report.JSON_NAME
-    if results.exists():
-        lines += [report.summary(json.loads(results.read_text())), ""]
-    width = max(len(stage.name) for stage in planned)
-    for stage in planned:
-        line = f"{stage.name:<{width}}  {stage.seconds:5.0f} s  {stage.status}"
-        lines.append(f"{line}: {stage.last_line[:120]}" if stage.last_line else line)
-    return "\n".join([*lines, f"logs and reports: {out}"])
+# Those of gpu_work.OF_FAMILY; here since this process does without torch.
+FAMILIES = ["vendor", "preload", "tail", "in_loop", "skinny", "grouped", "decode", "mixed", _LAST]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=("smoke", "run", "report"))
+    parser.add_argument("folders", nargs="*", type=Path, help="of report: those of smokes and runs")
     default = os.environ.get("OUT") or _ROOT / "bench" / "out"
     parser.add_argument("--out", type=Path, default=Path(default), help="default $OUT or bench/out")
-    parser.add_argument("--minutes", type=float, default=10.0, help="for all of it; default 10")
-    parser.add_argument("--quick", action="store_true", help="one shape: does all of it work?")
-    parser.add_argument(
-        "--peers", type=Path, default=DEFAULT_DIRECTORY, help="for pytest bench --peers"
-    )
+    parser.add_argument("--skip", default="", help="families: " + ",".join(FAMILIES))
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU; see above")
     chosen = parser.parse_args()
-    if chosen.minutes < 3:
-        parser.error("--minutes: it takes three at least")
-    import torch
+    if chosen.command == "report":
+        from . import gpu_report
 
-    if not torch.cuda.is_available():
-        sys.exit(
-            f"bench.gpu needs a GPU, and torch {torch.__version__} sees none here; "
-            "on a CPU, run: pytest bench"
-        )
-    sys.exit(run(chosen.out.resolve(), chosen.minutes, chosen.quick, chosen.peers.resolve()))
+        gpu_report.main(chosen.folders or [chosen.out])
+        return
+    skip = [name for name in chosen.skip.split(",") if name]
+    if unknown := set(skip) - set(FAMILIES):
+        parser.error(f"--skip: there is no family {', '.join(sorted(unknown))}")
+    seconds = {"smoke": SMOKE_S, "run": RUN_S}[chosen.command]
+    command = Command(chosen.out.resolve(), seconds, chosen.rehearse, skip)
+    # All that this process and its children print goes into the log, too.
+    tee = subprocess.Popen(["tee", command.out / LOG], stdin=subprocess.PIPE)
+    assert tee.stdin is not None
+    for stream in (1, 2):
+        os.dup2(tee.stdin.fileno(), stream)
+    command.smoke(FAMILIES) if chosen.command == "smoke" else command.run()
+    command.say("all well" if command.well else "NOT all well")
+    sys.stdout.flush()
+    sys.exit(not command.well)
 
 
 if __name__ == "__main__":

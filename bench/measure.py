@@ -54,9 +54,9 @@ class EagerStep:
 
 
 class CapturedStep:
-    """The same step captured in a CUDA graph; a call replays it and returns its outputs."""
+    """A step captured in a CUDA graph; a call replays it and returns its outputs."""
 
-    def __init__(self, step: EagerStep) -> None:
+    def __init__(self, step: Callable[[], Any]) -> None:
         # What a first call does besides computing (compile, allocate, choose algorithms) must not
         # be captured.
         stream = torch.cuda.Stream()

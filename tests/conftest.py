@@ -41,9 +41,10 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in dropped]
         config.hook.pytest_deselected(items=[*dropped])
     for item in items:
-        if "gpu" in item.keywords and not HAS_GPU:
+        # A marker: the keywords hold the names of folders too.
+        if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
-        if "native" in item.keywords and native.load() is None:
+        if item.get_closest_marker("native") and native.load() is None:
             item.add_marker(pytest.mark.skip(reason=f"no CPU extension: {native.why_not()}"))
 
 

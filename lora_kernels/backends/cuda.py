@@ -37,18 +37,25 @@ def answer(op: str, *args: Any, **kwargs: Any) -> Any:
             answers.record("reference", config, problem)
             return reference_of(op)(*args, **kwargs)
         answers.record("cuda", config, problem)
-        if config.plan == "vendor" and problem.slots:
-            onto = adapters_onto(problem.adapters(), facts(device))
-            return getattr(vendor, op)(*args, **kwargs, onto=onto)
-        if config.plan == "vendor":
-            options: dict[str, Any] = {"masked": masked}
-            if op in ("lora_linears_fwd", "lora_linears_dx"):
-                rows = shrink_problem(problem)
-                if plan.is_valid(Config("skinny"), rows, facts(device)):
-                    config = fill_tile_sizes(Config("skinny"), rows, facts(device))
-                    options["shrinks"] = shrinks_with(config)
-            return getattr(vendor, op)(*args, **kwargs, **options)
-        return run_kernel(op, config, problem, facts(device), *args, **kwargs)
+        return run(op, config, problem, facts(device), *args, **kwargs)
+
+
+def run(
+    op: str, config: Config, problem: Problem, known: DeviceFacts, *args: Any, **kwargs: Any
+) -> Any:
+    """Compute ``op`` by the plan of ``config``, the library's or a kernel's."""
+    if config.plan != "vendor":
+        return run_kernel(op, config, problem, known, *args, **kwargs)
+    if problem.slots:
+        onto = adapters_onto(problem.adapters(), known)
+        return getattr(vendor, op)(*args, **kwargs, onto=onto)
+    options: dict[str, Any] = {"masked": masked}
+    if op in ("lora_linears_fwd", "lora_linears_dx"):
+        rows = shrink_problem(problem)
+        if plan.is_valid(Config("skinny"), rows, known):
+            config = fill_tile_sizes(Config("skinny"), rows, known)
+            options["shrinks"] = shrinks_with(config)
+    return getattr(vendor, op)(*args, **kwargs, **options)
 
 
 def masked(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
@@ -106,6 +113,7 @@ def run_kernel(
     from ..kernels import (
         linear_bwd,
         linear_fwd,
+        linear_preload,
         linear_producer,
         segmented,
         segmented_bwd,
@@ -115,6 +123,8 @@ def run_kernel(
     config = fill_tile_sizes(config, problem, known)
     if op in MIXED_LINEAR_OPS:
         shrink = fill_tile_sizes(Config("grouped"), problem.adapters(), known)
+        if config.plan == "preload":
+            return getattr(linear_preload, op)(*args, **kwargs, config=shrink)
         return getattr(linear_fwd, op)(*args, **kwargs, config=config, shrink=shrink)
     if problem.slots:
         module = segmented_decode if config.plan == "decode" else segmented
@@ -123,6 +133,8 @@ def run_kernel(
     if op in SKINNY_OPS:
         kernel = linear_fwd.lora_shrink if op == "lora_shrink" else linear_bwd.lora_linear_dab
         return kernel(*args, **kwargs, config=config)
+    if config.plan == "preload":
+        return getattr(linear_preload, op)(*args, **kwargs, config=config)
     if config.plan == "producer":
         return getattr(linear_producer, op)(*args, **kwargs, config=config)
     shrink = fill_tile_sizes(Config("skinny"), shrink_problem(problem), known)

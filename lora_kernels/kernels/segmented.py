@@ -132,7 +132,7 @@ def _segmented_shrink_kernel(
 
 @triton.jit
 def _segmented_expand_kernel(
-    s_ptr, b_ptrs, rng_ptr, table,
+    s_ptr, b_ptrs, bias_ptr, rng_ptr, table,
     y_ptr,
     M, T, slots, blocks, R, widths,
     stride_sm, stride_sj, stride_sr,
@@ -141,7 +141,7 @@ def _segmented_expand_kernel(
     threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     SLICES: tl.constexpr, PACKED: tl.constexpr, RANK_LAST: tl.constexpr,
-    ADD: tl.constexpr, SUM_SLICES: tl.constexpr, HAS_MASK: tl.constexpr,
+    ADD: tl.constexpr, SUM_SLICES: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     dtype = y_ptr.dtype.element_ty
     block = tl.program_id(0)
@@ -180,6 +180,9 @@ def _segmented_expand_kernel(
             stride_sm, stride_sr, stride_bn, stride_br, dtype,
             BLOCK_M, BLOCK_N, BLOCK_R, RANK_LAST,
         )  # fmt: skip
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + first + offs_n, mask=offs_n < width, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
     store_rows(y_ptr, acc, rows, inside, first, offs_n, width, stride_ym, stride_yn, ADD)
 
 
@@ -234,9 +237,10 @@ def _expand(
     rng: Tensor | None,
     dropout_p: float,
     config: Config,
+    bias: Tensor | None = None,
 ) -> None:
-    """y [M, sum of N_j] = or += the tail of b [S, N_j, r]; ([S, r, K], transposed) of A: then the
-    slices are summed in y [M, K]."""
+    """y [M, sum of N_j] = or += the tail of b [S, N_j, r] and the bias; ([S, r, K], transposed) of
+    A: then the slices are summed in y [M, K]."""
     table = Table(*table)
     m, n, r = s.shape
     rank = block_r(config, r)
@@ -245,7 +249,7 @@ def _expand(
     if m == 0 or blocks == 0 or columns == 0:
         return
     _segmented_expand_kernel[(blocks, columns)](
-        s, b.tensors, s if rng is None else rng, table,
+        s, b.tensors, s if bias is None else bias.contiguous(), s if rng is None else rng, table,
         y,
         m, *table.sizes, r, tuple(widths),
         *s.stride(),
@@ -254,7 +258,7 @@ def _expand(
         dropout_threshold(dropout_p),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=rank,
         SLICES=n, PACKED=b.packed, RANK_LAST=not transposed,
-        ADD=add, SUM_SLICES=transposed, HAS_MASK=rng is not None,
+        ADD=add, SUM_SLICES=transposed, HAS_MASK=rng is not None, HAS_BIAS=bias is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -290,12 +294,14 @@ def segmented_lora(
     rng: Tensor | None = None,
     dropout_p: float = 0.0,
     *,
+    bias: Tensor | None = None,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
+    """The adapters' part, and where a bias is given what it is added to: of all rows."""
     s = segmented_shrink(x, lora_a, table, packed_slices, rng, dropout_p, config=config)
     widths = [t.shape[1] for t in lora_b]
     y, b = x.new_empty(x.shape[0], sum(widths)), stacks_of(lora_b, x.dtype)
-    _expand(y, s, b, table, widths, False, False, None, 0.0, config)
+    _expand(y, s, b, table, widths, False, False, None, 0.0, config, bias)
     return y, s
 
 

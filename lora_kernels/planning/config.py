@@ -16,6 +16,7 @@ PLANS = (
     "in_loop",
     "tail",
     "producer",
+    "preload",
     "skinny",
     "decode",
     "grouped",
@@ -25,7 +26,7 @@ PLANS = (
 )
 
 # Plans whose work is done by Triton kernels with tiles; the others take no numbers.
-TILED_PLANS = ("in_loop", "tail", "producer", "skinny", "decode", "grouped")
+TILED_PLANS = ("in_loop", "tail", "producer", "preload", "skinny", "decode", "grouped")
 
 # Those that accumulate S beside the base product, in tiles as wide as the rank.
 WHOLE_RANK_PLANS = ("in_loop", "producer")
@@ -109,6 +110,17 @@ _UNALIGNED_TILES = ((64, 64, 32, 8, 3), (16, 64, 32, 4, 3))
 
 _FLOAT_TILES = ((32, 32, 16, 4, 1),)
 
+# (block_m, block_n, block_k, warps, stages) of the preload plan's kernel, which is done with bytes
+# and not with products: for half types (the last where the rank is long), for rows that are not
+# aligned, for float32. Which is fastest is a guess.
+_PRELOAD_TILES = (
+    (32, 128, 128, 4, 4),
+    (16, 128, 128, 4, 4),
+    (32, 64, 64, 4, 2),
+    (32, 64, 32, 8, 1),
+    (32, 32, 32, 4, 1),
+)
+
 # (block_m, block_k, block_r, warps, stages) of the shrink and (block_m, block_n, block_r, warps,
 # stages) of dA/dB: for half types, then for rows that are not aligned, then for float32.
 _SHRINK_TILES = ((64, 64, 64, 4, 3), (16, 128, 64, 4, 3), (64, 32, 64, 8, 1), (32, 32, 32, 4, 1))
@@ -182,6 +194,13 @@ def tiled_configs(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:
             split = _split(blocks, problem.m // block_m, processors)
             yield Config("skinny", block_m, block_n, 0, 0, split, warps, stages, block_r=rank)
         return
+    if mixed_linear:
+        # Its numbers are those of the adapters alone.
+        yield Config("preload")
+    else:
+        tiles = _PRELOAD_TILES[:-1] if half else _PRELOAD_TILES[-1:]
+        for block_m, block_n, block_k, warps, stages in tiles:
+            yield Config("preload", block_m, block_n, block_k, 0, 1, warps, stages)
     shipped: tuple[tuple[int, ...], ...] = _FLOAT_TILES
     if half:
         shipped = _HALF_TILES[family(facts.arch)]

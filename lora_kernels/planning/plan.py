@@ -8,6 +8,8 @@ The plans, one contract (how S reaches the accumulator of the base product):
   adapters every row with the B of its own;
 - ``producer``  one persistent launch: of each row block one tile makes S beside its base product
   and publishes it, all tiles add S B^T last;
+- ``preload``   our kernels write S and S B^T + bias, in a batch that mixes adapters every row's by
+  its own, and the library's GEMM accumulates onto it;
 - ``decode``    a batch that mixes adapters, of few rows: shrink and expand in one launch;
 - ``grouped``   a batch that mixes adapters: shrink, then expand, by blocks of rows of one adapter;
 - ``native``    the CPU's C++ kernels: tail, then GEMM, in one pass over tiles;
@@ -112,20 +114,23 @@ def heuristic(problem: Problem, facts: DeviceFacts) -> Config:
 
 
 # What the estimate takes for granted, none of it measured by us yet: a launch in a graph; the share
-# of peak that the library's GEMM reaches (FIELD's cuBLAS on an H200: 0.73 to 0.79 of the
-# datasheet's 989 TFLOP/s) and that a Triton tile of each size does (0.95 of cuBLAS for the largest,
-# at large K); the share of bandwidth that streaming kernels reach, and how much faster the L2 is;
+# of peak that the library's GEMM reaches (seen on an H200: 770 to 798 TFLOP/s at 8192^3, where 1980
+# MHz are 1070) and that a Triton tile of each size does (predicted: 600 to 680); the share of
+# bandwidth that streaming kernels reach, and how much faster the L2 is; how much of its C the
+# library's GEMM reads in its own time;
 # of a batch that mixes adapters, that its rows are dealt out evenly among all slots; and of a tile
 # of the producer plan, what three answers of the L2 in a row take: its ticket, its flag, and S.
 _LAUNCH_US = 2.0
 
-_LIBRARY_SHARE = 0.76
+_LIBRARY_SHARE = 0.74
 
-_TILE_SHARE = {128 * 256: 0.72, 128 * 128: 0.66, 64 * 128: 0.55}
+_TILE_SHARE = {128 * 256: 0.60, 128 * 128: 0.55, 64 * 128: 0.46}
 
 _STREAM_SHARE = 0.85
 
 _CACHE_OVER_MEMORY = 2.5
+
+_C_SHARE = 0.6
 
 _HANDOVER_US = 1.0
 
@@ -175,6 +180,18 @@ def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
         product = max(base_flops / (flops * _LIBRARY_SHARE), base_bytes)
         # The scale is a launch of its own where the library makes S.
         return product + shrink + tail + masks + (1 if mixed else 2) * _LAUNCH_US
+    if config.plan == "preload":
+        first = streamed(m * k + m * n + adapters * r * (problem.slices * k + n))
+        launches = 3 if mixed else 2
+        if mixed:
+            first += streamed(2 * m * problem.slices * r)
+        else:
+            # Fewer programs than multiprocessors leave bandwidth unused.
+            first *= max(1.0, facts.processors / max(-(-m // config.block_m), 1))
+        if problem.out_scale:
+            first, launches = first + streamed(4 * m * n), launches + 2
+        product = max(base_flops / (flops * _LIBRARY_SHARE), base_bytes)
+        return product + first + streamed(m * n) * _C_SHARE + launches * _LAUNCH_US
     rank = block_r(config, problem.r)
     tiles_m, tiles_n = -(-m // config.block_m), -(-n // config.block_n)
     waves = -(-tiles_m * tiles_n * config.split_k // max(facts.processors, 1))

@@ -42,26 +42,30 @@ def table_name(facts: DeviceFacts) -> str:
 
 
 @functools.cache
-def kernel_sources_hash() -> str:
-    """A hash of everything whose change makes a measurement stale: kernels and launchers as they
-    lie in the package, the CPU's kernels as they were built. So a checkout and a copy of it that is
-    installed have the same."""
-    package = Path(__file__).parent.parent
-    files = [package / "backends" / f"{name}.py" for name in ("cpu", "cuda", "vendor")]
-    files += sorted((package / "kernels").glob("*.py"))
-    digest = hashlib.sha256(native.built_from().encode())
+def kernel_sources_hash(kind: str) -> str:
+    """A hash of everything whose change makes a measurement on such a device stale: of a GPU the
+    kernels and launchers as they lie in the package, of a CPU the kernels as they were built. So a
+    checkout and a copy of it that is installed have the same."""
+    package, cpu = Path(__file__).parent.parent, kind == "cpu"
+    files = [package / "backends" / f"{name}.py" for name in ("cpu" if cpu else "cuda", "vendor")]
+    if not cpu:
+        files += sorted((package / "kernels").glob("*.py"))
+    digest = hashlib.sha256(native.built_from().encode() if cpu else b"")
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def versions() -> dict[str, str]:
-    """Versions a measurement depends on; a table from others is ignored."""
+def versions(kind: str) -> dict[str, str]:
+    """Versions a measurement on such a device depends on; a table from others is ignored. On a GPU
+    torch's build string is none: Triton compiles what a plan times."""
+    if kind == "cpu":
+        return {"torch": torch.__version__}
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = "none"
-    return {"torch": torch.__version__, "triton": triton}
+    return {"triton": triton}
 
 
 @functools.cache
@@ -75,7 +79,8 @@ def read_table(path: Path) -> dict[str, Config]:
     other kernels."""
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        if content["versions"] != versions() or content["kernels"] != kernel_sources_hash():
+        kind = content["device"]["kind"]
+        if content["versions"] != versions(kind) or content["kernels"] != kernel_sources_hash(kind):
             return {}
         return {key: Config(**entry["config"]) for key, entry in content["plans"].items()}
     except FileNotFoundError:
@@ -94,8 +99,8 @@ def write_table(path: Path, facts: DeviceFacts, measured: dict[str, dict[str, An
     new = {key: {**entry, "config": asdict(entry["config"])} for key, entry in measured.items()}
     content = {
         "device": asdict(facts),
-        "versions": versions(),
-        "kernels": kernel_sources_hash(),
+        "versions": versions(facts.kind),
+        "kernels": kernel_sources_hash(facts.kind),
         "plans": dict(sorted((kept | new).items())),
     }
     path.parent.mkdir(parents=True, exist_ok=True)

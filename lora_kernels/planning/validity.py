@@ -44,6 +44,9 @@ def shared_memory(config: Config, problem: Problem) -> int:
         # In float32 the transposed tile has a place of its own.
         stages = config.num_stages + (tail == 4)
         return stages * config.block_m * (config.block_n * size + rank * tail)
+    if config.plan == "preload":
+        shrink = config.block_k * (config.block_m * size + rank * adapter)
+        return config.num_stages * max(shrink, rank * config.block_n * adapter)
     base = (config.block_m + config.block_n) * config.block_k * size
     if config.plan == "tail":
         return config.num_stages * (max(base, expand) if tail > size else base)
@@ -86,7 +89,11 @@ def _tiled_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) 
         return "float64 is computed by the reference"
     if problem.op in LINEARS_OPERATORS:
         return "there is no kernel for several projections"
+    if config.plan == "preload" and problem.dtype == "float16":
+        return "what the tail alone amounts to might not fit float16"
     if problem.op in MIXED_LINEAR_OPS:
+        if config.plan == "preload":
+            return _tiled_invalid_reason(Config("grouped"), problem.adapters(), facts)
         if config.plan != "tail":
             return f"{problem.op} mixes adapters under a base: its tail comes from a shrink"
     elif (problem.slots > 0) != (config.plan in SEGMENTED_PLANS):
@@ -102,7 +109,8 @@ def _tiled_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) 
     if config.block_m == 0:
         # A plan by its name alone; the planner fills in the numbers.
         named = (c for c in tiled_configs(problem, facts) if c.plan == config.plan)
-        if config.plan in WHOLE_RANK_PLANS and not any(is_valid(c, problem, facts) for c in named):
+        whole = config.plan in (*WHOLE_RANK_PLANS, "preload")
+        if whole and not any(is_valid(c, problem, facts) for c in named):
             return _REGISTERS
         return None
     if config.plan == "producer" and config.split_k > 1:
@@ -220,6 +228,12 @@ def _register_reason(config: Config, problem: Problem, facts: DeviceFacts) -> st
         columns = config.block_k if shrink else config.block_n
         # The tile of x or dY, and the one of A or of S and D.
         loaded = max(config.block_m * columns, (columns if shrink else config.block_m) * rank)
+    elif config.plan == "preload":
+        expanded = rank * config.block_n
+        if expanded > 2048 * config.num_warps:
+            return _REGISTERS
+        loaded = max(max(config.block_m, rank) * config.block_k, expanded)
+        loaded *= 1 + (problem.dtype == "float32")
     else:
         if config.plan in WHOLE_RANK_PLANS:
             tile = (config.block_m, config.block_n, config.block_k)

@@ -107,7 +107,7 @@ def _width(rows: Tensor | None) -> int:
 
 
 def _linear(op: str, given: dict[str, Any]) -> Problem:
-    rows, weight = rows_of(given), given.get("weight")
+    rows = rows_of(given)
     m, n, k, r, _ = sizes(rows, given)
     return Problem(
         op,
@@ -121,11 +121,7 @@ def _linear(op: str, given: dict[str, Any]) -> Problem:
         given.get("fan_in_fan_out", False),
         given.get("out_scale") is not None,
         # Asked on GPUs only, where it matters.
-        not rows.is_cuda
-        or (
-            suits_descriptor(rows, transposed=False)
-            and (weight is None or suits_descriptor(weight, transposed=True))
-        ),
+        not rows.is_cuda or is_aligned(given),
     )
 
 
@@ -154,7 +150,7 @@ def _segmented(op: str, given: dict[str, Any]) -> Problem:
         dtype_name(adapter),
         given.get("rng") is not None,
         given.get("fan_in_fan_out", False),
-        aligned=not rows.is_cuda or _is_aligned(given),
+        aligned=not rows.is_cuda or is_aligned(given),
         slots=given["table"][1].shape[0],
         slices=slices,
     )
@@ -186,8 +182,14 @@ def _expert(op: str, given: dict[str, Any]) -> Problem:
     )
 
 
-def _is_aligned(given: dict[str, Any]) -> bool:
-    """Whether 16 bytes at a time can be read along the last axis of every operand."""
+def is_aligned(given: dict[str, Any]) -> bool:
+    """Whether a call's big operands suit tensor descriptors; of a batch that mixes adapters,
+    whether 16 bytes at a time can be read along the last axis of every operand."""
+    if "table" not in given:
+        weight = given.get("weight")
+        return suits_descriptor(rows_of(given), transposed=False) and (
+            weight is None or suits_descriptor(weight, transposed=True)
+        )
     read = [rows_of(given), given.get("x"), given.get("weight")]
     read += [*(given.get("lora_a") or ()), *(given.get("lora_b") or ())]
     if not all(_whole_vectors(t) for t in read if t is not None):

@@ -106,7 +106,11 @@ def measure(call: Call) -> Row:
     ]
     loops = tuple(" + ".join(f"{n} {name}" for name, n in loop.items()) for loop in found)
     name = caught.function.__name__
-    plan = "" if call.config.plan in ("skinny", "grouped", "decode") else f" {call.config.plan}"
+    plan = (
+        ""
+        if call.config.plan in ("skinny", "preload", "grouped", "decode")
+        else f" {call.config.plan}"
+    )
     kernel = name.removeprefix("_").removesuffix("_kernel") + plan
     most = tuple(predicted(call, name, constants))
     shared = compiled.metadata.shared
@@ -162,6 +166,9 @@ def predicted(call: Call, kernel: str, c: dict[str, Any]) -> list[int]:
 
     if kernel in ("_lora_shrink_kernel", "_lora_shrinks_kernel"):
         loops = [of_tail(c["BLOCK_M"], c["BLOCK_R"], c["BLOCK_K"])]
+    elif kernel == "_lora_preload_kernel":
+        loops = [of_tail(c["BLOCK_M"], c["BLOCK_R"], c["BLOCK_K"])]
+        loops.append(of_tail(c["BLOCK_M"], c["BLOCK_N"], c["BLOCK_R"]))
     elif kernel == "_lora_linear_dab_kernel":
         # dA, then dB
         loops = 2 * [of_tail(c["BLOCK_C"], c["BLOCK_R"], c["BLOCK_M"])]

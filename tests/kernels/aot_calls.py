@@ -18,6 +18,8 @@ covering set of it, each member there for what it costs in registers or in addre
 - the shrink and dA/dB: each tile at the largest rank it admits masked and not, split and not,
   aligned, odd and strided, fp16 likewise but fewer, fp32 once; ranks 16 and 64 once, masked and
   aligned.
+- the preload plan's kernel: each tile as the masked forward at a rank of 16, as the forward at the
+  largest rank it admits, and as the masked dX there, aligned and odd; strided once; fp32.
 - the segmented operators, and the shrink of several projections: the docstrings of
   ``aot_segmented.py`` and ``aot_linears.py``.
 """
@@ -88,7 +90,8 @@ def calls(arch: str) -> list[Call]:
     """The covering set of the module's docstring for one architecture, without repetitions."""
     mixed = itertools.starmap(functools.partial(Call, arch), aot_segmented.calls(FACTS[arch]))
     several = itertools.starmap(functools.partial(Call, arch), aot_linears.calls(FACTS[arch]))
-    every = itertools.chain(_linear(arch), _skinny(arch), mixed, several)
+    linear = itertools.chain(_linear(arch), _preload(arch), _skinny(arch))
+    every = itertools.chain(linear, mixed, several)
     return list(dict.fromkeys(every))
 
 
@@ -165,6 +168,24 @@ def _linear(arch: str) -> Iterator[Call]:
             yield from _call(arch, config, masked, "aligned")
 
 
+def _preload(arch: str) -> Iterator[Call]:
+    base = Problem("lora_linear_fwd", 4096, 4096, 4096, 16, "bfloat16", "bfloat16", True)
+    single = base._replace(dtype="float32", adapter_dtype="float32")
+    strided = False
+    for problem in (base, single):
+        for config in _tiles(arch, problem, RANKS, "preload"):
+            dx = problem._replace(op="lora_linear_dx")
+            wide = problem._replace(dropout=False, adapter_dtype="float32")
+            yield from _call(arch, config, problem, "aligned")
+            for variant, layout in ((wide, "aligned"), (dx, "aligned"), (dx, "odd")):
+                ranks = [r for r in RANKS if _admitted(arch, config, variant._replace(r=r), layout)]
+                for r in ranks[-1:]:
+                    yield from _call(arch, config, variant._replace(r=r), layout)
+            if not strided and _admitted(arch, config, dx, "strided"):
+                strided = True
+                yield from _call(arch, config, dx, "strided")
+
+
 def _skinny(arch: str) -> Iterator[Call]:
     for op in ("lora_shrink", "lora_linear_dab"):
         # One axis is summed over; long enough, it is dealt out to several programs.
@@ -196,9 +217,14 @@ def _skinny(arch: str) -> Iterator[Call]:
                 yield from _call(arch, config, variants[0]._replace(r=r), "aligned")
 
 
-def _tiles(arch: str, problem: Problem, ranks: Iterable[int]) -> Iterator[Config]:
-    """Every shipped tile, plan and kind of address, once, whatever its rank."""
-    found = (tiled_configs(problem._replace(r=r), FACTS[arch]) for r in ranks)
+def _tiles(arch: str, problem: Problem, ranks: Iterable[int], plan: str = "") -> Iterator[Config]:
+    """Every shipped tile and kind of address of ``plan``, or of all plans but preload, once,
+    whatever its rank."""
+    found = (
+        [c for c in tiled_configs(problem._replace(r=r), FACTS[arch])
+         if (c.plan == plan if plan else c.plan != "preload")]
+        for r in ranks
+    )  # fmt: skip
     # How far K is split depends on the problem, and comes back in _call.
     return iter(dict.fromkeys(dataclasses.replace(c, split_k=0) for c in itertools.chain(*found)))
 

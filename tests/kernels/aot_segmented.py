@@ -120,6 +120,9 @@ def _linear_calls(known: DeviceFacts) -> Iterator[tuple[Config, Problem, str, bo
             for m in (SMALL_M // 2, 4096):
                 problem = variant.problem._replace(m=m, aligned=variant.layout == "aligned")
                 for config in tiled_configs(problem, known):
+                    if config.plan == "preload":
+                        # The launches of the adapters alone.
+                        continue
                     few = config.block_m == 16
                     if few != (m <= SMALL_M) or invalid_reason(config, problem, known) is not None:
                         continue

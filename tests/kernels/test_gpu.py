@@ -45,7 +45,7 @@ def leaves_of(inputs):
     return [t.requires_grad_() for t in (inputs.x, inputs.lora_a, inputs.lora_b)]
 
 
-@pytest.mark.parametrize("plan", [None, "tail", "producer", "vendor"])
+@pytest.mark.parametrize("plan", [None, "tail", "producer", "preload", "vendor"])
 @pytest.mark.parametrize("m", [5, 300])
 def test_graph_replay_takes_new_inputs_scales_and_masks(plan, m):
     case = Case(m, 512, 256, 16, torch.bfloat16, bias=False, dropout_p=0.0, device="cuda")
@@ -112,7 +112,7 @@ def test_graph_replay_advances_dropout():
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(results, 2))
 
 
-@pytest.mark.parametrize("plan", ["in_loop", "tail", "producer", "vendor"])
+@pytest.mark.parametrize("plan", ["in_loop", "tail", "producer", "preload", "vendor"])
 def test_rows_beyond_two_to_the_31(plan):
     """x, Y and the gradients have more than 2^31 elements; the last rows are compared."""
     k, n, r = 4096, 64, 16

@@ -455,7 +455,7 @@ def test_vectors_and_tails_of_any_strides():
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU test_gpu.py shows it with the real backend")
-@pytest.mark.parametrize("gemm", ["in_loop", "tail", "producer"])
+@pytest.mark.parametrize("gemm", ["in_loop", "tail", "producer", "preload"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_layer_trains_through_the_kernels(gemm, checkpointed, monkeypatch):
     """Nothing above the backend knows the kernels: with the library's functions replaced by their

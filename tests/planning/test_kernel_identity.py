@@ -29,15 +29,16 @@ def python(script, directory):
     return ran.stdout.strip()
 
 
-def test_a_table_of_a_checkout_holds_for_an_installed_copy(tmp_path):
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_table_of_a_checkout_holds_for_an_installed_copy(kind, tmp_path):
     """What identifies the kernels lies in the package: nothing beside it is read."""
     package = Path(lk.__file__).parent
     shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("*.so"))
     tables_of = "from lora_kernels.planning import tables"
-    script = f"{tables_of}; print(tables.__file__, tables.kernel_sources_hash())"
+    script = f"{tables_of}; print(tables.__file__, tables.kernel_sources_hash({kind!r}))"
     file, found = python(script, tmp_path).split()
     assert Path(file).is_relative_to(tmp_path)
-    assert found == tables.kernel_sources_hash()
+    assert found == tables.kernel_sources_hash(kind)
 
 
 @pytest.mark.parametrize("changed", ["csrc", "torch", "nothing built", "not installed"])
@@ -53,18 +54,20 @@ def test_tables_of_other_cpu_kernels_are_ignored(changed, tmp_path, monkeypatch)
     def hash_of(info):
         (tmp_path / "_build_info.json").write_text(json.dumps(info))
         tables.kernel_sources_hash.cache_clear()
-        return tables.kernel_sources_hash()
+        return tables.kernel_sources_hash("cpu")
 
     monkeypatch.setattr(native, "DIRECTORY", tmp_path)
+    gpus = tables.kernel_sources_hash("cuda")
     try:
         usual = hash_of(built)
         assert hash_of(built | {"compiler": "another"}) == usual
         if changed == "not installed":
             (tmp_path / "_build_info.json").unlink()
             tables.kernel_sources_hash.cache_clear()
-            assert tables.kernel_sources_hash() != usual
+            assert tables.kernel_sources_hash("cpu") != usual
         else:
             assert hash_of(built | changes[changed]) != usual
+        assert tables.kernel_sources_hash("cuda") == gpus != usual, "a GPU's are others"
     finally:
         tables.kernel_sources_hash.cache_clear()
 
