@@ -116,7 +116,7 @@ _FLOAT_TILES = ((32, 32, 16, 4, 1),)
 _PRELOAD_TILES = (
     (32, 128, 128, 4, 4),
     (16, 128, 128, 4, 4),
-    (32, 64, 64, 4, 2),
+    (32, 64, 64, 8, 2),
     (32, 64, 32, 8, 1),
     (32, 32, 32, 4, 1),
 )
@@ -198,8 +198,8 @@ def tiled_configs(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:
         # Its numbers are those of the adapters alone.
         yield Config("preload")
     else:
-        tiles = _PRELOAD_TILES[:-1] if half else _PRELOAD_TILES[-1:]
-        for block_m, block_n, block_k, warps, stages in tiles:
+        found = _PRELOAD_TILES[:-1] if half else _PRELOAD_TILES[-1:]
+        for block_m, block_n, block_k, warps, stages in found:
             yield Config("preload", block_m, block_n, block_k, 0, 1, warps, stages)
     shipped: tuple[tuple[int, ...], ...] = _FLOAT_TILES
     if half:
