@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 import lora_kernels as lk
+from lora_kernels.backends.tune import CapturedCall
 from lora_kernels.testing.linear import Inputs
 
 from . import checks
 from .baselines import VARIANTS, Ours, Variant
 from .cases import Setting
-from .measure import CapturedStep, Clock, EagerStep, Rounds, Step, memory, quartiles
+from .measure import Clock, EagerStep, Rounds, Step, memory, quartiles
 from .peers import TRAINING_PEERS, tolerated
 
 
@@ -85,7 +86,7 @@ def prepare(
             eager = [
                 step_of(variant, replace(inputs, weight=weight), setting) for weight in weights
             ]
-            steps[key] = [CapturedStep(step) for step in eager] if device == "cuda" else [*eager]
+            steps[key] = [CapturedCall(step) for step in eager] if device == "cuda" else [*eager]
             truth.check(eager[0].variant, steps[key][0], _without_base(setting, inputs, variant))
             held[key] = memory(eager[0])
         if key not in missing and isinstance(eager[0].variant, Ours):

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 import lora_kernels as lk
+from lora_kernels.backends.tune import CapturedCall
 from lora_kernels.planning.config import MIXED_LINEAR_OPS
 from lora_kernels.testing import linear as testing
 
 from . import checks
-from .measure import CapturedStep, Outputs, Rounds, Step, quartiles
+from .measure import Outputs, Rounds, Step, quartiles
 from .peers import tolerated
 from .peers_serving import mixed_peers
 from .segmented_baselines import MIXED_VARIANTS, MixedVariant, Part
@@ -46,7 +47,7 @@ def test_segmented_lora(mixed: MixedSetting, benchmark: Any, session: Any) -> No
         with tolerated(variant, missing, steps), lk.record_plans() as answers:
             eager = [MixedStep(variant(mixed, one)) for one in sets]
             captured = device == "cuda" and variant.captured
-            steps[key] = [CapturedStep(step) for step in eager] if captured else [*eager]
+            steps[key] = [CapturedCall(step) for step in eager] if captured else [*eager]
             truth.check(eager[0].variant, steps[key][0])
         if variant.operators:
             plans[key] = plans_of(answers, device, variant.operators)

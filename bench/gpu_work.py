@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_kernels.backends import cuda, tune
+from lora_kernels.backends.tune import CapturedCall
 from lora_kernels.planning import plan
 from lora_kernels.planning.config import DECODE_OPS, MIXED_LINEAR_OPS, PLANS, SKINNY_OPS, Config
 from lora_kernels.planning.device import DeviceFacts, facts
@@ -27,7 +28,7 @@ from lora_kernels.testing.linear import Case
 from lora_kernels.testing.segmented import SegmentedCase
 
 from .gpu import ROWS
-from .measure import CapturedStep, CpuClock, CudaClock
+from .measure import CpuClock, CudaClock
 
 LINEAR_OPS = ("lora_linear_fwd", "lora_linear_dx")
 SEGMENTED = ("segmented_lora", "segmented_lora_", "segmented_lora_dx", "segmented_lora_dab")
@@ -67,7 +68,7 @@ class Machine:
         return CpuClock() if self.rehearse else CudaClock()
 
     def captured(self, step: Callable[[], Any]) -> Callable[[], Any]:
-        return step if self.rehearse else CapturedStep(step)
+        return step if self.rehearse else CapturedCall(step)
 
     def synchronize(self) -> None:
         if not self.rehearse:

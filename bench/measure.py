@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import cpu
+from lora_kernels.backends.tune import CudaTimer, host_seconds
 from lora_kernels.functional.linear import packed_linear
 from lora_kernels.integrations.compare_memory import SavedTensors, step_peak
 from lora_kernels.layers.packed import PackedWeight
-from lora_kernels.planning.device import facts
 
 from .baselines import Variant
 
@@ -53,28 +53,6 @@ class EagerStep:
         return (y.detach(), *torch.autograd.grad(y, (self.x, *self.variant.trainable), self.dy))
 
 
-class CapturedStep:
-    """A step captured in a CUDA graph; a call replays it and returns its outputs."""
-
-    def __init__(self, step: Callable[[], Any]) -> None:
-        # What a first call does besides computing (compile, allocate, choose algorithms) must not
-        # be captured.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = step()
-
-    def __call__(self) -> Outputs:
-        self.graph.replay()
-        return self.outputs
-
-
 class CpuClock:
     """Seconds of one call by the host's clock."""
 
@@ -94,11 +72,7 @@ class CpuClock:
         return min(-(-2 * self.cache_bytes // (weight.nbytes + result.nbytes)), _MAX_SETS)
 
     def measure(self, step: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        outputs = step()
-        stop = time.perf_counter()
-        del outputs
-        return stop - start
+        return host_seconds(step)
 
 
 def _kib(path: Path) -> int:
@@ -106,32 +80,16 @@ def _kib(path: Path) -> int:
     return int(path.read_text().strip().removesuffix("K")) * 1024
 
 
-class CudaClock:
-    """Seconds of one call by events; before the first, the device reads twice its L2 cache.
-
-    That read also keeps the device busy while the host enqueues the events and the replay, so that
-    no time of the host lies between the events.
-    """
+class CudaClock(CudaTimer):
+    """Seconds of one call by events, with a cold cache."""
 
     warmup, warmup_seconds = 200, math.inf
-
-    def __init__(self) -> None:
-        self.cache_bytes = facts("cuda").l2_bytes or _USUAL_CACHE_BYTES
-        self._cold = torch.ones(2 * self.cache_bytes // 4, device="cuda")
-        self._start = torch.cuda.Event(enable_timing=True)
-        self._stop = torch.cuda.Event(enable_timing=True)
 
     def sets(self, weight: Tensor, result: Tensor) -> int:
         return 1
 
     def measure(self, step: Callable[[], Any]) -> float:
-        self._cold.sum()
-        self._start.record()
-        outputs = step()
-        self._stop.record()
-        self._stop.synchronize()
-        del outputs
-        return self._start.elapsed_time(self._stop) / 1e3
+        return self.seconds(step)
 
 
 Clock = CpuClock | CudaClock

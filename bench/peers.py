@@ -209,10 +209,11 @@ def broken_here(
 
 def probe(key: str, directory: Path, settings: Sequence[Any]) -> None:
     """Compute the rows of one peer; raises RuntimeError where the device no longer answers."""
+    from lora_kernels.backends.tune import CapturedCall
+
     from .bench_lora_linear import step_of
     from .bench_segmented import MixedStep
     from .checks import draw
-    from .measure import CapturedStep
     from .peers_serving import MIXED_PEERS
     from .segmented_cases import draw as draw_mixed
 
@@ -228,7 +229,7 @@ def probe(key: str, directory: Path, settings: Sequence[Any]) -> None:
                 step: Any = MixedStep(variant(setting, draw_mixed(setting, "cuda")))
             else:
                 step = step_of(variant, draw(setting, "cuda"), setting)
-            (CapturedStep(step) if variant.captured else step)()
+            (CapturedCall(step) if variant.captured else step)()
         try:
             torch.ones(8, device="cuda").sum().item()
         except Exception as error:

@@ -7,6 +7,7 @@ graph capture.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import statistics
 import time
@@ -29,6 +30,9 @@ from . import cpu, cuda
 
 # M, K and N; or in the place of N the widths of the slices of a batch that mixes adapters.
 Shape = tuple[int, int, int | Sequence[int]]
+
+# Where a device does not tell.
+_USUAL_CACHE_BYTES = 32 * 2**20
 
 ANSWERS: dict[str, Callable[..., Any]] = {"cpu": cpu.answer, "cuda": cuda.answer}
 
@@ -144,14 +148,20 @@ def measure(op: str, arguments: dict[str, Any], *, seconds: float = 2.0) -> Meas
     answer = ANSWERS[device.type]
     problem = PROBLEM_OF[op](**arguments)
     configs = list(candidates(problem, facts(device)))
-    times: dict[Config, list[float]] = {config: [] for config in configs}
+    call = functools.partial(answer, op, **arguments)
+    calls: dict[Config, Callable[[], Any]] = {config: _forced(config, call) for config in configs}
+    clock: Callable[[Callable[[], Any]], float] = host_seconds
+    if device.type == "cuda":
+        # Not the host's part, which a graph does without; the reference waits for the device.
+        calls = {c: CapturedCall(made) for c, made in calls.items() if c.plan != "reference"}
+        clock = CudaTimer().seconds
+    times: dict[Config, list[float]] = {config: [] for config in calls}
     end = time.perf_counter() + seconds
     # The first round warms up; at least three count, however slow they are.
     rounds = 0
     while rounds < 4 or (time.perf_counter() < end and rounds < 200):
-        for config in configs:
-            with plan.force_plan(config):
-                elapsed = _time_once(lambda: answer(op, **arguments), device)
+        for config, forced in calls.items():
+            elapsed = clock(forced) * 1e6
             if rounds:
                 times[config].append(elapsed)
         rounds += 1
@@ -159,18 +169,66 @@ def measure(op: str, arguments: dict[str, Any], *, seconds: float = 2.0) -> Meas
     return Measurement(problem, dict(sorted(medians.items(), key=lambda item: item[1])))
 
 
-def _time_once(call: Callable[[], Any], device: torch.device) -> float:
-    """Microseconds of one call, by events on a GPU."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) * 1e6
-    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start_event.record()
-    call()
-    end_event.record()
-    end_event.synchronize()
-    return start_event.elapsed_time(end_event) * 1e3
+def _forced(config: Config, call: Callable[[], Any]) -> Callable[[], Any]:
+    def forced() -> Any:
+        with plan.force_plan(config):
+            return call()
+
+    return forced
+
+
+def host_seconds(call: Callable[[], Any]) -> float:
+    """Seconds of one call by the host's clock; what it returns is freed behind the last look."""
+    start = time.perf_counter()
+    outputs = call()
+    stop = time.perf_counter()
+    del outputs
+    return stop - start
+
+
+class CapturedCall:
+    """A call captured in a CUDA graph; calling this replays it and returns its results."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        # What a first call does besides computing (compile, allocate, choose algorithms) must not
+        # be captured.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = call()
+
+    def __call__(self) -> Any:
+        self.graph.replay()
+        return self.outputs
+
+
+class CudaTimer:
+    """Seconds of one call by events; before the first, the device reads twice its L2 cache.
+
+    That read also keeps the device busy while the host enqueues the events and the replay, so that
+    no time of the host lies between the events.
+    """
+
+    def __init__(self) -> None:
+        self.cache_bytes = facts("cuda").l2_bytes or _USUAL_CACHE_BYTES
+        self._cold = torch.ones(2 * self.cache_bytes // 4, device="cuda")
+        self._start = torch.cuda.Event(enable_timing=True)
+        self._stop = torch.cuda.Event(enable_timing=True)
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        self._cold.sum()
+        self._start.record()
+        outputs = call()
+        self._stop.record()
+        self._stop.synchronize()
+        del outputs
+        return self._start.elapsed_time(self._stop) / 1e3
 
 
 def tune(
@@ -186,8 +244,8 @@ def tune(
     device: torch.device | str = "cpu",
     seconds: float = 2.0,
 ) -> Iterator[Measurement]:
-    """Measure each operator at each shape (M, K, N); yields as it goes and writes the table at the
-    end. With ``slots`` the operators are those of a batch that mixes so many adapters.
+    """Measure each operator at each shape (M, K, N); yields, and writes the table, as it goes. With
+    ``slots`` the operators are those of a batch that mixes so many adapters.
 
     Raises:
         ValueError: a device without a backend, whose calls the reference alone can answer.
@@ -195,34 +253,30 @@ def tune(
     device = torch.device(device)
     if device.type not in ANSWERS:
         raise ValueError(f"nothing to tune on {device}: only the reference answers there")
-    measured: dict[str, dict[str, Any]] = {}
     operators = list(ops)
-    try:
-        for m, k, n in shapes:
-            for op in operators:
-                common: dict[str, Any] = {
-                    "dtype": dtype,
-                    "adapter_dtype": adapter_dtype or dtype,
-                    "dropout_p": dropout_p,
-                    "fan_in_fan_out": fan_in_fan_out,
-                    "device": device,
-                }
-                if slots:
-                    widths = [n] if isinstance(n, int) else n
-                    arguments = mixed_arguments_for(op, m, k, widths, r, slots=slots, **common)
-                else:
-                    assert isinstance(n, int), "slices are of a batch that mixes adapters"
-                    arguments = arguments_for(op, m, k, n, r, **common)
-                measurement = measure(op, arguments, seconds=seconds)
-                best = measurement.best
-                entry = {"config": best, "median_us": round(measurement.medians_us[best], 3)}
-                measured[measurement.problem.bucketed().key()] = entry
-                yield measurement
-    finally:
-        # After an interruption too: the measurements until then hold.
-        if measured:
-            tables.write_table(table_path(device), facts(device), measured)
+    for m, k, n in shapes:
+        for op in operators:
+            common: dict[str, Any] = {
+                "dtype": dtype,
+                "adapter_dtype": adapter_dtype or dtype,
+                "dropout_p": dropout_p,
+                "fan_in_fan_out": fan_in_fan_out,
+                "device": device,
+            }
+            if slots:
+                widths = [n] if isinstance(n, int) else n
+                arguments = mixed_arguments_for(op, m, k, widths, r, slots=slots, **common)
+            else:
+                assert isinstance(n, int), "slices are of a batch that mixes adapters"
+                arguments = arguments_for(op, m, k, n, r, **common)
+            measurement = measure(op, arguments, seconds=seconds)
+            best = measurement.best
+            entry = {"config": best, "median_us": round(measurement.medians_us[best], 3)}
+            key = measurement.problem.bucketed().key()
+            # At once: whatever ends this process, what was measured holds.
+            tables.write_table(table_path(device), facts(device), {key: entry})
             plan.forget_tables()
+            yield measurement
 
 
 def table_path(device: torch.device | str) -> Path:
