@@ -47,12 +47,38 @@ void check_stack(const Tensor& t, const char* name, int64_t experts, int64_t row
                    " must be float32, bfloat16 or float16, got ", t.scalar_type());
 }
 
+// f(T*) for a type T of the size of t's elements, which are copied as they are.
+template <typename F>
+void with_bits(const Tensor& t, F f) {
+  t.element_size() == 4 ? f(static_cast<float*>(nullptr)) : f(static_cast<uint16_t*>(nullptr));
+}
+
 // An adapter as packing reads it: PEFT's B, whose experts are neighbours, is copied first.
 Tensor stack(const Tensor& t, const char* name, at::ScalarType rows, int64_t experts, int64_t n,
              int64_t k) {
   Tensor read = adapter(t, rows);
   check_stack(read, name, experts, n, k);
-  return read.stride(1) == 1 || read.stride(2) == 1 ? read : read.contiguous();
+  if (read.stride(1) == 1 || read.stride(2) == 1) return read;
+  const bool swapped = read.stride(1) < read.stride(2);  // B^T, for dX
+  const Tensor b = swapped ? read.transpose(1, 2) : read;
+  const Tensor stored = b.permute({1, 2, 0});  // [N, r, E]
+  if (!stored.is_contiguous()) return read.contiguous();
+  Tensor copy = at::empty(b.sizes(), b.options());
+  with_bits(b, [&]<typename T>(T*) {
+    experts_first(static_cast<const T*>(stored.const_data_ptr()), experts, b.size(1), b.size(2),
+                  static_cast<T*>(copy.mutable_data_ptr()));
+  });
+  return swapped ? copy.transpose(1, 2) : copy;
+}
+
+// dB [E, N, r] as PEFT stores B: a view of [N, r, E].
+Tensor as_stored(const Tensor& db) {
+  Tensor stored = at::empty({db.size(1), db.size(2), db.size(0)}, db.options());
+  with_bits(db, [&]<typename T>(T*) {
+    experts_last(static_cast<const T*>(db.const_data_ptr()), db.size(0), db.size(1), db.size(2),
+                 static_cast<T*>(stored.mutable_data_ptr()));
+  });
+  return stored.permute({2, 0, 1});
 }
 
 ConstMatrix of_expert(const Tensor& t, int64_t expert) {
@@ -240,7 +266,7 @@ std::tuple<Tensor, Tensor> expert_linear_dab(const Tensor& dy, const OptionalTen
     reduce(reductions.data(), reductions.size());
   });
   if (da_dtype) da = da.to(*da_dtype);
-  if (db_dtype) db = db.to(*db_dtype);
+  if (db_dtype) db = as_stored(db).to(*db_dtype);
   return {da, db};
 }
 

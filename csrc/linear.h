@@ -26,6 +26,12 @@ void copy_all_rows(const ConstMatrix& x, C* out, int64_t ld);
 template <typename C>
 void pack(const ConstMatrix& b, C* packed);
 
+// out [N, r, E] = in [E, N, r], by all threads: B of experts as PEFT stores it; and the reverse.
+template <typename T>
+void experts_last(const T* in, int64_t E, int64_t N, int64_t r, T* out);
+template <typename T>
+void experts_first(const T* in, int64_t E, int64_t N, int64_t r, T* out);
+
 // Whether packed holds b's values at some 64 places: a weight that was written behind its owner's
 // back (Tensor.data leaves no trace) differs nearly everywhere.
 template <typename C>

@@ -29,6 +29,37 @@ void pack(const ConstMatrix& b, C* packed) {
   });
 }
 
+namespace {
+
+// f(n) for every n of [N, r, E], of which one is some KiB, by all threads.
+template <typename F>
+void for_each_row(int64_t N, int64_t size, F f) {
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, size));
+  at::parallel_for(0, N, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) f(n);
+  });
+}
+
+}  // namespace
+
+template <typename T>
+void experts_last(const T* in, int64_t E, int64_t N, int64_t r, T* out) {
+  for_each_row(N, r * E, [&](int64_t n) {
+    for (int64_t e = 0; e < E; ++e) {
+      for (int64_t k = 0; k < r; ++k) out[(n * r + k) * E + e] = in[(e * N + n) * r + k];
+    }
+  });
+}
+
+template <typename T>
+void experts_first(const T* in, int64_t E, int64_t N, int64_t r, T* out) {
+  for_each_row(N, r * E, [&](int64_t n) {
+    for (int64_t e = 0; e < E; ++e) {
+      for (int64_t k = 0; k < r; ++k) out[(e * N + n) * r + k] = in[(n * r + k) * E + e];
+    }
+  });
+}
+
 template <typename C>
 bool is_packed(const ConstMatrix& b, const C* packed) {
   constexpr int64_t kSamples = 64;
@@ -52,6 +83,10 @@ template void copy_all_rows(const ConstMatrix&, float*, int64_t);
 template void copy_all_rows(const ConstMatrix&, BFloat16*, int64_t);
 template void pack(const ConstMatrix&, float*);
 template void pack(const ConstMatrix&, BFloat16*);
+template void experts_last(const uint16_t*, int64_t, int64_t, int64_t, uint16_t*);
+template void experts_last(const float*, int64_t, int64_t, int64_t, float*);
+template void experts_first(const uint16_t*, int64_t, int64_t, int64_t, uint16_t*);
+template void experts_first(const float*, int64_t, int64_t, int64_t, float*);
 template bool is_packed(const ConstMatrix&, const float*);
 template bool is_packed(const ConstMatrix&, const BFloat16*);
 

@@ -1,6 +1,7 @@
 """LoRA layers that cost what the frozen linear costs: one operator for ``x W^T + s (x A^T) B^T``,
 forward and backward."""
 
+from .functional.experts import expert_linear
 from .functional.linear import lora_linear
 from .functional.linears import lora_linears
 from .functional.segmented import (
@@ -11,6 +12,7 @@ from .functional.segmented import (
 )
 from .integrations.peft_swap import accelerate_peft, restore_peft
 from .layers.embedding import LoRAEmbedding
+from .layers.experts import FusedLoRAExperts
 from .layers.fused import FusedLoRALinear
 from .layers.multi import MultiLoRAEmbedding, MultiLoRALinear
 from .layers.sliced import SlicedLoRALinear
@@ -28,6 +30,7 @@ __version__ = "0.2.0"
 __all__ = [
     "AdapterStore",
     "Answer",
+    "FusedLoRAExperts",
     "FusedLoRALinear",
     "LoRAEmbedding",
     "LoRAConfig",
@@ -41,6 +44,7 @@ __all__ = [
     "apply_lora",
     "batch_invariant",
     "disable_adapter",
+    "expert_linear",
     "force_plan",
     "last_plan",
     "load_adapter",

@@ -250,12 +250,12 @@ def _fake_expert(op: str, given: dict[str, Any]) -> Any:
 
 def _fake_expert_linear_dab(op: str, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     dy, p = given["dy"], PROBLEM_OF[op](**given)
-    shapes = {"da_dtype": (p.experts, p.r, p.k), "db_dtype": (p.experts, p.n, p.r)}
+    shapes = {"da_dtype": (p.experts, p.r, p.k), "db_dtype": (p.n, p.r, p.experts)}
     da, db = (
         dy.new_empty(shape if given[name] else 0, dtype=given[name])
         for name, shape in shapes.items()
     )
-    return da, db
+    return da, db.permute(2, 0, 1) if given["db_dtype"] else db
 
 
 _FAKES: dict[str, Callable[..., Any]] = {

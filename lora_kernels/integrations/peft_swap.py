@@ -24,11 +24,12 @@ def accelerate_peft(model: nn.Module, *, pack_weight: str = "eval") -> PeftRepor
     """Run the LoRA layers of a ``PeftModel``, or of a transformers model with loaded adapters, on
     our kernels, in place.
 
-    Each ``peft.tuners.lora.Linear`` and each ``SVDLinear`` of AdaLoRA that can be served gets a
-    subclass of itself as its class, with another ``forward``. Parameters, names, hooks and files
-    stay PEFT's and so does every method; what the kernels do not serve in a call
-    (:mod:`lora_kernels.integrations.peft_layers` lists it) is answered by PEFT's forward and
-    counted, with the reason, in ``report.calls``.
+    Each ``peft.tuners.lora.Linear``, each ``SVDLinear`` of AdaLoRA and each ``ParamWrapper`` of
+    experts (``target_parameters``) that can be served gets a subclass of itself as its class, with
+    another ``forward``. Parameters, names, hooks and files stay PEFT's and so does every method;
+    what the kernels do not serve in a call (:mod:`lora_kernels.integrations.peft_layers` and
+    ``peft_experts`` list it) is answered by PEFT's forward and counted, with the reason, in
+    ``report.calls``.
 
     The adapter is computed in x's dtype (or autocast's) with float32 accumulation; PEFT without
     autocast computes float32 adapters on a half-precision base in float32. Dropout draws other
@@ -47,18 +48,23 @@ def accelerate_peft(model: nn.Module, *, pack_weight: str = "eval") -> PeftRepor
         ValueError: the model has no LoRA layers of PEFT, or an unknown ``pack_weight``.
     """
     check_pack_weight(pack_weight)
-    from . import peft_kinds
+    from . import peft_experts, peft_kinds
 
     layers = peft_kinds.lora_layers(model)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no LoRA layers of PEFT: add an adapter to it first"
         )
-    held = (m.kernel_calls for m in layers.values() if isinstance(m, peft_kinds.FusedLayer))
+    fused = peft_kinds.FusedLayer, peft_experts.FusedParamWrapper
+    held = (m.kernel_calls for m in layers.values() if isinstance(m, fused))
     report = PeftReport({}, {}, next(held, Calls()), [_LATER, _ONCE])
     for name, layer in layers.items():
-        reason = peft_kinds.unsupported_reason(layer)
-        if reason is None:
+        of_experts = isinstance(layer, peft_experts.ParamWrapper)
+        reason = (peft_experts if of_experts else peft_kinds).unsupported_reason(layer)
+        if reason is None and of_experts:
+            peft_experts.swap(layer, report.calls)
+            report.fused[name] = peft_experts.description(layer)
+        elif reason is None:
             peft_kinds.swap(layer, report.calls, pack_weight)
             report.fused[name] = _description(layer)
         else:
@@ -73,13 +79,17 @@ def restore_peft(model: nn.Module) -> list[str]:
     Nothing of :func:`accelerate_peft` stays behind; a model without swapped layers is left as it
     is.
     """
-    from . import peft_kinds
+    from . import peft_experts, peft_kinds
 
     restored = []
     for name, layer in peft_kinds.lora_layers(model).items():
-        if isinstance(layer, peft_kinds.FusedLayer):
+        if isinstance(layer, peft_experts.FusedParamWrapper):
+            peft_experts.restore(layer)
+        elif isinstance(layer, peft_kinds.FusedLayer):
             peft_kinds.restore(layer)
-            restored.append(name)
+        else:
+            continue
+        restored.append(name)
     return restored
 
 

@@ -42,3 +42,15 @@ def is_dispatched(module: nn.Module) -> bool:
         getattr(function, "__module__", None) == "accelerate.hooks"
         and inner is type(module).forward
     )
+
+
+def expert_matrices(module: nn.Module) -> tuple[str, ...]:
+    """The 3-D Parameters that transformers' experts multiply with, by name; () of other modules.
+
+    Experts are those whose class ``use_experts_implementation`` (transformers >= 5) decorated: it
+    says by attributes how any implementation computes them, whatever the family.
+    """
+    code = getattr(type(module).forward, "__code__", None)
+    if "experts_interface" not in getattr(code, "co_freevars", ()):
+        return ()
+    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"

@@ -88,6 +88,11 @@ class MergeableLinear(PackedLinear):
     # By lora_kernels.disable_adapter.
     _disabled = False
 
+    @property
+    def is_exported(self) -> bool:
+        """Whether ``merge(keep_base=False)`` removed the adapter."""
+        return self.merged and not self._base
+
     def delta_weight(self) -> Tensor:
         raise NotImplementedError
 

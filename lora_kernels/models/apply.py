@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..layers.experts import FusedLoRAExperts
 from ..layers.fused import FusedLoRALinear
 from ..layers.packed import check_pack_weight
 from .config import LoRAConfig
+from .experts import adapt, described, expert_layers
 from .reports import LoRAReport, pattern
 from .selection import Selection, select
 
@@ -84,6 +86,10 @@ def apply_lora(
             full in ``target_modules`` is not filtered.
         modules_to_save: names or endings of modules that are trained in full and saved with the
             adapter.
+        target_parameters: names or endings of 3-D Parameters of experts
+            ("experts.gate_up_proj"); such adapters have no dropout and no DoRA. Linear layers are
+            still those of ``target_modules``: ``[]`` for none.
+        experts: adapt every experts module of a mixture, whatever its family (transformers >= 5).
 
     Raises:
         TypeError: an unknown field; a ``config`` that is none.
@@ -186,7 +192,11 @@ def lost_layers(model: nn.Module) -> dict[str, str]:
     record = record_of(root)
     lost = {}
     for name in record.report.adapted if record else ():
+        owner, _, parameter = name.rpartition(".")
         try:
+            experts = root.get_submodule(owner)
+            if isinstance(experts, FusedLoRAExperts) and parameter in experts.lora:
+                continue
             module = root.get_submodule(name)
         except AttributeError:
             lost[name] = "the module is gone"
@@ -224,6 +234,7 @@ def insert(model: nn.Module, config: LoRAConfig, selection: Selection) -> None:
                 parent = model.get_submodule(parent_name)
                 replaced.append((parent, child, module))
                 setattr(parent, child, layers[module])
+        adapt(selection.experts, config)
         _set_trainable(model, config, selection, layers.values())
         report = _report(model, selection, owners)
         names = [name for name, _ in model.named_modules(remove_duplicate=False)]
@@ -231,6 +242,8 @@ def insert(model: nn.Module, config: LoRAConfig, selection: Selection) -> None:
     except BaseException:
         for parent, child, module in replaced:
             setattr(parent, child, module)
+        for experts in expert_layers(model).values():
+            experts.restore()
         for parameter, requires_grad in frozen_before.items():
             parameter.requires_grad_(requires_grad)
         raise
@@ -242,6 +255,8 @@ def _set_trainable(
     model: nn.Module, config: LoRAConfig, selection: Selection, layers: Iterable[FusedLoRALinear]
 ) -> None:
     model.requires_grad_(False)
+    for experts in expert_layers(model).values():
+        experts.lora.requires_grad_(True)
     for layer in layers:
         trained = [getattr(layer, name) for name in layer._adapter_names()]
         trained += [layer.bias] * (config.bias == "lora_only")
@@ -279,6 +294,8 @@ def _report(model: nn.Module, selection: Selection, owners: dict[Tensor, list[st
                 f"the weight of {names[0]} is tied to {', '.join(others)}, which its adapter "
                 "does not change"
             )
+    for module, (path, names) in selection.experts.targets.items():
+        adapted |= described(path, module, names)
     parameters = list(model.parameters())
     return LoRAReport(
         adapted=adapted,

@@ -33,6 +33,7 @@ from .apply import (
     warn_of_lost_layers,
 )
 from .config import LoRAConfig, exact_patterns
+from .experts import expert_layers, file_prefixes, target_parameters, wanted_layers
 from .foreign import stored_value, taken_for_experts
 from .on_disk import (
     CONFIG_NAME,
@@ -65,13 +66,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     root = unwrap(model)
     record = applied(root)
-    layers = lora_layers(root)
+    layers, experts = lora_layers(root), expert_layers(root)
     if any(layer.lora_A is None for layer in layers.values()):
         raise RuntimeError(
             "merge_adapter(model, keep_base=False) removed the adapter: there is nothing to save"
         )
     warn_of_lost_layers(root)
-    if not layers:
+    if not layers and not experts:
         raise ValueError(f"{type(root).__name__} has no LoRA layers left: there is nothing to save")
     _warn_of_shared(root, layers)
     tensors = _tensors(root, record, layers)
@@ -96,7 +97,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         record.config,
         {name: (layer.r, layer.scaling) for name, layer in layers.items()},
         tensors,
-        fan_in_fan_out=all(layer.fan_in_fan_out for layer in layers.values()),
+        fan_in_fan_out=bool(layers) and all(layer.fan_in_fan_out for layer in layers.values()),
+        experts={
+            f"{path}.{name}": (adapter.r, adapter.scaling)
+            for path, module in experts.items()
+            for name, adapter in module.adapters().items()
+        },
         saved=record.report.modules_to_save,
     )
 
@@ -126,8 +132,11 @@ def load_adapter(
     folder = Path(directory)
     files = read_adapter(folder, root)
     config = files.config
-    layers = lora_layers(root)
-    if layers:
+    layers, experts = lora_layers(root), expert_layers(root)
+    # (path, Parameter) -> prefix of its keys
+    prefixes: dict[tuple[str, str], str] = {}
+    ranks: dict[tuple[nn.Module, str], dict[str, int]]
+    if layers or experts:
         selection = None
         warn_of_lost_layers(root)
         present = applied(root).config
@@ -145,6 +154,10 @@ def load_adapter(
         wanted = {
             n: Layer(m.r, m.in_features, m.out_features, use_dora=m.use_dora, adalora=adaptive)
             for n, m in layers.items()
+        }
+        ranks = {
+            (module, path): {name: own.r for name, own in module.adapters().items()}
+            for path, module in experts.items()
         }
         if config.use_dora != present.use_dora:
             raise ValueError(
@@ -175,6 +188,13 @@ def load_adapter(
                 adalora=config.adalora is not None,
             )
         saved = selection.modules_to_save
+        ranks = {
+            (module, path): {name: config.rank(f"{path}.{name}") for name in names}
+            for module, (path, names) in selection.experts.targets.items()
+        }
+    for (module, path), own in ranks.items():
+        for name, (prefix, shape) in wanted_layers(path, module, own).items():
+            wanted[prefix], prefixes[path, name] = shape, prefix
     pairs = files.take_pairs(root, wanted)
     for name, layer in layers.items():
         obstacle = write_obstacle(layer, layer._adapter_names())
@@ -193,6 +213,11 @@ def load_adapter(
         for parameter, tensor in others.values():
             parameter.copy_(tensor)
     # After the base weights: a merged layer merges again.
+    for (path, name), prefix in prefixes.items():
+        alpha = config.alpha(f"{path}.{name}")
+        expert_layers(root)[path].set_lora(
+            name, *pairs.pop(prefix), lora_alpha=alpha, use_rslora=config.use_rslora
+        )
     for name, tensors in pairs.items():
         alpha, use_rslora = config.alpha(name), config.use_rslora
         layers[name].set_lora(*tensors, lora_alpha=alpha, use_rslora=use_rslora)
@@ -243,6 +268,11 @@ def _tensors(
             tensors[name + MAGNITUDE] = stored_value(layer, MAGNITUDE[1:])
         if config.bias != "none" and layer.bias is not None:
             tensors[f"{name}.base_layer.bias"] = stored_value(layer, "bias")
+    for path, module in expert_layers(model).items():
+        adapters = module.adapters()
+        for name, prefix in file_prefixes(path, list(adapters)).items():
+            for key in ("lora_A", "lora_B"):
+                tensors[f"{prefix}.{key}.weight"] = stored_value(adapters[name], key)
     if config.bias == "all":
         for name, _ in model.named_parameters():
             owner, _, last = name.rpartition(".")
@@ -269,13 +299,15 @@ def write_adapter(
     *,
     fan_in_fan_out: bool,
     saved: Collection[str] = (),
+    experts: Mapping[str, tuple[int, float]] | None = None,
 ) -> None:
     """Write both files as PEFT does, each whole or not at all.
 
     ``layers``: rank and scaling of the adapted layers, by name; ``tensors`` by their paths in the
-    model; ``saved``: the modules trained in full.
+    model; ``saved``: the modules trained in full; ``experts``: rank and scaling of the adapted
+    Parameters of experts.
     """
-    content = _content(model, config, layers, fan_in_fan_out)
+    content = _content(model, config, layers, fan_in_fan_out, experts or {})
     content["modules_to_save"], more = _modules_to_save(model, config, layers, saved)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
@@ -293,9 +325,11 @@ def _content(
     config: LoRAConfig,
     layers: Mapping[str, tuple[int, float]],
     fan_in_fan_out: bool,
+    experts: Mapping[str, tuple[int, float]],
 ) -> dict[str, Any]:
     content = asdict(config)
-    del content["autocast_adapter_dtype"]
+    del content["autocast_adapter_dtype"], content["experts"]
+    content["target_parameters"] = target_parameters(model, list(experts)) or None
     taken = taken_for_experts(model, layers)
     if taken:
         endings = sorted({name.rpartition(".")[2] for name in taken})
@@ -323,7 +357,7 @@ def _content(
         # Its r is not used, and PEFT warns of any but its default.
         return content | shared | {"init_r": config.r, "r": 8} | adalora
     alphas = {}
-    for name, (rank, scaling) in layers.items():
+    for name, (rank, scaling) in {**layers, **experts}.items():
         alpha = scaling * (math.sqrt(rank) if config.use_rslora else rank)
         own = config.alpha(name)
         alphas[name] = rank, own if math.isclose(alpha, own, rel_tol=1e-12) else alpha

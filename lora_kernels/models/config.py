@@ -96,6 +96,9 @@ class LoRAConfig:
     # Of AdaLoRA, whose ``init_r`` is ``r``: what PEFT's configuration has besides (its schedule,
     # its ``rank_pattern`` of booleans).
     adalora: dict[str, Any] | None = None
+    target_parameters: list[str] | None = None
+    # Not PEFT's: every matrix of every experts module.
+    experts: bool = False
     autocast_adapter_dtype: bool = True
 
     @staticmethod
@@ -201,6 +204,14 @@ class LoRAConfig:
     def layer_class(self) -> type[FusedLoRALinear]:
         return FusedLoRALinear if self.adalora is None else AdaLoRALinear
 
+    def expert_arguments(self, name: str) -> dict[str, Any]:
+        """Of the adapter on the Parameter ``name`` of experts."""
+        without = ("lora_dropout", "use_dora", "init_r")
+        return {k: v for k, v in self.layer_arguments(name).items() if k not in without}
+
+    def is_target_parameter(self, name: str) -> bool:
+        return _matches(self.target_parameters, name)
+
     def is_target(self, name: str) -> bool:
         return self.all_linear or _matches(self.target_modules, name)
 
@@ -226,7 +237,7 @@ class LoRAConfig:
         if isinstance(self.lora_dropout, bool):
             raise ValueError(f"lora_dropout must be in [0, 1), not {self.lora_dropout!r}")
         check_lora_arguments(self.r, self.lora_alpha, self.lora_dropout, self.init_lora_weights)
-        for name in ("use_rslora", "use_dora", "autocast_adapter_dtype"):
+        for name in ("use_rslora", "use_dora", "autocast_adapter_dtype", "experts"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.bias not in ("none", "all", "lora_only"):
@@ -237,8 +248,16 @@ class LoRAConfig:
                 _check_pattern(name, value, value)
             elif value is not None and not _is_list_of(str, value):
                 raise ValueError(f"{name} must be names or a regular expression, not {value!r}")
-        if self.modules_to_save is not None and not _is_list_of(str, self.modules_to_save):
-            raise ValueError(f"modules_to_save must be a list of names, not {self.modules_to_save}")
+        for name in ("modules_to_save", "target_parameters"):
+            value = getattr(self, name)
+            if value is not None and not _is_list_of(str, value):
+                raise ValueError(f"{name} must be a list of names, not {value!r}")
+        plain = not (self.lora_dropout or self.use_dora or self.adalora)
+        if (self.experts or self.target_parameters) and not plain:
+            raise ValueError(
+                "adapters of experts have neither dropout nor DoRA nor AdaLoRA's ranks, as in PEFT:"
+                " adapt them without lora_dropout, use_dora and AdaLoRA"
+            )
         layers = self.layers_to_transform
         if not isinstance(layers, int | None) and not _is_list_of(int, layers):
             raise ValueError(f"layers_to_transform must be one or more indices, not {layers!r}")
@@ -350,6 +369,9 @@ class LoRAConfig:
                     known = any(_matches([pattern], name) for name in layers)
                     advice = "" if known else _near(pattern, adapted)
                     yield field_name, pattern, "no adapted layer", advice
+        for entry in self.target_parameters or []:
+            if not any(_matches([entry], name) for name in adapted):
+                yield "target_parameters", entry, "no Parameter", ""
         for field_name in ("target_modules", "exclude_modules"):
             value = getattr(self, field_name)
             if field_name == "target_modules" and isinstance(value, str):

@@ -41,7 +41,6 @@ _UNSUPPORTED = (
     "lora_bias",
     "layer_replication",
     "trainable_token_indices",
-    "target_parameters",
     "alora_invocation_tokens",
     "use_qalora",
     "megatron_config",
@@ -73,6 +72,7 @@ _MAY_BE_NULL = frozenset(
         "layers_to_transform",
         "layers_pattern",
         "modules_to_save",
+        "target_parameters",
     }
 )
 
@@ -386,6 +386,8 @@ def _checked(content: Mapping[str, Any], path: Path | str, names: Collection[str
     values.pop("adalora", None)
     if adaptive:
         values = {k: v for k, v in values.items() if k not in ADALORA} | adalora_fields(content)
+    if values.get("target_parameters") and "target_modules" not in values:
+        values["target_modules"] = []
     config = LoRAConfig(**values)
     try:
         config.check()

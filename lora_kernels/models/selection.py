@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..layers.experts import FusedLoRAExperts
 from ..layers.foreign import is_conv1d
 from ..layers.fused import FusedLoRALinear
 from ..layers.multi import MultiLoRAEmbedding, MultiLoRALinear
 from ..layers.replacing import unsupported_reason
 from . import foreign
 from .config import LoRAConfig
+from .experts import ExpertSelection, select_experts
 from .reports import grouped, unreached
 
 
@@ -22,6 +24,7 @@ class Selection:
 
     # module -> every path it stands at; the first one names it
     targets: dict[nn.Module, list[str]]
+    experts: ExpertSelection
     skipped: dict[str, str]
     modules_to_save: dict[str, nn.Module]
     # As in LoRAReport; and its kinds that the configuration does not exclude.
@@ -33,7 +36,7 @@ class Selection:
             kinds = "; ".join(f"{kind}: {self.unreached[kind]}" for kind in self.missed)
             warnings.warn(
                 f"no adapter is possible in {kinds}. They stay as they are: only linear layers "
-                "that are called can have one (PEFT's target_parameters adapts Parameters)",
+                "that are called can have one, and experts of transformers 5 (experts=True)",
                 stacklevel=stacklevel,
             )
 
@@ -71,8 +74,10 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
             skipped[name] = reason or bypass or ""
             if reason is None:
                 refused[module] = bypass or ""
-    if not targets:
+    experts = select_experts(model, config, saved)
+    if not targets and not experts.targets:
         raise ValueError(_nothing_matches(config, skipped))
+    skipped |= experts.skipped
     if "" in {name for names in targets.values() for name in names}:
         raise ValueError(
             "the model itself is the linear layer: use FusedLoRALinear.from_linear(model)"
@@ -80,16 +85,16 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
     known = [module for module in paths if _is_linear(module) and module not in refused]
     missing = unreached(
         model,
-        [*known, *saved.values()],
+        [*known, *saved.values(), *experts.targets],
         refused,
         lambda path: not config.is_excluded(path),
     )
-    return Selection(targets, skipped, saved, *missing)
+    return Selection(targets, experts, skipped, saved, *missing)
 
 
 def _check_not_applied(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, FusedLoRALinear):
+        if isinstance(module, (FusedLoRALinear, FusedLoRAExperts)):
             raise ValueError(
                 f"{type(model).__name__} has LoRA layers already ({name!r}): load another adapter "
                 "with load_adapter, or fold this one in with merge_adapter(model, keep_base=False) "

@@ -10,6 +10,7 @@ from typing import TypeVar, cast
 from torch import nn
 
 from ..layers.embedding import LoRAEmbedding
+from ..layers.experts import FusedLoRAExperts
 from ..layers.foreign import carry_dispatch_hook
 from ..layers.fused import FusedLoRALinear
 from ..layers.replacing import replace_modules
@@ -21,6 +22,9 @@ from .apply import (
     unwrap,
     warn_of_lost_layers,
 )
+from .experts import expert_layers
+
+Adapted = dict[str, FusedLoRALinear | FusedLoRAExperts]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -54,7 +58,7 @@ def merge_adapter(model: nn.Module, keep_base: bool = True) -> None:
 def unmerge_adapter(model: nn.Module) -> None:
     """:meth:`FusedLoRALinear.unmerge` on every adapted layer; ValueError if there is none."""
     layers = _some_lora_layers(model)
-    if any(layer.merged and layer.lora_A is None for layer in layers.values()):
+    if any(layer.is_exported for layer in layers.values()):
         raise RuntimeError(
             "the adapter was merged with keep_base=False: the pristine weights are gone"
         )
@@ -113,7 +117,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         RuntimeError: the adapter was merged with ``keep_base=False``.
     """
     layers = _some_lora_layers(model)
-    if any(layer.merged and layer.lora_A is None for layer in layers.values()):
+    if any(layer.is_exported for layer in layers.values()):
         raise RuntimeError(
             "the adapter was merged with keep_base=False: the pristine weights are gone"
         )
@@ -135,11 +139,16 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
             layer._disabled = disabled
 
 
-def _put_plain_layers(root: nn.Module, layers: dict[str, FusedLoRALinear]) -> None:
+def _put_plain_layers(root: nn.Module, layers: Adapted) -> None:
     """Replace every layer at all its places; the record of the adapter goes."""
-    plain: dict[nn.Module, nn.Module] = {layer: layer.to_linear() for layer in layers.values()}
-    for layer, module in plain.items():
-        carry_dispatch_hook(layer, module)
+    plain: dict[nn.Module, nn.Module] = {}
+    for layer in layers.values():
+        if isinstance(layer, FusedLoRAExperts):
+            layer.restore()
+        else:
+            plain[layer] = layer.to_linear()
+    for linear, module in plain.items():
+        carry_dispatch_hook(linear, module)
     replace_modules(root, plain)
     forget_record(root)
 
@@ -148,15 +157,15 @@ def _embeddings(model: nn.Module) -> list[LoRAEmbedding]:
     return [m for m in unwrap(model).modules() if isinstance(m, LoRAEmbedding)]
 
 
-def _check_mergeable(layers: dict[str, FusedLoRALinear]) -> None:
+def _check_mergeable(layers: Adapted) -> None:
     for name, layer in layers.items():
         obstacle = layer.merge_obstacle()
         if obstacle is not None:
             raise RuntimeError(f"cannot merge or unmerge {name or 'the layer'}: {obstacle}")
 
 
-def _some_lora_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
-    layers = lora_layers(model)
+def _some_lora_layers(model: nn.Module) -> Adapted:
+    layers: Adapted = {**lora_layers(model), **expert_layers(unwrap(model))}
     if not layers:
         check_not_taken_off(model)
         warn_of_lost_layers(model)

@@ -202,6 +202,8 @@ def match(
             above ``max_rank`` or not the configuration's.
     """
     config, label = files.config, files.label
+    if config.target_parameters:
+        raise ValueError(f"{label} adapts Parameters of experts, which a store does not serve")
     names = names_of(index.model)
     found: dict[str, str] = {}
     wanted: dict[str, Layer] = {}

@@ -107,7 +107,8 @@ def expert_linear_dab(
     db_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dA [E,r,K] and dB [E,N,r], each in its given dtype; None: not asked for, as for
-    ``lora_linear_dab``. An expert without rows has gradients of zero."""
+    ``lora_linear_dab``. An expert without rows has gradients of zero. dB lies in memory as PEFT
+    stores B, [N,r,E]."""
     acc, experts = accumulate_dtype(dy.dtype), offs.shape[0]
     da, db = dy.new_empty(0), dy.new_empty(0)
     if da_dtype is not None:
@@ -117,7 +118,7 @@ def expert_linear_dab(
             da[e] = d[rows].to(acc).t() @ x[rows].to(acc)
     if db_dtype is not None:
         assert s is not None
-        db = dy.new_zeros(experts, dy.shape[1], s.shape[1], dtype=db_dtype)
+        db = dy.new_zeros(dy.shape[1], s.shape[1], experts, dtype=db_dtype).permute(2, 0, 1)
         for e, rows in rows_of_experts(offs):
             db[e] = dy[rows].to(acc).t() @ s[rows].to(acc)
     return da, db

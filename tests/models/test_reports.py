@@ -283,9 +283,9 @@ def test_a_configuration_of_our_own_is_taken_and_not_kept():
     [
         (peft.LoraConfig(lora_bias=True), {}, "config sets lora_bias, which is not computed"),
         (
-            peft.LoraConfig(lora_bias=True, target_parameters=["experts.down_proj"]),
+            peft.LoraConfig(lora_bias=True, layer_replication=[(0, 1)]),
             {},
-            "config sets lora_bias, target_parameters|config sets target_parameters, lora_bias",
+            "config sets layer_replication, lora_bias|config sets lora_bias, layer_replication",
         ),
         (peft.LoraConfig(init_lora_weights="pissa"), {}, "init_lora_weights must be"),
         (peft.LoHaConfig(), {}, "config is of LOHA"),

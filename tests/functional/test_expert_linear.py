@@ -216,16 +216,3 @@ def test_a_kernel_writes_nothing_beside_its_tensors(op, ends):
     arguments = ExpertCase((3, 1), 6, 8, 2).draw().arguments(op)
     with pytest.raises(ValueError, match="offs"):
         cpu.kernel(op)(**arguments | {"offs": torch.tensor(ends, dtype=torch.int32)})
-
-
-@pytest.mark.slow
-def test_compiled_whole(device):
-    inputs = ExpertCase((3, 40, 0, 9), 70, 48, 6, bias=True, device=device).draw()
-    compiled = torch.compile(expert_linear, fullgraph=True, dynamic=True)
-    results = []
-    for function in (expert_linear, compiled):
-        x, a, b = (t.clone().requires_grad_() for t in (inputs.x, inputs.lora_a, inputs.lora_b))
-        y = function(x, inputs.weight, a, b, inputs.offs, 0.75, inputs.bias)
-        y.backward(inputs.dy)
-        results.append([y.detach(), x.grad, a.grad, b.grad])
-    assert all(map(torch.equal, *results))

@@ -1,0 +1,119 @@
+"""PEFT's ``target_parameters`` on our kernels, against PEFT's own wrappers."""
+
+import copy
+
+import mixtures
+import pytest
+import safetensors.torch
+import small
+import torch
+from mixtures import BATCH, FAMILIES
+
+import lora_kernels as lk
+from lora_kernels.integrations.peft_experts import FusedParamWrapper
+from lora_kernels.testing.linear import assert_within_budget
+
+
+def pair(family="qwen3_moe", **config):
+    theirs = mixtures.stock_model(family, **config)
+    ours = copy.deepcopy(theirs)
+    return theirs, ours, lk.accelerate_peft(ours)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**BATCH).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_and_gradients_are_pefts(family):
+    theirs, ours, report = pair(family)
+    wrappers = [m for m in ours.modules() if isinstance(m, FusedParamWrapper)]
+    assert len(report.fused) == len(wrappers) > 0 and not report.skipped
+    exact, exact_gradients = mixtures.step(mixtures.in_float64(theirs))
+    eager, eager_gradients = mixtures.step(theirs)
+    output, gradients = mixtures.step(ours)
+    assert report.calls.fused == len(wrappers) // 2 and not report.calls.fallen_back
+    assert_within_budget("logits", output, eager, exact)
+    assert gradients.keys() == eager_gradients.keys() and len(gradients) == 2 * len(wrappers)
+    for name, gradient in gradients.items():
+        assert_within_budget(name, gradient, eager_gradients[name], exact_gradients[name])
+    with ours.disable_adapter(), theirs.disable_adapter():
+        bare = logits(ours)
+        assert torch.equal(bare, logits(theirs))
+    assert small.relative_difference(output, bare) > 0.1
+
+
+def test_everything_of_pefts_stays(tmp_path):
+    theirs, ours, report = pair("gpt_oss", rank_pattern={"experts.down_proj": 5})
+    assert repr(ours) == repr(theirs)
+    names = [dict(model.named_parameters()) for model in (theirs, ours)]
+    assert names[0].keys() == names[1].keys()
+    described = [text for text in report.fused.values() if "down_proj" in text]
+    assert described == ["GptOssExperts.down_proj [4, 32, 40], default r=5"] * 2
+    for name, model in {"theirs": theirs, "ours": ours}.items():
+        model.save_pretrained(tmp_path / name)
+    files = [tmp_path / n / "adapter_model.safetensors" for n in ("theirs", "ours")]
+    first, second = map(safetensors.torch.load_file, files)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    kept = dict(ours.named_parameters())
+    assert len(lk.restore_peft(ours)) == 4
+    assert not any(isinstance(m, FusedParamWrapper) for m in ours.modules())
+    assert all(kept[name] is p for name, p in ours.named_parameters())
+    assert torch.equal(logits(ours), logits(theirs))
+
+
+def test_merged_and_adapters_that_change():
+    theirs, ours, report = pair()
+    for model in theirs, ours:
+        model.add_adapter("other", mixtures.config_for(lora_alpha=9))
+    mixtures.draw(theirs, seed=5)
+    ours.load_state_dict(theirs.state_dict())
+    seen = []
+    for name in ("other", "default"):
+        for model in theirs, ours:
+            model.set_adapter(name)
+        seen.append(logits(ours))
+        assert small.relative_difference(seen[-1], logits(theirs)) < 1e-5
+    assert small.relative_difference(*seen) > 0.1
+    fused = report.calls.fused
+    for model in theirs, ours:
+        model.merge_adapter()
+    assert torch.equal(logits(ours), logits(theirs))
+    for model in theirs, ours:
+        model.unmerge_adapter()
+        model.base_model.set_adapter(["default", "other"])
+    assert torch.equal(logits(ours), logits(theirs))
+    assert report.calls.fused == fused
+    assert dict(report.calls.fallen_back) == {"several active adapters on experts": 2}
+
+
+def test_a_hook_on_the_experts_is_called():
+    theirs, ours, report = pair()
+    called = []
+    for model in theirs, ours:
+        experts = model.base_model.model.model.layers[1].mlp.experts.get_base_layer()
+        experts.register_forward_hook(lambda module, *_: called.append(module))
+    assert small.relative_difference(logits(ours), logits(theirs)) < 1e-5
+    assert len(called) == 2 and report.calls.fused == 1
+    assert list(report.calls.fallen_back) == ["a hook, or a forward of its own, on the experts"]
+
+
+def test_linear_layers_beside_the_experts():
+    theirs, ours, report = pair("qwen2_moe", target_modules=["q_proj", "shared_expert.down_proj"])
+    assert len(report.fused) == 8
+    assert small.relative_difference(logits(ours), logits(theirs)) < 1e-5
+    assert report.calls.fused == 6
+
+
+def test_other_parameters_are_left_to_peft():
+    theirs, ours, report = pair(
+        "qwen3_moe", target_parameters=["mlp.gate.weight", "experts.down_proj"]
+    )
+    assert sorted(report.fused) == [
+        f"base_model.model.model.layers.{i}.mlp.experts" for i in range(2)
+    ]
+    assert all("use_experts_implementation" in reason for reason in report.skipped.values())
+    assert len(report.skipped) == 2
+    assert small.relative_difference(logits(ours), logits(theirs)) < 1e-5
