@@ -26,13 +26,17 @@ void test_shrink(Random& random) {
   const LaidRows<C> rows(x, padded<C>(x.cols) + random.of({0, 2, 6}));
   const Laid s(M, r, kind_of<C>, r, 1);
   const auto s_rows = random.coin() ? exactly<C>(M * ld) : nullptr;
-  const Shrink<C> job = {rows.rows, laid.matrix, 0.5f,        pointer(mask),
-                         s.matrix,  nullptr,     s_rows.get()};
+  const auto scales = random.coin() ? exactly<float>(r) : nullptr;
+  for (int64_t j = 0; scales && j < r; ++j) scales[j] = static_cast<float>(random.of({1, 2, -4}));
+  const Shrink<C> job = {rows.rows, laid.matrix, 0.5f,         pointer(mask),
+                         s.matrix,  nullptr,     s_rows.get(), scales.get()};
   shrink(&job, 1);
 
   drop_values(x, mask);
   Values expected = times(x, transposed(a));
-  for (double& value : expected.data) value *= 0.5;
+  for (int64_t i = 0; i < M; ++i) {
+    for (int64_t j = 0; j < r; ++j) expected(i, j) *= scales ? scales[j] : 0.5;
+  }
   expect(s.matrix, expected, what);
   for (int64_t i = 0; s_rows && i < M; ++i) {
     for (int64_t j = 0; j < ld; ++j) {
@@ -48,9 +52,10 @@ struct ProductCase {
   std::string what;
   std::optional<DropoutMask> mask;
   std::unique_ptr<float[]> scales, bias;
-  std::unique_ptr<C[]> packed;
-  std::optional<Laid> w, b, y;
-  std::optional<LaidRows<C>> rows, tail;
+  std::unique_ptr<C[]> packed, packed_other;
+  std::optional<Laid> w, b, y, w_other;
+  std::optional<LaidRows<C>> rows, tail, rows_other;
+  Factors<C> other;
   Tail<C> own;
   TailedRows<C> all;
   TailProduct<C> product;
@@ -88,7 +93,8 @@ struct ProductCase {
 
     expected = times(s, adapter);
     drop_values(expected, mask);
-    const Values base = times(x, weight);
+    Values base = times(x, weight);
+    if (random.coin()) add_another(base, random);
     for (int64_t i = 0; i < M; ++i) {
       for (int64_t j = 0; j < N; ++j) {
         expected(i, j) = (expected(i, j) + base(i, j)) * (scales ? scales[j] : 1) +
@@ -98,6 +104,25 @@ struct ProductCase {
   }
 
   ProductCase(const ProductCase&) = delete;
+
+ private:
+  // A product of other rows and another weight, which is added to the first.
+  void add_another(Values& base, Random& random) {
+    const Values x(base.rows, random.of({1, 2, 17, 128, 129, 300}), random);
+    Values weight(x.cols, base.cols, random);
+    w_other.emplace(weight, random.kind(), random);
+    rows_other.emplace(x, padded<C>(x.cols) + random.of({0, 2}));
+    if (random.coin()) {
+      packed_other = exactly<C>(packed_size<C>(x.cols, base.cols));
+      pack(w_other->matrix, packed_other.get());
+    }
+    other = {rows_other->rows, w_other->matrix, packed_other.get()};
+    product.others = &other;
+    product.other_count = 1;
+    const Values added = times(x, weight);
+    for (size_t i = 0; i < base.data.size(); ++i) base.data[i] += added.data[i];
+    what += text(" and x", x.cols);
+  }
 };
 
 template <typename C>
