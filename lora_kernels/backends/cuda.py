@@ -51,7 +51,7 @@ def run(
         return getattr(vendor, op)(*args, **kwargs, onto=onto)
     options: dict[str, Any] = {"masked": masked}
     if op in ("lora_linears_fwd", "lora_linears_dx"):
-        rows = shrink_problem(problem)
+        rows = shrink_problem(problem)._replace(aligned=problem.aligned)
         if plan.is_valid(Config("skinny"), rows, known):
             config = fill_tile_sizes(Config("skinny"), rows, known)
             options["shrinks"] = shrinks_with(config)
