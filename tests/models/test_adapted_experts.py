@@ -141,6 +141,7 @@ def test_merged_and_unmerged(pair):
         assert torch.equal(logits(copied), adapted)
     ours.load_state_dict({key: value * 0.9 for key, value in state.items()})
     ours.load_state_dict(state)
+    assert all(m.merged for m in expert_layers(ours).values())
     assert small.relative_difference(logits(ours), adapted) < 1e-5
     ours.train()
     assert not any(m.merged for m in expert_layers(ours).values())
