@@ -56,8 +56,8 @@ CASES = [
 ]
 
 
-def steps_of(case: Case, rows: int) -> tuple[dict[str, Callable[[], Any]], Tensor]:
-    """The forwards, which return every Y, and x."""
+def steps_of(case: Case, rows: int) -> tuple[dict[str, Callable[[], Any]], Tensor, list[Tensor]]:
+    """The forwards, which return every Y; x; and the parameters."""
     dtype, k = getattr(torch, case.dtype), case.width
     x = torch.randn(rows, k, dtype=dtype, requires_grad=True)
     weights = [(torch.randn(n, k) / k**0.5).to(dtype) for n in case.widths]
@@ -72,16 +72,16 @@ def steps_of(case: Case, rows: int) -> tuple[dict[str, Callable[[], Any]], Tenso
     def together() -> tuple[Tensor, ...]:
         return lk.lora_linears(x, weights, a, b, 0.25, **dropout)
 
-    return {APART: apart, TOGETHER: together}, x
+    return {APART: apart, TOGETHER: together}, x, [*weights, *a, *b]
 
 
-def saved(forward: Callable[[], Any], x: Tensor) -> float:
-    """Bytes that autograd keeps of activations, in multiples of x."""
+def saved(forward: Callable[[], Any], x: Tensor, parameters: Sequence[Tensor]) -> float:
+    """Bytes that autograd keeps besides parameters, in multiples of x."""
     kept: dict[int, int] = {}
+    known = {t.data_ptr() for t in parameters}
 
     def pack(t: Tensor) -> Tensor:
-        # Parameters, and what is as small, are no activations.
-        if t.dim() == 2 and t.shape[0] == len(x) and not isinstance(t, torch.nn.Parameter):
+        if t.data_ptr() not in known:
             kept[t.data_ptr()] = t.nbytes
         return t
 
@@ -91,7 +91,7 @@ def saved(forward: Callable[[], Any], x: Tensor) -> float:
 
 
 def measure(case: Case, seconds: float, rows: int = ROWS) -> dict[str, Any]:
-    forwards, x = steps_of(case, rows)
+    forwards, x, parameters = steps_of(case, rows)
     dy = [torch.randn(rows, n, dtype=x.dtype) for n in case.widths]
 
     def train(forward: Callable[[], Any]) -> None:
@@ -109,7 +109,7 @@ def measure(case: Case, seconds: float, rows: int = ROWS) -> dict[str, Any]:
             start = time.perf_counter()
             train(forward)
             times[name].append(time.perf_counter() - start)
-    bytes_ = {name: saved(forward, x) for name, forward in forwards.items()}
+    bytes_ = {name: saved(forward, x, parameters) for name, forward in forwards.items()}
     us = {name: statistics.median(each) * 1e6 for name, each in times.items()}
     return {**case._asdict(), "rows": rows, "us": us, "saved": bytes_}
 
