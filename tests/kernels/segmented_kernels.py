@@ -31,17 +31,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
-def release(package):
-    return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
-
-
 SKIPS = [
     pytest.mark.skipif(
         DEVICE == "cpu" and not INTERPRETED, reason="no GPU, and TRITON_INTERPRET=1 is not set"
-    ),
-    pytest.mark.skipif(
-        INTERPRETED and release("triton") < (3, 7) and release("numpy") >= (2, 4),
-        reason="the interpreter of Triton 3.6 fails with NumPy 2.4",
     ),
 ]
 
