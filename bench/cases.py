@@ -30,20 +30,6 @@ _QUICK_CPU_DROPOUT = (((64, 512, 512),), (8,), (0.1,))
 GPU_SHAPES: tuple[Shape, ...] = tuple(
     (m, size, size) for size in (4096, 5120, 8192) for m in (2048, 4096, 8192)
 )
-# The linear layers of Llama-3 8B and 70B, query, key and value as one.
-REAL_SHAPES: tuple[Shape, ...] = tuple(
-    (4096, k, n)
-    for k, n in (
-        (4096, 6144),
-        (4096, 4096),
-        (4096, 28672),
-        (14336, 4096),
-        (8192, 10240),
-        (8192, 8192),
-        (8192, 57344),
-        (28672, 8192),
-    )
-)
 QUICK_SHAPES: dict[str, tuple[Shape, ...]] = {
     "cpu": ((1, 512, 512), (64, 512, 512)),
     "cuda": ((2048, 4096, 4096),),
@@ -161,7 +147,6 @@ def settings(
     modes: Sequence[str] | None = None,
     alpha: int = 16,
     quick: bool = False,
-    real: bool = False,
 ) -> list[Setting]:
     """The rows to measure: what was asked for, the device's defaults for the rest."""
     gpu = device == "cuda"
@@ -173,11 +158,6 @@ def settings(
     else:
         default_ranks = (8, 64) if quick else CPU_RANKS
     groups = [(shapes or default_shapes, ranks or default_ranks, p_values, modes)]
-    if real:
-        groups += [
-            (REAL_SHAPES, ranks or [16], p_values, modes),
-            ([(4096, 4096, 4096)], [8, 32, 64, 128], p_values, modes),
-        ]
     if not gpu and not (shapes or ranks or dropouts) and "training" in modes:
         groups.append((*(_QUICK_CPU_DROPOUT if quick else _CPU_DROPOUT), ("training",)))
     dtypes = dtypes or (["bfloat16"] if gpu else ["float32", "bfloat16"])

@@ -57,7 +57,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     text = f"of {', '.join(_baselines())}; default {defaults}"
     add("--baselines", metavar="NAME,...", help=text)
     add("--quick", action="store_true", help="a few small rows, to see that all of it works")
-    add("--real", action="store_true", help="also Llama-3's layers, and ranks 8 to 128")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -120,7 +119,6 @@ class Session:
             dropouts=_parsed(config, "--dropout", cases.parse_dropouts),
             modes=_parsed(config, "--modes", cases.parse_modes),
             quick=self.quick,
-            real=option("--real"),
         )
         self.mixed_settings: list[MixedSetting] = []
         # Who asks for rows of the fused layer wants those.
