@@ -26,7 +26,8 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 FOLDER = ROOT / "build" / "peft-suite"
 
 # Those that build their models themselves, and their neighbours that mostly do. (What asks the hub
@@ -125,7 +126,7 @@ def _run(
     results.unlink(missing_ok=True)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     # Appended: no module of ours may stand before one of theirs.
-    paths = [str(ROOT), str(FOLDER / "deps"), os.environ.get("PYTHONPATH", ""), str(ROOT / "tests")]
+    paths = [str(ROOT), str(FOLDER / "deps"), os.environ.get("PYTHONPATH", ""), str(HERE)]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     environment.pop(_ACCOUNT, None)
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider"]
@@ -197,11 +198,11 @@ if os.environ.get(_ACCOUNT):
     from peft.tuners.tuners_utils import BaseTuner
 
     import lora_kernels as lk
-    from lora_kernels.integrations import peft_calls, peft_kinds
+    from lora_kernels.integrations import peft_calls, peft_kinds, peft_swap
 
     # One account for all models of this process.
     _calls = peft_calls.Calls()
-    peft_calls.Calls = lambda: _calls  # type: ignore[misc,assignment]
+    peft_swap.Calls = lambda: _calls  # type: ignore[misc,assignment]
     _answered: Counter[str] = Counter()
     _tests_with_calls: set[str] = set()
 
