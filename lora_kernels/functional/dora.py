@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from ..spec import reference
 from . import ops
 from .checks import check_rng, compute_dtype, scale_tensor
-from .linear import draw_rng, result_of, rows_of
+from .linear import NOT_PACKED, Packed, draw_rng, result_of, rows_of
 
 # Rows of W that are converted at once, so that no wider copy of W exists.
 _ROWS = 256
@@ -78,6 +78,7 @@ def dora_linear(
     fan_in_fan_out: bool = False,
     rng: Tensor | None = None,
     norm: Tensor | None = None,
+    packed: Packed = NOT_PACKED,
 ) -> Tensor:
     """The formula of this file: x [..., K] -> [..., N].
 
@@ -88,6 +89,7 @@ def dora_linear(
     """
     dtype = compute_dtype(x, weight)
     scale = scale_tensor(scale, x.device, dtype)
+    packed = packed if weight.dtype == dtype else NOT_PACKED
     weight = weight.to(dtype)
     if norm is None:
         norm = dora_norm(weight, lora_a, lora_b, scale, fan_in_fan_out)
@@ -95,14 +97,15 @@ def dora_linear(
     if ops.is_transformed():
         operands = x, weight, lora_a, lora_b, magnitude, norm, scale, bias
         return _composed(*operands, fan_in_fan_out, p, rng)
+    others = weight, lora_a, lora_b, magnitude, norm, scale, bias, fan_in_fan_out, packed
     if p == 0.0:
-        return _apply(x, weight, lora_a, lora_b, magnitude, norm, scale, bias, fan_in_fan_out)
+        return _apply(x, *others)
     rng = draw_rng(x.device) if rng is None else check_rng(rng, x.device)
     rows = rows_of(x, dtype)
     dropped = _Masked.apply(rows, rng, p)
     with ops.without_autocast(x.device.type):
         kept = F.linear(rows - dropped, weight.t() if fan_in_fan_out else weight)
-        y = _apply(dropped, weight, lora_a, lora_b, magnitude, norm, scale, bias, fan_in_fan_out)
+        y = _apply(dropped, *others)
         return result_of(x, kept + y)
 
 
@@ -194,6 +197,7 @@ class _DoRALinear(torch.autograd.Function):
         scale: Tensor,
         bias: Tensor | None,
         fan_in_fan_out: bool,
+        packed: Packed,
     ) -> Tensor:
         _, _, need_a, need_b, need_m, *_ = ctx.needs_input_grad
         ratio = magnitude.to(norm.dtype) / norm
@@ -201,7 +205,7 @@ class _DoRALinear(torch.autograd.Function):
         fused = {} if need_m else {"bias": bias, "out_scale": ratio}
         rows, s = ops.lora_linear_fwd(
             rows_of(x, weight.dtype), weight, lora_a, lora_b, scale,
-            fan_in_fan_out=fan_in_fan_out, **fused,
+            fan_in_fan_out=fan_in_fan_out, packed=packed[0], **fused,
         )  # fmt: skip
         y = rows
         if need_m:
@@ -214,6 +218,8 @@ class _DoRALinear(torch.autograd.Function):
             weight, lora_a, lora_b, norm, ratio, scale, bias,
         )  # fmt: skip
         ctx.fan_in_fan_out, ctx.x_shape = fan_in_fan_out, x.shape
+        # Copies, which their owner keeps.
+        ctx.packed_dx = packed[1]
         return result_of(x, y)
 
     @staticmethod
@@ -224,7 +230,7 @@ class _DoRALinear(torch.autograd.Function):
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, s, rows, weight, lora_a, lora_b, norm, ratio, scale, bias = ctx.saved_tensors
-    need_x, _, need_a, need_b, need_m, _, _, need_bias, _ = ctx.needs_input_grad
+    need_x, _, need_a, need_b, need_m, _, _, need_bias, *_ = ctx.needs_input_grad
     dtype = weight.dtype
     dy = rows_of(grad, dtype)
     dx = d = da = db = dbias = dm = None
@@ -235,7 +241,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if need_x:
         dx, d = ops.lora_linear_dx(
             scaled, weight, lora_a, lora_b, scale,
-            fan_in_fan_out=ctx.fan_in_fan_out, out_scale=left,
+            fan_in_fan_out=ctx.fan_in_fan_out, out_scale=left, packed=ctx.packed_dx,
         )  # fmt: skip
         # In the compute dtype: autograd casts it to x's.
         dx = dx.view(ctx.x_shape)
@@ -253,7 +259,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if need_m:
         dm = (dy.to(norm.dtype) * rows).sum(0) / norm
     da, db = da if need_a else None, db if need_b else None
-    return dx, None, da, db, dm, None, None, dbias, None
+    return dx, None, da, db, dm, None, None, dbias, None, None
 
 
 _backward_once = once_differentiable(_backward)

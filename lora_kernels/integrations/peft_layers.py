@@ -145,6 +145,7 @@ class FusedLayer(Packing, lora.LoraLayer):
         if adapter.bias is not None:
             bias = add(bias, adapter.bias * adapter.scaling)
         scale = scale_tensor(adapter.scaling, x.device, base.dtype)
+        packed = self._packed_copies(base.weight, base.transposed, base.dtype)
         if adapter.magnitude is not None:
             return self._norms.linear(
                 x,
@@ -156,9 +157,9 @@ class FusedLayer(Packing, lora.LoraLayer):
                 base.bias,
                 base.transposed,
                 adapter.dropout_p,
+                packed,
                 training=self.training,
             )
-        packed = self._packed_copies(base.weight, base.transposed, base.dtype)
         operands = x, base.weight, adapter.a, adapter.b, scale, bias, None
         options = adapter.dropout_p, base.transposed, base.dtype, *packed
         return checked_lora_linear(Operands(*operands, *options))

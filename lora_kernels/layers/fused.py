@@ -327,11 +327,10 @@ class FusedLoRALinear(MergeableLinear):
         scale: Any = self._buffers["_scale"]
         p = self.lora_dropout if self.training else 0.0
         if self.use_dora:
-            check(input, weight, a, b, bias, p, kn)
-            m = self.lora_magnitude_vector
-            return self._norms.linear(
-                input, weight, a, b, m, scale, bias, kn, p, training=self.training
-            )
+            dtype = check(input, weight, a, b, bias, p, kn)
+            packed = self._packed_copies(weight, kn, dtype)
+            operands = input, weight, a, b, self.lora_magnitude_vector, scale, bias
+            return self._norms.linear(*operands, kn, p, packed, training=self.training)
         if type(input) not in PLAIN or type(weight) not in PLAIN:
             options: Any = {"training": self.training, "fan_in_fan_out": kn}
             return lora_linear(input, weight, a, b, scale, bias, dropout_p=p, **options)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..functional.dora import dora_linear, dora_norm, squared_rows
+from ..functional.linear import Packed
 from ..functional.ops import is_observed
 
 
@@ -65,6 +66,7 @@ class DoRANorms:
         bias: Tensor | None,
         fan_in_fan_out: bool,
         dropout_p: float,
+        packed: Packed,
         *,
         training: bool,
     ) -> Tensor:
@@ -82,6 +84,7 @@ class DoRANorms:
             training=True,
             fan_in_fan_out=fan_in_fan_out,
             norm=norm,
+            packed=packed,
         )
 
     def drop(self) -> None:

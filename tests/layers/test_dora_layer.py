@@ -103,6 +103,32 @@ def test_evaluation_forgets_the_norm_of_what_has_changed(change):
     assert torch.equal(ours(x), fresh(x))
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_are_used(dtype, training, monkeypatch):
+    _, ours = layer(dtype)
+    ours.train(training)
+    x, dy = torch.randn(9, 40, dtype=dtype, requires_grad=True), torch.randn(9, 24, dtype=dtype)
+    results = []
+    for policy in ("never", "always"):
+        ours.pack_weight = policy
+        results.append([ours(x), *torch.autograd.grad(ours(x), [x, ours.lora_B], dy)])
+    assert len(ours._packed) == (2 if training else 1)
+    for plain, packed in zip(*results, strict=True):
+        torch.testing.assert_close(plain, packed)
+    # What is packed is what is computed with.
+    copies = [
+        None if t is None else torch.zeros_like(t)
+        for t in ours._packed_copies(ours.weight, False, dtype)
+    ]
+    monkeypatch.setattr(ours, "_packed_copies", lambda *_: copies)
+    y = ours(x)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert not torch.allclose(y, results[0][0], atol=1e-2)
+    assert torch.allclose(dx, results[0][1], atol=1e-2) != training
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_files_both_ways(family, tmp_path):
     theirs = small.peft_model(small.build(family), use_dora=True)
