@@ -52,7 +52,7 @@ FILES = (
 )
 SELECTION = "lora" + "".join(
     f" and not {other}"
-    for other in ("adalora", "randlora", "vblora", "gralora", "tinylora", "unilora", "delora")
+    for other in ("randlora", "vblora", "gralora", "tinylora", "unilora", "delora")
     + ("gloraconfig",)
 )
 
@@ -66,7 +66,10 @@ IMPORTED = {
 }
 
 # Part of a test's name -> why it passes with PEFT's layers alone.
-EXPECTED: dict[str, str] = {}
+EXPECTED: dict[str, str] = {
+    # Of 10 x 1000 x 1000 in float32 ours is 6.0e-7 from float64, the library's 7.4e-7 (2026-11-29).
+    "test_adalora_default_init_identity": "it asks for the library's order of sums",
+}
 
 # Where the plugin writes its account; set for the second run only.
 _ACCOUNT = "LORA_KERNELS_PEFT_SUITE"
