@@ -179,6 +179,8 @@ def test_masks_recompile_nothing():
     ours = copy.deepcopy(model)
     lk.accelerate_peft(ours)
     batch = small.batch_for(model.get_base_model())
+    # What other tests compiled of the same code would count.
+    torch._dynamo.reset()
     compiled = torch.compile(ours.eval(), fullgraph=True, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
         for shift in range(3):

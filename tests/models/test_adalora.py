@@ -191,6 +191,8 @@ def test_a_rank_comes_back_and_merging_sees_the_factors():
 
 def test_masks_recompile_nothing():
     layer = layer_of(torch.float32)
+    # What other tests compiled of the same code would count.
+    torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     x = torch.randn(9, 70)
     with torch._dynamo.config.patch(error_on_recompile=True):
