@@ -17,6 +17,7 @@ mean nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -169,11 +170,19 @@ def main() -> None:
     # All that this process and its children print goes into the log, too.
     tee = subprocess.Popen(["tee", command.out / LOG], stdin=subprocess.PIPE)
     assert tee.stdin is not None
+    kept = [os.dup(stream) for stream in (1, 2)]
     for stream in (1, 2):
         os.dup2(tee.stdin.fileno(), stream)
-    command.smoke(FAMILIES) if chosen.command == "smoke" else command.run()
-    command.say("all well" if command.well else "NOT all well")
-    sys.stdout.flush()
+    try:
+        command.smoke(FAMILIES) if chosen.command == "smoke" else command.run()
+        command.say("all well" if command.well else "NOT all well")
+    finally:
+        # The log is whole before this process ends.
+        for stream, before in zip((1, 2), kept, strict=True):
+            os.dup2(before, stream)
+        tee.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            tee.wait(10)
     sys.exit(not command.well)
 
 
