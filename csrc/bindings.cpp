@@ -132,23 +132,21 @@ Tensor scaled_rows(const Tensor& dy, const OptionalTensor& out_scale) {
 // y = out_scale (rows w + mask * (s b)) + bias in `dtype`, with s = scale (rows_mask * rows) a^T:
 // the forward and, with the roles of A and B swapped, dX.
 std::tuple<Tensor, Tensor> shrink_and_product(
-    const Tensor& x, at::ScalarType dtype, const Tensor& w, const Tensor& a, const Tensor& b,
+    const Tensor& x, at::ScalarType dtype, const Weight& w, const Tensor& a, const Tensor& b,
     float scale, const DropoutMask* rows_mask, const DropoutMask* tail_mask,
     const OptionalTensor& out_scale, const OptionalTensor& bias, const OptionalTensor& packed) {
-  TORCH_CHECK_TYPE(dtype == w.scalar_type(), "the rows are ", dtype, " and weight is ",
-                   w.scalar_type());
   const Tensor a_read = adapter(a, dtype), b_read = adapter(b, dtype);
-  const int64_t M = x.size(0), N = w.size(1);
+  const int64_t M = x.size(0), N = w.matrix.cols;
   Tensor y = at::empty({M, N}, x.options().dtype(dtype));
   return with_compute_type(x, [&]<typename C>() {
-    const C* panels = panels_of<C>(packed, w.size(0), N);
+    const C* panels = panels_of<C>(packed, w.matrix.rows, N);
     Tensor copy;
     const Rows<C> rows = as_rows<C>(x, "the rows", copy);
     const Shrunk<C> s(rows, matrix(a_read, "an adapter"), scale, rows_mask, x.options());
     const Tail<C> tail = {s.rows(), matrix(b_read, "an adapter"), 0, tail_mask};
     const TailedRows<C> all = {0, M, &tail, 1};
-    tail_product<C>({rows, matrix(w, "weight"), panels, &all, 1, nullptr, nullptr,
-                     pointer(out_scale), pointer(bias), result(y), false});
+    tail_product<C>({rows, w.matrix, panels, &all, 1, nullptr, nullptr, pointer(out_scale),
+                     pointer(bias), result(y), false, nullptr, 0, w.bytes()});
     return std::make_tuple(y, s.s);
   });
 }
@@ -160,18 +158,19 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const Tensor& weight
                                            const Tensor& scale, const OptionalTensor& bias,
                                            const OptionalTensor& rng, double dropout_p,
                                            bool fan_in_fan_out, const OptionalTensor& out_scale,
-                                           const OptionalTensor& packed) {
+                                           const OptionalTensor& packed, const Quant& quant,
+                                           int64_t quant_block) {
   at::AutoDispatchBelowADInplaceOrView guard;
   TORCH_CHECK_VALUE(x.dim() == 2 && lora_a.dim() == 2 && lora_b.dim() == 2,
                     "x, lora_a and lora_b must have two dimensions");
   const int64_t K = x.size(1), r = lora_a.size(0), N = lora_b.size(0);
   check_shape(lora_a, "lora_a", r, K);
   check_shape(lora_b, "lora_b", N, r);
-  check_shape(weight, "weight", fan_in_fan_out ? K : N, fan_in_fan_out ? N : K);
+  const Weight w = base_weight(weight, K, N, !fan_in_fan_out, x.scalar_type(), quant, quant_block);
   const auto mask = dropout_mask(rng, dropout_p);
-  return shrink_and_product(x, x.scalar_type(), fan_in_fan_out ? weight : weight.t(), lora_a,
-                            lora_b.t(), factor(scale, dropout_p), pointer(mask), nullptr,
-                            vector(out_scale, "out_scale", N), vector(bias, "bias", N), packed);
+  return shrink_and_product(x, x.scalar_type(), w, lora_a, lora_b.t(), factor(scale, dropout_p),
+                            pointer(mask), nullptr, vector(out_scale, "out_scale", N),
+                            vector(bias, "bias", N), packed);
 }
 
 std::tuple<Tensor, Tensor> lora_linear_dx(const Tensor& dy, const Tensor& weight,
@@ -179,17 +178,17 @@ std::tuple<Tensor, Tensor> lora_linear_dx(const Tensor& dy, const Tensor& weight
                                           const Tensor& scale, const OptionalTensor& rng,
                                           double dropout_p, bool fan_in_fan_out,
                                           const OptionalTensor& out_scale,
-                                          const OptionalTensor& packed) {
+                                          const OptionalTensor& packed, const Quant& quant,
+                                          int64_t quant_block) {
   at::AutoDispatchBelowADInplaceOrView guard;
   TORCH_CHECK_VALUE(dy.dim() == 2 && lora_a.dim() == 2 && lora_b.dim() == 2,
                     "dy, lora_a and lora_b must have two dimensions");
   const int64_t N = dy.size(1), r = lora_a.size(0), K = lora_a.size(1);
   check_shape(lora_b, "lora_b", N, r);
-  check_shape(weight, "weight", fan_in_fan_out ? K : N, fan_in_fan_out ? N : K);
+  const Weight w = base_weight(weight, N, K, fan_in_fan_out, dy.scalar_type(), quant, quant_block);
   const auto mask = dropout_mask(rng, dropout_p);
   check_vector(out_scale, "out_scale", N);
-  return shrink_and_product(scaled_rows(dy, out_scale), dy.scalar_type(),
-                            fan_in_fan_out ? weight.t() : weight, lora_b.t(), lora_a,
+  return shrink_and_product(scaled_rows(dy, out_scale), dy.scalar_type(), w, lora_b.t(), lora_a,
                             factor(scale, dropout_p), nullptr, pointer(mask), std::nullopt,
                             std::nullopt, packed);
 }
@@ -283,11 +282,13 @@ TORCH_LIBRARY(lora_kernels_cpu, m) {
   m.def(
       "lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scale, "
       "Tensor? bias=None, Tensor? rng=None, float dropout_p=0.0, bool fan_in_fan_out=False, "
-      "Tensor? out_scale=None, Tensor? packed=None) -> (Tensor, Tensor)");
+      "Tensor? out_scale=None, Tensor? packed=None, Tensor[]? quant=None, int quant_block=0) "
+      "-> (Tensor, Tensor)");
   m.def(
       "lora_linear_dx(Tensor dy, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scale, "
       "Tensor? rng=None, float dropout_p=0.0, bool fan_in_fan_out=False, "
-      "Tensor? out_scale=None, Tensor? packed=None) -> (Tensor, Tensor)");
+      "Tensor? out_scale=None, Tensor? packed=None, Tensor[]? quant=None, int quant_block=0) "
+      "-> (Tensor, Tensor)");
   m.def(
       "lora_linear_dab(Tensor dy, Tensor? x, Tensor? s, Tensor? d, Tensor? rng=None, "
       "float dropout_p=0.0, ScalarType? da_dtype=None, ScalarType? db_dtype=None, "

@@ -5,8 +5,10 @@
 #include <ATen/ops/empty.h>
 
 #include <optional>
+#include <vector>
 
 #include "dropout.h"
+#include "four_bit.h"
 #include "linear.h"
 #include "matrix.h"
 #include "panel.h"
@@ -123,6 +125,24 @@ const C* panels_of(const OptionalTensor& packed, int64_t K, int64_t N) {
                     "packed is not of a weight with these sizes and dtype");
   return packed->const_data_ptr<C>();
 }
+
+// What the bytes of a four-bit weight mean, see dequantize's schema; or nothing.
+using Quant = std::optional<std::vector<Tensor>>;
+
+// The weight under the adapters as products read it.
+struct Weight {
+  ConstMatrix matrix;  // [K, N]; of a four-bit one the sizes alone
+  std::optional<FourBit> four_bit;
+
+  const FourBit* bytes() const { return four_bit ? &*four_bit : nullptr; }
+};
+
+FourBit four_bit_of(const Tensor& data, const std::vector<Tensor>& quant, int64_t block,
+                    int64_t rows, int64_t cols, bool inner);
+
+// Of `given` [K, N], or [N, K] with `transposed`, in the dtype of the rows or in four bits.
+Weight base_weight(const Tensor& given, int64_t K, int64_t N, bool transposed, at::ScalarType rows,
+                   const Quant& quant, int64_t block);
 
 // Rows that products read where they lie: of their type, neighbours along the inner axis, and
 // nothing to be padded.

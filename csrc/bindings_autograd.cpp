@@ -106,7 +106,7 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor rows = rows_of(x, dtype);
     auto [y, s] = lora_linear_fwd(rows, weight.to(dtype), lora_a, lora_b, scale, bias, rng,
-                                  dropout_p, fan_in_fan_out, std::nullopt, packed);
+                                  dropout_p, fan_in_fan_out, std::nullopt, packed, std::nullopt, 0);
     ctx->save_for_backward({lora_a.requires_grad() ? x : Tensor(),
                             lora_b.requires_grad() ? s : Tensor(), weight, lora_a, lora_b, scale,
                             rng.value_or(Tensor())});
@@ -153,9 +153,9 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
     variable_list gradients(kInputs);
     Tensor d;
     if (need_x) {
-      std::tie(gradients[kX], d) =
-          ops.dx(dy, weight.to(dtype), lora_a, lora_b, scale, rng, dropout_p, fan_in_fan_out,
-                 std::nullopt, packed == data.end() ? OptionalTensor() : packed->second.toTensor());
+      std::tie(gradients[kX], d) = ops.dx(
+          dy, weight.to(dtype), lora_a, lora_b, scale, rng, dropout_p, fan_in_fan_out, std::nullopt,
+          packed == data.end() ? OptionalTensor() : packed->second.toTensor(), std::nullopt, 0);
       gradients[kX] = gradients[kX].to(data.at("x_dtype").toScalarType());
       const auto x_sizes = data.find("x_sizes");
       if (x_sizes != data.end()) {

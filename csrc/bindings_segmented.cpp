@@ -87,17 +87,14 @@ void check_b(const Stacks& b, int64_t slices, int64_t r_max) {
 
 // A weight [K, N] under the adapters, with what belongs to it.
 struct Base {
-  Tensor weight;
+  Weight weight;
   OptionalTensor bias, packed;
 
   Base(const Tensor& rows, const Tensor& given, int64_t K, int64_t N, bool transposed,
-       const OptionalTensor& bias, const OptionalTensor& packed)
-      : bias(vector(bias, "bias", N)), packed(packed) {
-    check_shape(given, "weight", transposed ? N : K, transposed ? K : N);
-    TORCH_CHECK_TYPE(rows.scalar_type() == given.scalar_type(), "the rows are ", rows.scalar_type(),
-                     " and weight is ", given.scalar_type());
-    weight = transposed ? given.t() : given;
-    matrix(weight, "weight");
+       const OptionalTensor& bias, const OptionalTensor& packed, const Quant& quant, int64_t block)
+      : weight(base_weight(given, K, N, transposed, rows.scalar_type(), quant, block)),
+        bias(vector(bias, "bias", N)),
+        packed(packed) {
     with_compute_type(rows, [&]<typename C>() { panels_of<C>(packed, K, N); });
   }
 };
@@ -110,7 +107,8 @@ void multiply(const Batch& batch, const Rows<C>& x, const Base* base, const Tail
   p.x = {nullptr, batch.live, 0, 0};
   if (base) {
     p.x = x;
-    p.w = matrix(base->weight, "weight");
+    p.w = base->weight.matrix;
+    p.four_bit = base->weight.bytes();
     p.packed = panels_of<C>(base->packed, p.w.rows, p.w.cols);
     p.bias = pointer(base->bias);
   }
@@ -276,15 +274,13 @@ std::tuple<Tensor, Tensor> segmented_lora_dx(const Tensor& dy, TensorList lora_a
   return backward(dy, nullptr, call.a, call.b, call.batch, call.mask, dropout_p);
 }
 
-std::tuple<Tensor, Tensor> segmented_linear_fwd(const Tensor& x, const Tensor& weight,
-                                                TensorList lora_a, TensorList lora_b,
-                                                TensorList table, int64_t packed_slices,
-                                                const OptionalTensor& bias,
-                                                const OptionalTensor& rng, double dropout_p,
-                                                bool fan_in_fan_out, const OptionalTensor& packed) {
+std::tuple<Tensor, Tensor> segmented_linear_fwd(
+    const Tensor& x, const Tensor& weight, TensorList lora_a, TensorList lora_b, TensorList table,
+    int64_t packed_slices, const OptionalTensor& bias, const OptionalTensor& rng, double dropout_p,
+    bool fan_in_fan_out, const OptionalTensor& packed, const Quant& quant, int64_t quant_block) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const Call call = call_of_x(x, lora_a, lora_b, table, packed_slices, rng, dropout_p);
-  const Base base(x, weight, call.K, call.N, !fan_in_fan_out, bias, packed);
+  const Base base(x, weight, call.K, call.N, !fan_in_fan_out, bias, packed, quant, quant_block);
   Tensor y = at::empty({x.size(0), call.N}, x.options());
   Tensor s = forward(x, &base, call.a, call.b, call.batch, call.mask, dropout_p, y, false);
   return {y, s};
@@ -294,10 +290,12 @@ std::tuple<Tensor, Tensor> segmented_linear_dx(const Tensor& dy, const Tensor& w
                                                TensorList lora_a, TensorList lora_b,
                                                TensorList table, int64_t packed_slices,
                                                const OptionalTensor& rng, double dropout_p,
-                                               bool fan_in_fan_out, const OptionalTensor& packed) {
+                                               bool fan_in_fan_out, const OptionalTensor& packed,
+                                               const Quant& quant, int64_t quant_block) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const Call call = call_of_dy(dy, lora_a, lora_b, table, packed_slices, rng, dropout_p);
-  const Base base(dy, weight, call.N, call.K, fan_in_fan_out, std::nullopt, packed);
+  const Base base(dy, weight, call.N, call.K, fan_in_fan_out, std::nullopt, packed, quant,
+                  quant_block);
   return backward(dy, &base, call.a, call.b, call.batch, call.mask, dropout_p);
 }
 
@@ -397,11 +395,13 @@ TORCH_LIBRARY_FRAGMENT(lora_kernels_cpu, m) {
   m.def(
       "segmented_linear_fwd(Tensor x, Tensor weight, Tensor[] lora_a, Tensor[] lora_b, "
       "Tensor[] table, int packed_slices=0, Tensor? bias=None, Tensor? rng=None, "
-      "float dropout_p=0.0, bool fan_in_fan_out=False, Tensor? packed=None) -> (Tensor, Tensor)");
+      "float dropout_p=0.0, bool fan_in_fan_out=False, Tensor? packed=None, Tensor[]? quant=None, "
+      "int quant_block=0) -> (Tensor, Tensor)");
   m.def(
       "segmented_linear_dx(Tensor dy, Tensor weight, Tensor[] lora_a, Tensor[] lora_b, "
       "Tensor[] table, int packed_slices=0, Tensor? rng=None, float dropout_p=0.0, "
-      "bool fan_in_fan_out=False, Tensor? packed=None) -> (Tensor, Tensor)");
+      "bool fan_in_fan_out=False, Tensor? packed=None, Tensor[]? quant=None, "
+      "int quant_block=0) -> (Tensor, Tensor)");
   m.def(
       "segmented_lora_dab(Tensor dy, Tensor? x, Tensor? s, Tensor? d, Tensor[] table, "
       "int[] widths, int r_max, int packed_slices=0, Tensor? rng=None, float dropout_p=0.0, "

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "dropout.h"
+#include "four_bit.h"
 #include "matrix.h"
 
 namespace lora_kernels {
@@ -97,6 +98,7 @@ struct TailProduct {
   bool add;
   const Factors<C>* others = nullptr;
   int64_t other_count = 0;
+  const FourBit* four_bit = nullptr;  // instead of w, or null
 };
 
 template <typename C>

@@ -16,14 +16,16 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const Tensor& weight
                                            const Tensor& scale, const OptionalTensor& bias,
                                            const OptionalTensor& rng, double dropout_p,
                                            bool fan_in_fan_out, const OptionalTensor& out_scale,
-                                           const OptionalTensor& packed);
+                                           const OptionalTensor& packed, const Quant& quant,
+                                           int64_t quant_block);
 
 std::tuple<Tensor, Tensor> lora_linear_dx(const Tensor& dy, const Tensor& weight,
                                           const Tensor& lora_a, const Tensor& lora_b,
                                           const Tensor& scale, const OptionalTensor& rng,
                                           double dropout_p, bool fan_in_fan_out,
                                           const OptionalTensor& out_scale,
-                                          const OptionalTensor& packed);
+                                          const OptionalTensor& packed, const Quant& quant,
+                                          int64_t quant_block);
 
 std::tuple<Tensor, Tensor, Tensor> lora_linear_dab(const Tensor& dy, const OptionalTensor& x,
                                                    const OptionalTensor& s, const OptionalTensor& d,

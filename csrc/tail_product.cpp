@@ -118,7 +118,9 @@ struct TilePlan {
 template <typename C>
 class ProductTiles {
  public:
-  ProductTiles(const TailProduct<C>& p, const TilePlan& plan) : p_(p), plan_(plan), tails_(p) {}
+  // `arranged` are the rows of a product that decodes its weight in registers, or null.
+  ProductTiles(const TailProduct<C>& p, const TilePlan& plan, const C* arranged)
+      : p_(p), plan_(plan), arranged_(arranged), tails_(p) {}
 
   // Tile number t: all row blocks of a panel come one after the other, so that it is packed once.
   void write(int64_t t) {
@@ -133,9 +135,13 @@ class ProductTiles {
     current_ = n;
 
     tails_.write(first, rows, n, cols, tile);
-    multiply({p.x, p.w, p.packed}, first, rows, n, panel_width(cols), fresh, tile);
+    if (arranged_) {
+      product_of_few(rows, cols, arranged_, *p.four_bit, n, tile);
+    } else {
+      multiply({p.x, p.w, p.packed}, p.four_bit, first, rows, n, panel_width(cols), fresh, tile);
+    }
     for (int64_t i = 0; i < p.other_count; ++i) {
-      multiply(p.others[i], first, rows, n, panel_width(cols), fresh, tile);
+      multiply(p.others[i], nullptr, first, rows, n, panel_width(cols), fresh, tile);
     }
 
     for (int64_t i = 0; i < rows; ++i) {
@@ -151,13 +157,13 @@ class ProductTiles {
   }
 
  private:
-  // tile += x w of these rows and of the panel at n.
-  void multiply(const Factors<C>& f, int64_t first, int64_t rows, int64_t n, int64_t width,
-                bool fresh, float* tile) {
+  // tile += x w of these rows and of the panel at n; w in four bits where there are such.
+  void multiply(const Factors<C>& f, const FourBit* four_bit, int64_t first, int64_t rows,
+                int64_t n, int64_t width, bool fresh, float* tile) {
     const int64_t K = f.x.K;
     C* own = f.packed ? nullptr : panel_scratch.of<C>(padded<C>(K) * kPanel);
     const C* panel = f.packed ? f.packed + n * padded<C>(K) : own;
-    const bool in_place = own && reads_in_place<C>(plan_.block, f.w, n);
+    const bool in_place = own && !four_bit && reads_in_place<C>(plan_.block, f.w, n);
     for (int64_t done = 0; done < rows; done += kRowBlock) {
       const C* x = f.x.data + (first + done) * f.x.ld;
       const int64_t M = std::min(kRowBlock, rows - done);
@@ -169,7 +175,10 @@ class ProductTiles {
       product_by_parts(
           M, width, K, x, f.x.ld,
           [&](int64_t k, int64_t k_end) {
-            if (own && fresh && done == 0) pack_panel(f.w, k, k_end, n, own + k * width);
+            if (own && fresh && done == 0) {
+              four_bit ? pack_panel(*four_bit, k, k_end, n, own + k * width)
+                       : pack_panel(f.w, k, k_end, n, own + k * width);
+            }
             return panel + k * width;
           },
           sums, true);
@@ -178,6 +187,7 @@ class ProductTiles {
 
   const TailProduct<C>& p_;
   const TilePlan& plan_;
+  const C* arranged_;
   TailTiles<C> tails_;
   int64_t current_ = -1;  // the column of the panel that was packed last
 };
@@ -188,6 +198,8 @@ template <typename C>
 void tail_products(const TailProduct<C>* products, int64_t count) {
   const int64_t threads = at::get_num_threads();
   std::unique_ptr<TilePlan[]> plans(new TilePlan[count]);
+  std::unique_ptr<std::unique_ptr<C, FreeAligned>[]> arranged(
+      new std::unique_ptr<C, FreeAligned>[count]);
   int64_t tiles = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t M = products[i].x.M, P = panels(products[i].y.cols);
@@ -198,12 +210,17 @@ void tail_products(const TailProduct<C>* products, int64_t count) {
                  std::min(ceil_div(M, kLeastRows), ceil_div(4 * threads, P * count)));
     plans[i] = {blocks, ceil_div(M, blocks), tiles, P * blocks};
     tiles += P * blocks;
+    if (products[i].four_bit && decodes_in_registers<C>(M, *products[i].four_bit)) {
+      // M is below kLeastRows: there is one block of rows.
+      arranged[i] = allocate<C>(M * products[i].x.K);
+      arrange_rows(M, products[i].x.K, products[i].x.data, products[i].x.ld, arranged[i].get());
+    }
   }
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = 0; i < count && begin < end; ++i) {
       const int64_t last = std::min(end, plans[i].first + plans[i].count);
       if (last <= begin) continue;
-      ProductTiles<C> product(products[i], plans[i]);
+      ProductTiles<C> product(products[i], plans[i], arranged[i].get());
       for (; begin < last; ++begin) product.write(begin - plans[i].first);
     }
     release_products();

@@ -13,12 +13,15 @@ from .functional.segmented import (
 from .integrations.peft_swap import accelerate_peft, restore_peft
 from .layers.embedding import LoRAEmbedding
 from .layers.experts import FusedLoRAExperts
+from .layers.four_bit import QuantizedLinear
+from .layers.four_bit_parameter import FourBitParameter
 from .layers.fused import FusedLoRALinear
 from .layers.multi import MultiLoRAEmbedding, MultiLoRALinear
 from .layers.sliced import SlicedLoRALinear
 from .models.apply import LoRAConfig, LoRAReport, apply_lora, lora_report
 from .models.checkpoints import load_adapter, save_adapter
 from .models.loralib import load_loralib, loralib_state_dict, save_loralib
+from .models.quantizing import quantize_base
 from .models.unloading import disable_adapter, merge_adapter, unload, unmerge_adapter
 from .models.warming import warmup
 from .planning.answers import Answer, last_plan, record_plans
@@ -31,12 +34,14 @@ __all__ = [
     "AdapterStore",
     "Answer",
     "FusedLoRAExperts",
+    "FourBitParameter",
     "FusedLoRALinear",
     "LoRAEmbedding",
     "LoRAConfig",
     "LoRAReport",
     "MultiLoRAEmbedding",
     "MultiLoRALinear",
+    "QuantizedLinear",
     "SegmentTable",
     "SlicedLoRALinear",
     "UnknownAdapterError",
@@ -54,6 +59,7 @@ __all__ = [
     "lora_report",
     "loralib_state_dict",
     "merge_adapter",
+    "quantize_base",
     "record_plans",
     "restore_peft",
     "save_adapter",

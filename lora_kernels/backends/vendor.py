@@ -5,7 +5,8 @@ Same names, arguments and results as ``reference.py``, with two roundings more t
 single one: the base product is rounded before the tail is added, and S before it is scaled. The
 tail of float16 rows is float32 (``reference.tail_dtype``), and so is what it is added to.
 ``masked`` is the device's dropout kernel. For a batch that mixes adapters the library has the base
-alone; ``onto`` is the device's kernel that adds the rest, and S is rounded once.
+alone; ``onto`` is the device's kernel that adds the rest, and S is rounded once. A
+four-bit weight is decoded to memory first.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..spec.four_bit import base_weight
 from ..spec.linears import dab_by_projection, rng_of
 from ..spec.reference import scaled_rows, tail_dtype
 
@@ -55,6 +57,8 @@ def lora_linear_fwd(
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
     packed: Tensor | None = None,
+    quant: Sequence[Tensor] | None = None,
+    quant_block: int = 0,
     *,
     masked: Masked,
 ) -> tuple[Tensor, Tensor]:
@@ -62,7 +66,10 @@ def lora_linear_fwd(
     inner_bias = None
     if bias is not None and out_scale is None and s.dtype == x.dtype:
         inner_bias = bias.to(x.dtype)
-    y = F.linear(x, weight.t() if fan_in_fan_out else weight, inner_bias).to(s.dtype)
+    w = base_weight(
+        weight, quant, quant_block, lora_b.shape[0], x.shape[1], fan_in_fan_out, x.dtype
+    )
+    y = F.linear(x, w, inner_bias).to(s.dtype)
     y.addmm_(s, lora_b.to(s.dtype).t())
     if out_scale is not None:
         y.mul_(out_scale)
@@ -82,13 +89,16 @@ def lora_linear_dx(
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
     packed: Tensor | None = None,
+    quant: Sequence[Tensor] | None = None,
+    quant_block: int = 0,
     *,
     masked: Masked,
 ) -> tuple[Tensor, Tensor]:
     rows = scaled_rows(dy, out_scale)
     d = lora_shrink(rows, lora_b.t(), scale, None, dropout_p, masked=masked)
-    w = weight.t() if fan_in_fan_out else weight
-    dx = torch.mm(rows, w.to(rows.dtype)).to(d.dtype)
+    n, k = dy.shape[1], lora_a.shape[1]
+    w = base_weight(weight, quant, quant_block, n, k, fan_in_fan_out, rows.dtype)
+    dx = torch.mm(rows, w).to(d.dtype)
     a = lora_a.to(d.dtype)
     if rng is None:
         dx.addmm_(d, a)
@@ -254,11 +264,15 @@ def segmented_linear_fwd(
     dropout_p: float = 0.0,
     fan_in_fan_out: bool = False,
     packed: Tensor | None = None,
+    quant: Sequence[Tensor] | None = None,
+    quant_block: int = 0,
     *,
     onto: Onto,
 ) -> tuple[Tensor, Tensor]:
     bias = None if bias is None else bias.to(x.dtype)
-    y = F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
+    n = sum([b.shape[1] for b in lora_b])
+    w = base_weight(weight, quant, quant_block, n, x.shape[1], fan_in_fan_out, x.dtype)
+    y = F.linear(x, w, bias)
     return y, onto(y, x, lora_a, lora_b, table, packed_slices, rng, dropout_p)
 
 
@@ -273,8 +287,12 @@ def segmented_linear_dx(
     dropout_p: float = 0.0,
     fan_in_fan_out: bool = False,
     packed: Tensor | None = None,
+    quant: Sequence[Tensor] | None = None,
+    quant_block: int = 0,
     *,
     onto: Onto,
 ) -> tuple[Tensor, Tensor]:
-    dx = torch.mm(dy, weight.t() if fan_in_fan_out else weight)
+    k = lora_a[0].shape[2]
+    w = base_weight(weight, quant, quant_block, dy.shape[1], k, fan_in_fan_out, dy.dtype)
+    dx = torch.mm(dy, w)
     return dx, onto(dx, dy, lora_a, lora_b, table, packed_slices, rng, dropout_p)

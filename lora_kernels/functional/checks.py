@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..spec.four_bit import QuantState
 from . import ops
 
 
@@ -105,6 +106,18 @@ def check_local(name: str, tensor: Tensor) -> None:
             "tensor parallelism leave the adapted layers out of the plan, or pass each rank's own "
             "part (to_local())"
         )
+
+
+def stand_in(x: Tensor, weight: Tensor, quant: QuantState) -> Tensor:
+    """What :func:`check` sees of a four-bit weight: its shape, and a dtype that fits any x."""
+    if weight.requires_grad:
+        raise ValueError("a four-bit weight does not train: set requires_grad to False")
+    if weight.device != x.device or quant.absmax.device != x.device:
+        raise ValueError(
+            f"the four-bit weight is on {weight.device}, its absmax on {quant.absmax.device}, "
+            f"x on {x.device}"
+        )
+    return x.new_empty(()).expand(quant.shape)
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

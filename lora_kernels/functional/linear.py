@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..spec import reference
+from ..spec.four_bit import QuantState, dequantize, quant_state_of
 from . import ops
-from .checks import check, check_rng, is_foreign, scale_tensor
+from .checks import check, check_rng, is_foreign, scale_tensor, stand_in
 
 # A packed weight for the forward, and one for dX.
 Packed = tuple[Tensor | None, Tensor | None]
@@ -42,7 +43,9 @@ def lora_linear(
         x: [..., K], any number of leading dimensions and any strides; float32, float16, bfloat16 or
             float64.
         weight: [N, K] in x's dtype, or [K, N] with ``fan_in_fan_out`` (Conv1D's layout); any
-            strides, never copied. A tensor subclass of another library (quantised weights) computes
+            strides, never copied. A four-bit weight (bitsandbytes' ``Params4bit``,
+            :class:`lora_kernels.FourBitParameter`) is read as its bytes lie, in x's dtype; it does
+            not train. Another tensor subclass of another library (quantised weights) computes
             the base by its ``F.linear``, and plain torch operations add the adapter.
         lora_a: [r, K] with r >= 1, lora_b: [N, r]. Any floating dtype; they are rounded to the
             compute dtype, for float16 to float32.
@@ -85,7 +88,9 @@ def lora_linear(
     tensor([[0.5000, 0.5000, 0.5000],
             [0.5000, 0.5000, 0.5000]])
     """
-    dtype = check(x, weight, lora_a, lora_b, bias, dropout_p, fan_in_fan_out)
+    quant = None if type(weight) in ops.PLAIN else quant_state_of(weight)
+    shape = weight if quant is None else stand_in(x, weight, quant)
+    dtype = check(x, shape, lora_a, lora_b, bias, dropout_p, fan_in_fan_out)
     scale = scale_tensor(scale, x.device, dtype)
     if not training or dropout_p == 0.0:
         rng, dropout_p = None, 0.0
@@ -93,10 +98,14 @@ def lora_linear(
         rng = check_rng(rng, x.device)
     if weight.dtype != dtype:
         packed = NOT_PACKED
+    if quant is not None:
+        weight = weight.data
     o = Operands(
-        x, weight, lora_a, lora_b, scale, bias, rng, dropout_p, fan_in_fan_out, dtype, *packed
+        *(x, weight, lora_a, lora_b, scale, bias, rng, dropout_p, fan_in_fan_out, dtype),
+        *packed,
+        quant,
     )
-    if type(weight) not in ops.PLAIN and is_foreign(weight):
+    if quant is None and type(weight) not in ops.PLAIN and is_foreign(weight):
         return _beside(o)
     return checked_lora_linear(o)
 
@@ -118,6 +127,8 @@ class Operands(NamedTuple):
     dtype: torch.dtype
     packed: Tensor | None = None
     packed_dx: Tensor | None = None
+    # what the bytes of a four-bit weight mean
+    quant: QuantState | None = None
 
 
 def checked_lora_linear(o: Operands) -> Tensor:
@@ -132,8 +143,8 @@ def checked_lora_linear(o: Operands) -> Tensor:
         or o.weight.requires_grad
         or (bias is not None and bias.requires_grad)
     )
-    if differentiable:
-        y = ops.direct_lora_linear(*o)
+    if differentiable and o.quant is None:
+        y = ops.direct_lora_linear(*o[:-1])
         if y is not None:
             return y
     if ops.is_transformed():
@@ -149,7 +160,11 @@ def _composed(o: Operands) -> Tensor:
     batches of anything."""
     with ops.without_autocast(o.x.device.type):
         y, _ = reference.lora_linear_fwd(
-            rows_of(o.x, o.dtype), o.weight.to(o.dtype), *o[2:7], o.dropout_p, o.fan_in_fan_out
+            rows_of(o.x, o.dtype),
+            o.weight.to(o.dtype) if o.quant is None else dequantize(o.weight, o.quant, o.dtype),
+            *o[2:7],
+            o.dropout_p,
+            o.fan_in_fan_out,
         )
     return y.reshape(*o.x.shape[:-1], y.shape[1])
 
@@ -171,15 +186,45 @@ def _beside(o: Operands) -> Tensor:
 
 def _forward(o: Operands) -> tuple[Tensor, Tensor]:
     """y [M, N] and S [M, r]."""
+    weight, quant = o.weight, o.quant
     found: tuple[Tensor, Tensor] = ops.lora_linear_fwd(
         rows_of(o.x, o.dtype),
-        o.weight if o.weight.dtype == o.dtype else o.weight.to(o.dtype),
+        weight if quant is not None or weight.dtype == o.dtype else weight.to(o.dtype),
         *o[2:7],
         o.dropout_p,
         o.fan_in_fan_out,
         packed=o.packed,
+        **(NO_QUANT if quant is None else quant_arguments(quant)),
     )
     return found
+
+
+NO_QUANT: dict[str, Any] = {}
+
+
+def operand(weight: Tensor, dtype: torch.dtype, quant: QuantState | None) -> Tensor:
+    """``weight`` as an operator takes it."""
+    return weight if quant is not None or weight.dtype == dtype else weight.to(dtype)
+
+
+def quant_arguments(quant: QuantState | None) -> dict[str, Any]:
+    """Of an operator with a base weight."""
+    return NO_QUANT if quant is None else {"quant": quant.tensors(), "quant_block": quant.block}
+
+
+def four_bit_linear(
+    x: Tensor, weight: Tensor, quant: QuantState, bias: Tensor | None, fan_in_fan_out: bool
+) -> Tensor:
+    """``x W^T + bias`` of a four-bit weight by the kernel of :func:`lora_linear` with an adapter of
+    rank 0: x [..., K] -> [..., N]; differentiable in x and bias."""
+    n, k = quant.shape[::-1] if fan_in_fan_out else quant.shape
+    shape = stand_in(x, weight, quant)
+    one = x.new_empty(1, max(n, k))
+    dtype = check(x, shape, one[:, :k], one[:, :n].t(), bias, 0.0, fan_in_fan_out)
+    a, b = x.new_empty(0, k), x.new_empty(n, 0)
+    scale = scale_tensor(1.0, x.device, dtype)
+    options = None, 0.0, fan_in_fan_out, dtype, None, None, quant
+    return checked_lora_linear(Operands(x, weight.data, a, b, scale, bias, *options))
 
 
 def packed_linear(
@@ -207,7 +252,7 @@ class _LoRALinear(torch.autograd.Function):
         kept = o.x if need_a or need_w else None, s if need_b else None
         ctx.save_for_backward(*kept, o.weight, o.lora_a, o.lora_b, o.scale, o.rng)
         # The packed weight is not among the saved tensors: a copy of one, which its owner keeps.
-        ctx.options = o.dropout_p, o.fan_in_fan_out, o.dtype, o.packed_dx
+        ctx.options = o.dropout_p, o.fan_in_fan_out, o.dtype, o.packed_dx, o.quant
         ctx.x_shape = o.x.shape
         ctx.bias_dtype = None if o.bias is None else o.bias.dtype
         return result_of(o.x, y)
@@ -221,14 +266,14 @@ class _LoRALinear(torch.autograd.Function):
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, s, weight, lora_a, lora_b, scale, rng = ctx.saved_tensors
     need_x, need_w, need_a, need_b, _, need_bias, *_ = ctx.needs_input_grad
-    dropout_p, fan_in_fan_out, dtype, packed = ctx.options
+    dropout_p, fan_in_fan_out, dtype, packed, quant = ctx.options
     dy = rows_of(grad, dtype)
     rows = None if x is None else rows_of(x, dtype)
     dx = dw = da = db = dbias = d = None
     if need_x:
         dx, d = ops.lora_linear_dx(
             dy,
-            weight if weight.dtype == dtype else weight.to(dtype),
+            operand(weight, dtype, quant),
             lora_a,
             lora_b,
             scale,
@@ -236,6 +281,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             dropout_p,
             fan_in_fan_out,
             packed=packed,
+            **quant_arguments(quant),
         )
         # In the compute dtype: autograd casts it to x's.
         dx = dx.view(ctx.x_shape)
@@ -258,7 +304,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # LoRA freezes the base; where it trains too, the library's GEMM computes its gradient.
         dw = (rows.t() @ dy if fan_in_fan_out else dy.t() @ rows).to(weight.dtype)
     da, db, dbias = da if need_a else None, db if need_b else None, dbias if need_bias else None
-    return (dx, dw, da, db, None, dbias, *[None] * 6)
+    return (dx, dw, da, db, None, dbias, *[None] * 7)
 
 
 _backward_once = once_differentiable(_backward)

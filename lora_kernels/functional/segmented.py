@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..spec.four_bit import quant_state_of
 from ..spec.reference import tail_dtype
 from ..spec.segments import SegmentTable
 from . import ops
-from .checks import check_local, check_rng, compute_dtype, is_foreign
+from .checks import check_local, check_rng, compute_dtype, is_foreign, stand_in
 from .linear import NOT_PACKED, Packed, draw_rng, rows_of
 from .segmented_autograd import Call, SegmentedLinear, SegmentedLoRA, linear_forward
 
@@ -115,7 +116,7 @@ def segmented_linear(
     Args:
         x: [..., K] as for :func:`segmented_lora`; under autocast it is cast as by ``F.linear``.
         weight: [sum of N, K] in x's dtype, the slices one below the other; or [K, sum of N] with
-            ``fan_in_fan_out``.
+            ``fan_in_fan_out``; or a four-bit one, as for :func:`lora_kernels.lora_linear`.
         bias: [sum of N] or None, any floating dtype.
         packed: see :func:`lora_kernels.lora_linear`.
 
@@ -132,19 +133,23 @@ def segmented_linear(
     tensor([[44., 44., 44.],
             [ 4.,  4.,  4.]])
     """
-    if type(weight) not in ops.PLAIN and is_foreign(weight):
+    quant = None if type(weight) in ops.PLAIN else quant_state_of(weight)
+    if quant is None and type(weight) not in ops.PLAIN and is_foreign(weight):
         y = F.linear(x, weight.t() if fan_in_fan_out else weight, bias)
         options: Any = {"output_slices": output_slices, "training": training, "rng": rng}
         delta = segmented_lora(x, lora_a, lora_b, seg, dropout_p=dropout_p, **options)
         return y + delta.to(y.dtype)
     a, b, packed_slices = _stacks(lora_a, lora_b, output_slices)
     _check(x, seg, a, b, packed_slices, dropout_p)
-    _check_base(x, weight, bias, sum(t.shape[1] for t in b), fan_in_fan_out)
-    dtype = compute_dtype(x, weight)
+    shape = weight if quant is None else stand_in(x, weight, quant)
+    _check_base(x, shape, bias, sum(t.shape[1] for t in b), fan_in_fan_out)
+    dtype = compute_dtype(x, shape)
+    if quant is not None:
+        weight = weight.data
     if weight.dtype != dtype:
         packed = NOT_PACKED
     rng, dropout_p = _dropout(rng, dropout_p if training else 0.0, x.device)
-    call = Call(seg.tensors(), packed_slices, dropout_p, fan_in_fan_out, dtype, packed)
+    call = Call(seg.tensors(), packed_slices, dropout_p, fan_in_fan_out, dtype, packed, quant)
     return checked_segmented_linear(x, weight, bias, rng, call, a, b)
 
 

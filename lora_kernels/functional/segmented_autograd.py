@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..spec.four_bit import QuantState
 from ..spec.reference import accumulate_dtype
 from ..spec.segments import TABLE_TENSORS
 from . import ops
-from .linear import Packed, result_of, rows_of
+from .linear import NO_QUANT, Packed, operand, quant_arguments, result_of, rows_of
 
 
 class Call(NamedTuple):
@@ -24,6 +25,8 @@ class Call(NamedTuple):
     fan_in_fan_out: bool
     dtype: torch.dtype
     packed: Packed
+    # what the bytes of a four-bit weight mean
+    quant: QuantState | None = None
 
 
 def linear_forward(
@@ -38,7 +41,7 @@ def linear_forward(
     """y [M, sum of N] and S [M, n, r_max]."""
     found: tuple[Tensor, Tensor] = ops.segmented_linear_fwd(
         rows_of(x, call.dtype),
-        weight if weight.dtype == call.dtype else weight.to(call.dtype),
+        weight if call.quant is not None or weight.dtype == call.dtype else weight.to(call.dtype),
         a,
         b,
         call.table,
@@ -48,6 +51,7 @@ def linear_forward(
         call.dropout_p,
         call.fan_in_fan_out,
         call.packed[0],
+        **(NO_QUANT if call.quant is None else quant_arguments(call.quant)),
     )
     return found
 
@@ -95,7 +99,7 @@ class SegmentedLinear(torch.autograd.Function):
         if need_x:
             dx, d = ops.segmented_linear_dx(
                 dy,
-                weight.to(call.dtype),
+                operand(weight, call.dtype, call.quant),
                 a,
                 b,
                 table,
@@ -104,6 +108,7 @@ class SegmentedLinear(torch.autograd.Function):
                 call.dropout_p,
                 call.fan_in_fan_out,
                 call.packed[1],
+                **quant_arguments(call.quant),
             )
             # In the compute dtype: autograd casts it to x's.
             dx = dx.view(ctx.x_shape)

@@ -15,10 +15,12 @@ from ..layers.packed import PackedWeight
 from ..models.foreign import offload_reason
 from .peft_adalora import FusedSVDLinear
 from .peft_calls import Calls
+from .peft_four_bit import PEFT_CLASS, FusedLinear4bit, four_bit_reason, set_repacking
 from .peft_layers import VARIANTS, FusedLayer, FusedLinear, orientation
 
+# Without bitsandbytes PEFT has no layer for the first.
 _FUSED: dict[type, type[FusedLayer]] = {
-    kind.peft_class: kind for kind in (FusedLinear, FusedSVDLinear)
+    kind.peft_class: kind for kind in (FusedLinear4bit, FusedLinear, FusedSVDLinear)
 }
 _FORWARDS = [vars(kind)["forward"] for kind in _FUSED]
 
@@ -33,9 +35,11 @@ def unsupported_reason(layer: Any) -> str | None:
     if not isinstance(layer, FusedLayer) and type(layer) not in _FUSED:
         served = " and ".join(kind.__name__ for kind in _FUSED)
         return f"is a {type(layer).__name__}; {served} are served"
+    base = layer.base_layer
+    if isinstance(layer, PEFT_CLASS) and PEFT_CLASS is not lora.Linear:
+        return four_bit_reason(base) or _layer_reason(layer)
     if getattr(layer, "quantization_backend", None) is not None:
         return "its base is quantised"
-    base = layer.base_layer
     transposed = orientation(base)
     if isinstance(transposed, str):
         return transposed
@@ -44,6 +48,11 @@ def unsupported_reason(layer: Any) -> str | None:
         return f"its base layer {reason}"
     if type(base.weight) not in PLAIN:
         return f"its weight is a {type(base.weight).__name__}"
+    return _layer_reason(layer)
+
+
+def _layer_reason(layer: Any) -> str | None:
+    base = layer.base_layer
     reason = offload_reason(layer) or offload_reason(base)
     if reason is not None:
         return reason
@@ -76,6 +85,8 @@ def swap(layer: Any, calls: Calls, pack_weight: str) -> None:
     if not isinstance(layer, FusedLayer):
         layer.__class__ = _FUSED[type(layer)]
         layer._packed, layer._norms = PackedWeight(), DoRANorms()
+        if isinstance(layer, FusedLinear4bit):
+            set_repacking(layer, False)
         _rebind(layer)
     layer.kernel_calls = calls
     if vars(layer).get("_pack_weight") != pack_weight:
@@ -86,6 +97,8 @@ def restore(layer: Any) -> None:
     """Undo :func:`swap`."""
     for name in ("kernel_calls", "_packed", "_pack_weight", "_norms"):
         vars(layer).pop(name, None)
+    if isinstance(layer, FusedLinear4bit):
+        set_repacking(layer, True)
     layer.__class__ = layer.peft_class
     _rebind(layer)
 

@@ -43,7 +43,7 @@ from ..layers.packed import Packing
 from .peft_calls import Calls
 from .peft_operands import Adapter, Base, add, biases, concatenated, runs_of, stacked, table_of
 
-_DTYPES = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])
+DTYPES = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])
 # Of each sequence, how many of its last tokens an aLoRA adapter is for.
 Offsets = Sequence[int | None] | None
 _KNOWN_ARGUMENTS = frozenset(["adapter_names", "alora_offsets"])
@@ -160,9 +160,11 @@ class FusedLayer(Packing, lora.LoraLayer):
                 packed,
                 training=self.training,
             )
-        operands = x, base.weight, adapter.a, adapter.b, scale, bias, None
+        weight = base.weight if base.quant is None else base.weight.data
+        operands = x, weight, adapter.a, adapter.b, scale, bias, None
         options = adapter.dropout_p, base.transposed, base.dtype, *packed
-        return checked_lora_linear(Operands(*operands, *options))
+        y = checked_lora_linear(Operands(*operands, *options, base.quant))
+        return y if base.quant is None else y.to(x.dtype)
 
     def _fused_sum(self, x: Tensor, base: Base, adapters: list[Adapter]) -> Tensor:
         # Adapters that see the same x are one adapter of the summed rank. Each mask makes an x of
@@ -237,6 +239,7 @@ class FusedLayer(Packing, lora.LoraLayer):
             fan_in_fan_out=base.transposed,
             packed=self._packed_copies(base.weight, base.transposed, base.dtype),
         )
+        y = y if base.quant is None else y.to(x.dtype)
         if all(adapter.bias is None for adapter in adapters):
             return y
         added = biases(adapters)[table.slot_of_row.long()].view(y.shape)
@@ -256,7 +259,9 @@ class FusedLayer(Packing, lora.LoraLayer):
             return "traced by torch.export"
         if _has_any_global_hook():
             return "a global hook on all modules"
-        layer: Any = self._modules["base_layer"]
+        return self._base_of(self._modules["base_layer"], x)
+
+    def _base_of(self, layer: Any, x: Tensor) -> Base | str:
         transposed = orientation(layer)
         if isinstance(transposed, str):
             return transposed
@@ -268,7 +273,7 @@ class FusedLayer(Packing, lora.LoraLayer):
         if not is_called_plainly(layer):
             return "a hook, or a forward of its own, on the base layer"
         dtype = x.dtype
-        if dtype not in _DTYPES or weight.dtype not in _DTYPES:
+        if dtype not in DTYPES or weight.dtype not in DTYPES:
             return f"x is {dtype}, the base weight {weight.dtype}"
         if dtype != torch.float64 and autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -300,9 +305,9 @@ class FusedLayer(Packing, lora.LoraLayer):
         if a.device != device or b.device != device:
             return "x and the adapter are on different devices"
         adapter_dtype = a.dtype
-        if adapter_dtype not in _DTYPES or b.dtype != adapter_dtype:
+        if adapter_dtype not in DTYPES or b.dtype != adapter_dtype:
             return f"lora_A is {adapter_dtype}, lora_B {b.dtype}"
-        if adapter_dtype != x.dtype and base.dtype == x.dtype:
+        if adapter_dtype != x.dtype and (base.dtype == x.dtype or base.quant is not None):
             # Outside autocast PEFT casts x, unless told not to; its result is then float64's, or
             # its error.
             if adapter_dtype == torch.float64:
@@ -313,7 +318,7 @@ class FusedLayer(Packing, lora.LoraLayer):
             scaling.requires_grad or scaling.dim() != 0 or not scaling.is_floating_point()
         ):
             return "a scaling that trains, or is no single floating number"
-        n, k = base.weight.shape[::-1] if base.transposed else base.weight.shape
+        n, k = base.shape
         if a.shape[1] != k or b.shape[0] != n or a.shape[0] != b.shape[1] or not dropout_p < 1.0:
             return "shapes that do not fit, or dropout of everything"
         if magnitude is not None and bias is not None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..spec.four_bit import QuantState
 from ..spec.segments import SegmentTable
 
 
@@ -19,6 +20,14 @@ class Base(NamedTuple):
     transposed: bool
     # The compute dtype.
     dtype: torch.dtype
+    # What the bytes of a four-bit weight mean.
+    quant: QuantState | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        n, k = self.weight.shape if self.quant is None else self.quant.shape
+        return (k, n) if self.transposed else (n, k)
 
 
 class Adapter(NamedTuple):

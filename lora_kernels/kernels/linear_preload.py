@@ -113,6 +113,8 @@ def lora_linear_fwd(
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
     packed: Tensor | None = None,
+    quant: Sequence[Tensor] | None = None,
+    quant_block: int = 0,
     *,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
@@ -138,6 +140,8 @@ def lora_linear_dx(
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
     packed: Tensor | None = None,
+    quant: Sequence[Tensor] | None = None,
+    quant_block: int = 0,
     *,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
@@ -159,6 +163,8 @@ def segmented_linear_fwd(
     dropout_p: float = 0.0,
     fan_in_fan_out: bool = False,
     packed: Tensor | None = None,
+    quant: Sequence[Tensor] | None = None,
+    quant_block: int = 0,
     *,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
@@ -180,6 +186,8 @@ def segmented_linear_dx(
     dropout_p: float = 0.0,
     fan_in_fan_out: bool = False,
     packed: Tensor | None = None,
+    quant: Sequence[Tensor] | None = None,
+    quant_block: int = 0,
     *,
     config: Config,
 ) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,8 @@ block. The last program to leave zeroes them: by then no program waits or draws 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -172,6 +174,8 @@ def lora_linear_fwd(
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
     packed: Tensor | None = None,
+    quant: Sequence[Tensor] | None = None,
+    quant_block: int = 0,
     *,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
@@ -190,6 +194,8 @@ def lora_linear_dx(
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
     packed: Tensor | None = None,
+    quant: Sequence[Tensor] | None = None,
+    quant_block: int = 0,
     *,
     config: Config,
 ) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ hook that accelerate's ``device_map`` sets on a module."""
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +23,22 @@ def is_falcon_linear(module: nn.Module) -> bool:
     """Whether ``module`` is Falcon's linear layer: ``x @ W.T``, then ``+ bias``."""
     falcon = sys.modules.get("transformers.models.falcon.modeling_falcon")
     return falcon is not None and type(module) is falcon.FalconLinear
+
+
+def is_linear_4bit(module: nn.Module) -> bool:
+    """Whether ``module`` is a four-bit linear layer of bitsandbytes with the forward of its
+    class."""
+    modules = sys.modules.get("bitsandbytes.nn")
+    if modules is None or not isinstance(module, modules.Linear4bit):
+        return False
+    return type(module).forward is modules.Linear4bit.forward
+
+
+def restore_quant_state(module: Any) -> None:
+    """Give the weight of a four-bit linear layer of bitsandbytes its state back from the layer,
+    where a copy has lost it."""
+    if getattr(module.weight, "quant_state", None) is None and module.quant_state is not None:
+        sys.modules["bitsandbytes.nn.modules"].fix_4bit_weight_quant_state_from_module(module)
 
 
 def carry_dispatch_hook(old: nn.Module, new: nn.Module) -> None:

@@ -13,11 +13,12 @@ from ..functional.checks import check, scale_tensor
 from ..functional.dora import dora_norm
 from ..functional.linear import Operands, checked_lora_linear, lora_linear
 from ..functional.ops import PLAIN, without_autocast
+from ..spec.four_bit import quant_state_of
 from .foreign import carry_dispatch_hook
 from .merging import MergeableLinear, Plain
 from .norms import DoRANorms
 from .packed import check_pack_weight
-from .replacing import share_hooks, share_linear, unsupported_reason
+from .replacing import holds_four_bits, share_hooks, share_linear, unsupported_reason
 
 
 class FusedLoRALinear(MergeableLinear):
@@ -136,18 +137,22 @@ class FusedLoRALinear(MergeableLinear):
         """Wrap an ``nn.Linear`` or transformers' ``Conv1D``: the new layer holds the same Parameter
         objects, frozen. The arguments are the class's.
 
-        Hooks, ``training`` and the device come along; nothing is copied and no forward of
-        ``module`` changes.
+        A four-bit layer (bitsandbytes' ``Linear4bit``, :class:`lora_kernels.QuantizedLinear`) stays
+        four-bit, in its ``compute_dtype``: merging attaches a weight in that dtype. Hooks,
+        ``training`` and the device come along; nothing is copied and no forward of ``module``
+        changes.
 
         Raises:
             TypeError: ``module`` is something else, computes in its own way (a subclass's forward,
                 one that was set on the object), holds more than weight and bias (parametrised,
                 pruned), or its weight is no plain Parameter (quantised); the message says which.
-            ValueError: as for the constructor.
+            ValueError: as for the constructor; DoRA on a four-bit weight.
         """
         reason = unsupported_reason(module)
         if reason is not None:
             raise TypeError(f"FusedLoRALinear.from_linear: the module {reason}")
+        if options.get("use_dora") and holds_four_bits(module):
+            raise ValueError("use_dora is not computed on a four-bit weight")
         check_lora_arguments(r, lora_alpha, lora_dropout, init_lora_weights, cls._least_rank)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
@@ -181,7 +186,7 @@ class FusedLoRALinear(MergeableLinear):
         self._base = ()
         self._init_packing()
         self.pack_weight = pack_weight
-        device, dtype = self.weight.device, self.weight.dtype
+        device, dtype = self.weight.device, self.weight_dtype()
         if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16):
             dtype = torch.float32
         for name, shape in self._adapter_shapes().items():
@@ -312,6 +317,8 @@ class FusedLoRALinear(MergeableLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], see :func:`lora_kernels.lora_linear`."""
+        if self.compute_dtype is not None and self._casts(input):
+            return self.forward(input.to(self.compute_dtype)).to(input.dtype)
         if self.merged:
             if self._base and (
                 self._disabled or self._parameters.get("weight") is not self._base[1]
@@ -346,6 +353,7 @@ class FusedLoRALinear(MergeableLinear):
         self, rows: int, dtype: torch.dtype | None
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """For :func:`lora_kernels.warmup`."""
+        dtype = dtype or self.weight_dtype()
         return self.weight.new_zeros(rows, self.in_features, dtype=dtype), self.forward
 
     @torch.no_grad()
@@ -378,12 +386,18 @@ class FusedLoRALinear(MergeableLinear):
         names = ["weight"] + self._adapter_names() * (self.lora_A is not None)
         self._check_writable("make a plain linear", *names)
         kind, attributes = self._plain
+        weight = self._own_weight()
+        if "compute_dtype" in attributes and quant_state_of(weight) is None:
+            # Merged into what was four-bit: no such layer could hold it.
+            kind, attributes = nn.Linear, {}
+            if self.fan_in_fan_out:
+                weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)
         plain = kind.__new__(kind)
         nn.Module.__init__(plain)
         vars(plain).update(attributes)
         if isinstance(plain, nn.Linear):
             plain.in_features, plain.out_features = self.in_features, self.out_features
-        plain.weight, plain.bias = self._own_weight(), self.bias
+        plain.weight, plain.bias = weight, self.bias
         share_hooks(plain, self)
         return plain.train(self.training)
 

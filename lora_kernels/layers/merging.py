@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..functional.ops import PLAIN
+from ..spec.four_bit import dequantize, quant_state_of
 from .packed import PackedLinear, gathered_by_fsdp
 
 # What is nn.Module's own, what a plain layer takes over otherwise, and accelerate's hook, which is
@@ -129,7 +129,9 @@ class MergeableLinear(PackedLinear):
         if not self.merged:
             delta = self.delta_weight()
             base = self._own_weight()
-            merged = (base.to(delta.dtype) + delta).to(base.dtype)
+            quant = quant_state_of(base)
+            plain = base if quant is None else dequantize(base.data, quant, delta.dtype)
+            merged = (plain.to(delta.dtype) + delta).to(self.weight_dtype())
             self.weight = merged = nn.Parameter(merged, requires_grad=False)
             self._base = (base, merged)
             self.merged = True
@@ -212,6 +214,7 @@ class MergeableLinear(PackedLinear):
         if self._base:
             base = self._base[0]
             destination[prefix + "weight"] = base if keep_vars else base.detach()
+            self._save_quant_state(base, destination, prefix)
             if not keep_vars:
                 _warn_of_merged(destination)
 
@@ -220,7 +223,7 @@ class MergeableLinear(PackedLinear):
         or somebody put a weight there without an assignment (``functional_call``, accelerate)."""
         base = self._base[0]
         if self._disabled:
-            return F.linear(input, base.t() if self.fan_in_fan_out else base, self.bias)
+            return self._linear_of(base, input)
         # state_dict() holds the pristine weight, and is what accelerate offloads;
         # named_parameters() holds the merged one, which is what FSDP gathers.
         if is_offloaded(self) or (not gathered_by_fsdp(self) and _is_same(self.weight, base)):

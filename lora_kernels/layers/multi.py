@@ -201,7 +201,7 @@ class MultiLoRALinear(SlottedLayer, PackedLinear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         shapes = (slots, max_rank, self.in_features), (slots, self.out_features, max_rank)
-        self._add_slots(path, owner or Owner(), *shapes, device, dtype)
+        self._add_slots(path, owner or Owner(), *shapes, device, dtype or self.weight_dtype())
         self._ratio = None
         carry_dispatch_hook(module, self)
         return self.train(module.training)
@@ -228,12 +228,15 @@ class MultiLoRALinear(SlottedLayer, PackedLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], see :func:`lora_kernels.segmented_linear`."""
+        if self.compute_dtype is not None and self._casts(input):
+            return self.forward(input.to(self.compute_dtype)).to(input.dtype)
         found = self._table(input.shape[:-1], input.device)
         if found is None:
             return self._base_forward(input)
         return self._adapted(input, *found)
 
     def _input_of(self, rows: int, dtype: torch.dtype | None) -> Tensor:
+        dtype = dtype or self.weight_dtype()
         return self.weight.new_zeros(rows, self.in_features, dtype=dtype)
 
     def _adapted(

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends import cpu
-from ..functional.linear import NOT_PACKED, Packed, packed_linear
+from ..functional.linear import NOT_PACKED, Packed, four_bit_linear, packed_linear
 from ..functional.ops import PLAIN, autocast_enabled, is_observed
+from ..spec.four_bit import from_state_dict, quant_state_of, to_state_dict
+from .four_bit_parameter import FourBitParameter
 
 _Layer = TypeVar("_Layer", bound="Packing")
 
@@ -209,6 +211,19 @@ class PackedLinear(Packing, nn.Linear):
     """
 
     fan_in_fan_out: bool
+    # What a four-bit layer computes in, whatever x is; None: x's own dtype.
+    compute_dtype: torch.dtype | None = None
+
+    def _casts(self, x: Tensor) -> bool:
+        """Whether x is not in ``compute_dtype``, and autocast leaves it so."""
+        return x.dtype != self.compute_dtype and not autocast_enabled(x.device.type)
+
+    def weight_dtype(self) -> torch.dtype:
+        """Of the weight, or of what a four-bit one is decoded to."""
+        quant = quant_state_of(self.weight)
+        if quant is None:
+            return self.weight.dtype
+        return self.compute_dtype or quant.dtype
 
     def _tensors(self) -> tuple[Any, Any, Any, Any]:
         """weight, bias, ``lora_A`` and ``lora_B``."""
@@ -228,7 +243,13 @@ class PackedLinear(Packing, nn.Linear):
 
     def _base_forward(self, input: Tensor) -> Tensor:
         """``x W^T + bias`` with the weight as it is."""
-        weight, kn = self.weight, self.fan_in_fan_out
+        return self._linear_of(self.weight, input)
+
+    def _linear_of(self, weight: Tensor, input: Tensor) -> Tensor:
+        kn = self.fan_in_fan_out
+        quant = None if type(weight) in PLAIN else quant_state_of(weight)
+        if quant is not None:
+            return four_bit_linear(input, weight, quant, self.bias, kn)
         differentiable = torch.is_grad_enabled() and (
             input.requires_grad or (self.bias is not None and self.bias.requires_grad)
         )
@@ -241,3 +262,64 @@ class PackedLinear(Packing, nn.Linear):
             if packed is not None and type(input) in PLAIN:
                 return packed_linear(input, weight, self.bias, kn, packed)
         return F.linear(input, weight.t() if kn else weight, self.bias)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._save_quant_state(self.weight, destination, prefix)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        weight = self._parameters.get("weight")
+        if getattr(weight, "quant_state", None) is not None:
+            state["_four_bit"] = quant_state_of(weight)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        quant = state.pop("_four_bit", None)
+        super().__setstate__(state)
+        weight: Any = self._parameters.get("weight")
+        if quant is not None and type(weight) in PLAIN:
+            # A pickle of bitsandbytes' parameter comes back as one.
+            self._parameters["weight"] = FourBitParameter(weight.data, quant)
+
+    def _save_quant_state(self, weight: Tensor, destination: dict[str, Any], prefix: str) -> None:
+        """What the bytes of a four-bit ``weight`` mean, as bitsandbytes' Linear4bit saves it."""
+        quant = quant_state_of(weight)
+        if quant is not None:
+            destination[prefix + "weight"] = weight.data
+            for key, value in to_state_dict(quant).items():
+                destination[f"{prefix}weight.{key}"] = value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        quant, found = quant_state_of(self.weight), list[str]()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, found, error_msgs
+        )
+        mine = f"{prefix}weight."
+        unexpected_keys += [k for k in found if quant is None or not k.startswith(mine)]
+        if quant is None or prefix + "weight" not in state_dict:
+            return
+        try:
+            held = {k[len(mine) :]: v for k, v in state_dict.items() if k.startswith(mine)}
+            given = from_state_dict(held, quant.absmax.device)
+        except ValueError as error:
+            error_msgs.append(f"{prefix}weight: {error}")
+            return
+        ours, theirs = quant.tensors(), given.tensors()
+        if quant[:3] != given[:3] or len(ours) != len(theirs):
+            error_msgs.append(f"{mine[:-1]} is {quant[:3]}, and the state_dict has {given[:3]}")
+            return
+        with torch.no_grad():
+            for one, other in zip(ours[1:], theirs[1:], strict=True):
+                one.copy_(other)

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from ..functional.checks import is_foreign
-from .foreign import is_conv1d, is_dispatched, is_falcon_linear
+from ..spec.four_bit import quant_state_of
+from .foreign import is_conv1d, is_dispatched, is_falcon_linear, is_linear_4bit, restore_quant_state
+from .four_bit_parameter import FourBitParameter
 from .packed import PackedLinear
 
 # What a replacement takes over from the module it replaces: the very dicts, so that handles still
@@ -44,6 +46,8 @@ _BASE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def unsupported_reason(module: nn.Module) -> str | None:
     """Why no layer of ours can replace the linear layer ``module``, or None if one can."""
     kind = type(module).__name__
+    if holds_four_bits(module):
+        return _four_bit_reason(module)
     if isinstance(module, PackedLinear):
         return f"is a {kind} already"
     transposed = is_conv1d(module)
@@ -57,6 +61,27 @@ def unsupported_reason(module: nn.Module) -> str | None:
     if isinstance(module.weight, nn.UninitializedParameter):
         return "is lazy: its weight has no shape yet"
     return _weight_reason(module) or own_behaviour(module)
+
+
+def holds_four_bits(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear layer with a four-bit weight that we can read: ours, or
+    bitsandbytes' ``Linear4bit``."""
+    ours = isinstance(module, PackedLinear) and "lora_A" not in module._parameters
+    if is_linear_4bit(module):
+        restore_quant_state(module)
+    elif not ours:
+        return False
+    return getattr(module._parameters.get("weight"), "quant_state", None) is not None
+
+
+def _four_bit_reason(module: nn.Module) -> str | None:
+    try:
+        quant_state_of(module.weight)
+    except ValueError as error:
+        return f"has a four-bit weight that cannot be read: {error}"
+    if not is_forward_of_class(module):
+        return "computes in its own way: a forward was set on the module object"
+    return None
 
 
 def own_behaviour(module: nn.Module) -> str | None:
@@ -138,10 +163,35 @@ def share_linear(layer: PackedLinear, module: nn.Module) -> None:
     """Give ``layer`` the Parameters and the hooks of ``module``, an ``nn.Linear`` or Conv1D."""
     layer.fan_in_fan_out = is_conv1d(module)
     weight = cast(nn.Parameter, module.weight)
-    shape = weight.shape[::-1] if layer.fan_in_fan_out else weight.shape
+    quant = quant_state_of(weight)
+    if quant is not None:
+        held: Any = module
+        layer.fan_in_fan_out |= getattr(held, "fan_in_fan_out", False)
+        layer.compute_dtype = held.compute_dtype
+        if type(weight) is nn.Parameter:
+            # Of a layer of bitsandbytes that was pickled.
+            weight = FourBitParameter(weight.data, quant)
+    shape = weight.shape if quant is None else quant.shape
+    shape = shape[::-1] if layer.fan_in_fan_out else shape
     layer.out_features, layer.in_features = shape
     layer.weight, layer.bias = weight, cast(nn.Parameter, module.bias)
     share_hooks(layer, module)
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """The width of the input and of the output of a linear layer or Conv1D."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    inside, outside = cast(nn.Parameter, module.weight).shape
+    return inside, outside
+
+
+def weight_dtype(module: nn.Module) -> torch.dtype:
+    """Of a layer's weight, or of what a four-bit one computes in."""
+    weight: Any = module.weight
+    quant = quant_state_of(weight)
+    held: Any = module
+    return weight.dtype if quant is None else held.compute_dtype or quant.dtype
 
 
 def share_hooks(layer: nn.Module, module: nn.Module) -> None:

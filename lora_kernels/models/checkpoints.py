@@ -22,6 +22,7 @@ from ..functional.checks import is_dtensor
 from ..layers.adalora import AdaLoRALinear
 from ..layers.fused import FusedLoRALinear
 from ..layers.merging import write_obstacle
+from ..layers.replacing import features
 from .apply import (
     Applied,
     applied,
@@ -175,15 +176,10 @@ def load_adapter(
         selection = select(root, config)
         wanted = {}
         for module, names in selection.targets.items():
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            transposed = not isinstance(module, nn.Linear)
-            out_features, in_features = weight.shape[::-1] if transposed else weight.shape
             rank = config.rank(names[0])
             wanted[names[0]] = Layer(
                 rank,
-                in_features,
-                out_features,
+                *features(module),
                 use_dora=config.use_dora,
                 adalora=config.adalora is not None,
             )

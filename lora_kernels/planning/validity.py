@@ -91,6 +91,8 @@ def _tiled_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) 
         return "there is no kernel for several projections"
     if config.plan == "preload" and problem.dtype == "float16":
         return "what the tail alone amounts to might not fit float16"
+    if problem.four_bit:
+        return "Triton's kernels do not decode four-bit weights"
     if problem.op in MIXED_LINEAR_OPS:
         if config.plan == "preload":
             return _tiled_invalid_reason(Config("grouped"), problem.adapters(), facts)

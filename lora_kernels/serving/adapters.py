@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..functional.dora import dora_norm
 from ..layers.batches import Adapter
 from ..layers.multi import MultiLoRALinear, unsupported_embedding_reason
-from ..layers.replacing import unsupported_reason
+from ..layers.replacing import features, unsupported_reason, weight_dtype
 from ..models.checkpoints import write_adapter
 from ..models.config import LoRAConfig
 from ..models.on_disk import (
@@ -28,6 +28,7 @@ from ..models.on_disk import (
     names_of,
     read_adapter,
 )
+from ..spec.four_bit import quant_state_of
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
@@ -172,7 +173,7 @@ class SlotLimits(NamedTuple):
     def weights(self, path: str, module: nn.Module, a: Tensor, b: Tensor, scale: float) -> Weights:
         """In memory of their own: the caller's tensors, or a file that is mapped, may be written
         again."""
-        dtype = self.dtypes.get(path, _weight(module).dtype)
+        dtype = self.dtypes.get(path, weight_dtype(module))
         own = [
             torch.empty(t.shape, dtype=dtype, device="cpu", pin_memory=self.pinned) for t in (a, b)
         ]
@@ -182,7 +183,8 @@ class SlotLimits(NamedTuple):
 
     def with_magnitude(self, weights: Weights, module: nn.Module, magnitude: Tensor) -> Weights:
         """``weights`` of a DoRA adapter of the linear layer ``module``."""
-        weight = _weight(module)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
         a, b = weights.a.to(weight.device), weights.b.to(weight.device)
         scale = torch.tensor(weights.scale, dtype=torch.float64, device=weight.device)
         norm = dora_norm(weight, a, b, scale, is_transposed(module)).cpu()
@@ -255,24 +257,15 @@ def _layer(path: str, module: nn.Module, config: LoRAConfig, limits: SlotLimits)
     embedding = isinstance(module, nn.Embedding)
     if embedding and config.use_dora:
         raise ValueError(f"{path!r} is an embedding with use_dora, which a store does not serve")
+    if config.use_dora and quant_state_of(module.weight) is not None:
+        raise ValueError(f"{path!r} has a four-bit weight, on which DoRA is not computed")
     adaptive = config.adalora is not None
-    return Layer(rank, *_sizes(module), embedding, config.use_dora, adaptive)
+    return Layer(rank, *features(module), embedding, config.use_dora, adaptive)
 
 
 def _check_rank(path: str, rank: int, max_rank: int) -> None:
     if rank > max_rank:
         raise ValueError(f"the rank {rank} of {path!r} is above the store's max_rank={max_rank}")
-
-
-def _weight(module: nn.Module) -> Tensor:
-    assert isinstance(module.weight, Tensor)
-    return module.weight
-
-
-def _sizes(module: nn.Module) -> tuple[int, int]:
-    """in_features (of an embedding: its entries) and out_features."""
-    rows, columns = _weight(module).shape
-    return (rows, columns) if is_transposed(module) else (columns, rows)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -300,7 +293,7 @@ def draw(
         _, module = index.resolve(path)
         rank = config.rank(path)
         _check_rank(path, rank, limits.max_rank)
-        in_features, out_features = _sizes(module)
+        in_features, out_features = features(module)
         embedding = isinstance(module, nn.Embedding)
         a = torch.zeros(rank, in_features, device="cpu")
         b = torch.zeros(out_features, rank, device="cpu")
@@ -324,7 +317,7 @@ def peft_tensors(adapter: HostAdapter, layers: Mapping[str, nn.Module]) -> dict[
     tensors = {}
     for path, weights in adapter.layers.items():
         embedding = isinstance(layers[path], nn.Embedding)
-        key_a, key_b = Layer(weights.rank, *_sizes(layers[path]), embedding).shapes(path)
+        key_a, key_b = Layer(weights.rank, *features(layers[path]), embedding).shapes(path)
         if weights.magnitude is not None:
             tensors[path + MAGNITUDE] = weights.magnitude.clone()
         a = weights.a.t() if embedding else weights.a

@@ -15,6 +15,8 @@ All operators take 2-D rows of any strides:
     out_scale  [N]             multiplies x W^T + S B^T before the bias (DoRA)
     packed                     the weight in the layout of the CPU's kernels, which read it instead
                                of weight; the other kernels ignore it
+    quant, quant_block         of a four-bit weight, whose bytes are ``weight``: ``QuantState``'s
+                               ``tensors()`` and ``block``
 
 The segmented operators take, one tensor for each of n slices,
 
@@ -55,7 +57,8 @@ import torch
 
 _DROPOUT = "Tensor? rng=None, float dropout_p=0.0"
 _ADAPTED = "Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scale"
-_BASE = "bool fan_in_fan_out=False, Tensor? out_scale=None, Tensor? packed=None"
+_QUANT = "Tensor[]? quant=None, int quant_block=0"
+_BASE = f"bool fan_in_fan_out=False, Tensor? out_scale=None, Tensor? packed=None, {_QUANT}"
 _GRADIENTS = "ScalarType? da_dtype=None, ScalarType? db_dtype=None, ScalarType? dbias_dtype=None"
 
 _PROJECTIONS = "Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor[] scales"
@@ -63,7 +66,7 @@ _PACKED = "bool fan_in_fan_out=False, Tensor[]? packed=None"
 
 _TABLE = "Tensor[] table, int packed_slices=0"
 _SEGMENTED = f"Tensor[] lora_a, Tensor[] lora_b, {_TABLE}"
-_SEGMENTED_BASE = "bool fan_in_fan_out=False, Tensor? packed=None"
+_SEGMENTED_BASE = f"bool fan_in_fan_out=False, Tensor? packed=None, {_QUANT}"
 _EXPERTS = "Tensor weight, Tensor? lora_a, Tensor? lora_b, Tensor scale, Tensor offs"
 
 SCHEMAS = {

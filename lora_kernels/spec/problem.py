@@ -41,6 +41,8 @@ class Problem(NamedTuple):
     slices: int = 1
     # of a mixture; 0: one weight
     experts: int = 0
+    # whether the base weight is four-bit bytes
+    four_bit: bool = False
 
     @property
     def columns(self) -> int:
@@ -56,7 +58,7 @@ class Problem(NamedTuple):
         """Of a base linear under adapters that differ from row to row: the adapters alone, added in
         place."""
         op = "segmented_lora_dx" if self.op in _DX else "segmented_lora_"
-        return self._replace(op=op, fan_in_fan_out=False)
+        return self._replace(op=op, fan_in_fan_out=False, four_bit=False)
 
     def bucketed(self) -> Problem:
         """The key of the tables: N and K exact, M rounded up to a power of two, r to a multiple of
@@ -66,7 +68,7 @@ class Problem(NamedTuple):
     def key(self) -> str:
         format_ = "KN" if self.fan_in_fan_out else "NK"
         flags = ["dropout"] * self.dropout + ["out_scale"] * self.out_scale
-        flags += ["unaligned"] * (not self.aligned)
+        flags += ["unaligned"] * (not self.aligned) + ["four_bit"] * self.four_bit
         if self.slots:
             flags += [f"{self.slots} slots", f"{self.slices} slices"]
         flags += [f"{self.experts} experts"] * (self.experts > 0)
@@ -122,6 +124,7 @@ def _linear(op: str, given: dict[str, Any]) -> Problem:
         given.get("out_scale") is not None,
         # Asked on GPUs only, where it matters.
         not rows.is_cuda or is_aligned(given),
+        four_bit=given.get("quant") is not None,
     )
 
 
@@ -153,6 +156,7 @@ def _segmented(op: str, given: dict[str, Any]) -> Problem:
         aligned=not rows.is_cuda or is_aligned(given),
         slots=given["table"][1].shape[0],
         slices=slices,
+        four_bit=given.get("quant") is not None,
     )
 
 

@@ -51,6 +51,7 @@ from .experts import expert_linear_dab as expert_linear_dab
 from .experts import expert_linear_dx as expert_linear_dx
 from .experts import expert_linear_fwd as expert_linear_fwd
 from .experts import expert_shrink as expert_shrink
+from .four_bit import base_weight
 
 _WORD = 0xFFFFFFFF
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -152,6 +153,8 @@ def lora_linear_fwd(
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
     packed: Tensor | None = None,
+    quant: Sequence[Tensor] | None = None,
+    quant_block: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """``Y = out_scale * (x W^T + S B^T) + bias`` and S.
 
@@ -160,8 +163,8 @@ def lora_linear_fwd(
     """
     acc = accumulate_dtype(x.dtype)
     s = lora_shrink(x, lora_a, scale, rng, dropout_p)
-    w = weight if fan_in_fan_out else weight.t()
-    y = x.to(acc) @ w.to(acc) + s.to(acc) @ lora_b.to(s.dtype).to(acc).t()
+    w = base_weight(weight, quant, quant_block, lora_b.shape[0], x.shape[1], fan_in_fan_out, acc)
+    y = x.to(acc) @ w.t() + s.to(acc) @ lora_b.to(s.dtype).to(acc).t()
     if out_scale is not None:
         y = y * out_scale.to(acc)
     if bias is not None:
@@ -180,6 +183,8 @@ def lora_linear_dx(
     fan_in_fan_out: bool = False,
     out_scale: Tensor | None = None,
     packed: Tensor | None = None,
+    quant: Sequence[Tensor] | None = None,
+    quant_block: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """``D = c dY B`` and ``dX = dY W + mask*(D A)``: dy [M,N] -> dX [M,K] in dy's dtype,
     D [M,r] in its ``tail_dtype``.
@@ -193,8 +198,8 @@ def lora_linear_dx(
     tail = d.to(acc) @ lora_a.to(d.dtype).to(acc)
     if rng is not None:
         tail = masked(tail, rng, dropout_p)
-    w = weight.t() if fan_in_fan_out else weight
-    return (rows.to(acc) @ w.to(acc) + tail).to(dy.dtype), d
+    w = base_weight(weight, quant, quant_block, dy.shape[1], lora_a.shape[1], fan_in_fan_out, acc)
+    return (rows.to(acc) @ w + tail).to(dy.dtype), d
 
 
 def scaled_rows(dy: Tensor, out_scale: Tensor | None) -> Tensor:
@@ -400,12 +405,15 @@ def segmented_linear_fwd(
     dropout_p: float = 0.0,
     fan_in_fan_out: bool = False,
     packed: Tensor | None = None,
+    quant: Sequence[Tensor] | None = None,
+    quant_block: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Y [M, sum of N_j] = x W^T + bias + delta with one rounding, and S; weight [sum of N_j, K]."""
     acc = accumulate_dtype(x.dtype)
     s = segmented_shrink(x, lora_a, table, packed_slices, rng, dropout_p)
-    w = weight.to(acc)
-    y = x.to(acc) @ (w if fan_in_fan_out else w.t()) + _delta(s, lora_b, table)
+    n = sum([b.shape[1] for b in lora_b])
+    w = base_weight(weight, quant, quant_block, n, x.shape[1], fan_in_fan_out, acc)
+    y = x.to(acc) @ w.t() + _delta(s, lora_b, table)
     if bias is not None:
         y = y + bias.to(acc)
     return y.to(x.dtype), s
@@ -422,12 +430,15 @@ def segmented_linear_dx(
     dropout_p: float = 0.0,
     fan_in_fan_out: bool = False,
     packed: Tensor | None = None,
+    quant: Sequence[Tensor] | None = None,
+    quant_block: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """dX [M,K] = dY W + the sum over the slices of mask*(D A) with one rounding, and D."""
     acc = accumulate_dtype(dy.dtype)
     tails, d = _tails(dy, lora_a, lora_b, table, packed_slices, rng, dropout_p)
-    w = weight.to(acc)
-    return (dy.to(acc) @ (w.t() if fan_in_fan_out else w) + tails).to(dy.dtype), d
+    k = lora_a[0].shape[2]
+    w = base_weight(weight, quant, quant_block, dy.shape[1], k, fan_in_fan_out, acc)
+    return (dy.to(acc) @ w + tails).to(dy.dtype), d
 
 
 def segmented_lora_dab(
