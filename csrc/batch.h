@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "panel.h"
 #include "segmented.h"
 
 namespace lora_kernels {
@@ -118,10 +119,37 @@ MatrixOf<Void> part_of_a(const std::vector<Tensor>& stacks, int64_t packed_slice
   return part<Void>(stack, segment.slot, row, segment.rank, stack.size(2));
 }
 
+// The right-hand side of a slice's product, and its panels if there are any.
+template <typename C>
+struct Right {
+  ConstMatrix matrix;
+  const C* packed = nullptr;
+};
+
+// Panels of a stack's matrices, packed before for ranks [S]: one tensor [S, .] a slice.
+struct Panels {
+  std::vector<Tensor> tensors;
+  const int32_t* ranks = nullptr;
+
+  // Of the right-hand side [K, N] of a segment, whose columns begin at `column` of its product.
+  template <typename C>
+  const C* of(const Segment& segment, int64_t slice, int64_t K, int64_t N, int64_t column) const {
+    if (tensors.empty() || ranks[segment.slot] != segment.rank || column % kPanel != 0) {
+      return nullptr;
+    }
+    const Tensor& t = tensors[slice];
+    TORCH_CHECK_VALUE(
+        t.size(1) >= packed_size<C>(K, N) && t.scalar_type() == c10::CppTypeToScalarType<C>::value,
+        "panels ", t.sizes(), " do not hold [", K, ", ", N, "]");
+    return t.const_data_ptr<C>() + segment.slot * t.stride(0);
+  }
+};
+
 // The adapters of a call: one stack a slice, or all slices in one, packed by live rank.
 struct Stacks {
   std::vector<Tensor> tensors;
   int64_t packed_slices;
+  Panels panels;
 
   Stacks(TensorList given, const char* name, at::ScalarType rows, int64_t slots, int64_t packed)
       : packed_slices(packed) {
@@ -233,10 +261,11 @@ struct Shrunk {
     for (size_t i = 0; i < batch.segments.size(); ++i) {
       const Segment& segment = batch.segments[i];
       for (int64_t j = 0; j < n; ++j) {
-        jobs.push_back({x.of(segment, j), operand(segment, j),
-                        static_cast<float>(segment.scale / keep), nullptr,
-                        slice<void>(j, segment.rank), batch.order + segment.first,
-                        live.template mutable_data_ptr<C>() + first[i * n + j]});
+        const Right<C> right = operand(segment, j);
+        jobs.push_back({x.of(segment, j), right.matrix, static_cast<float>(segment.scale / keep),
+                        nullptr, slice<void>(j, segment.rank), batch.order + segment.first,
+                        live.template mutable_data_ptr<C>() + first[i * n + j], nullptr,
+                        right.packed});
       }
     }
     shrink(jobs.data(), jobs.size());
@@ -296,8 +325,9 @@ struct Tails {
       const Segment& segment = batch.segments[i];
       segments.push_back({segment.first, segment.rows, tails.data() + tails.size(), s.n});
       for (int64_t j = 0; j < s.n; ++j) {
-        tails.push_back({s.rows(batch, i, j), operand(segment, j), columns[j],
-                         masks.empty() ? nullptr : &masks[j]});
+        const Right<C> right = operand(segment, j);
+        tails.push_back({s.rows(batch, i, j), right.matrix, columns[j],
+                         masks.empty() ? nullptr : &masks[j], right.packed});
       }
     }
   }

@@ -126,9 +126,14 @@ void multiply(const Batch& batch, const Rows<C>& x, const Base* base, const Tail
 // The tails of a forward: S times B in the columns of each slice.
 template <typename C>
 Tails<C> tails_of(const Batch& batch, const Shrunk<C>& s, const Stacks& b) {
+  const std::vector<int64_t> columns = begins(offsets(b.widths()));
   return Tails<C>(batch, s,
-                  [&](const Segment& segment, int64_t j) { return b.b(segment, j).transposed(); },
-                  begins(offsets(b.widths())), {});
+                  [&](const Segment& segment, int64_t j) {
+                    const ConstMatrix right = b.b(segment, j).transposed();
+                    return Right<C>{right,
+                                    b.panels.of<C>(segment, j, right.rows, right.cols, columns[j])};
+                  },
+                  columns, {});
 }
 
 // x for every slice, in the order of the batch, and S.
@@ -145,7 +150,11 @@ struct ShrunkRows {
           mask, logical, rows.options(), base),
         s(
             batch, x, rows.size(0), a.slices(), a.r_max(), 1.0 - dropout_p,
-            [&](const Segment& segment, int64_t j) { return a.a(segment, j); }, rows.options()) {}
+            [&](const Segment& segment, int64_t j) {
+              const ConstMatrix left = a.a(segment, j);
+              return Right<C>{left, a.panels.of<C>(segment, j, left.cols, left.rows, 0)};
+            },
+            rows.options()) {}
 };
 
 // y = or += x w + bias + S B^T; S is returned.
@@ -172,12 +181,12 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Base* base, const St
                            logical, dy.options(), base != nullptr);
     const Shrunk<C> d(
         batch, rows, dy.size(0), n, a.r_max(), 1.0 - dropout_p,
-        [&](const Segment& segment, int64_t j) { return b.b(segment, j).transposed(); },
+        [&](const Segment& segment, int64_t j) { return Right<C>{b.b(segment, j).transposed()}; },
         dy.options());
     std::vector<DropoutMask> masks;
     for (int64_t j = 0; mask && j < n; ++j) masks.push_back(of_slice(*mask, j));
     const Tails<C> tails(
-        batch, d, [&](const Segment& segment, int64_t j) { return a.a(segment, j); },
+        batch, d, [&](const Segment& segment, int64_t j) { return Right<C>{a.a(segment, j)}; },
         repeated(0, n), masks);
     multiply(batch, rows.whole, base, tails, logical, dx, false);
     return std::make_tuple(dx, d.s);
@@ -229,6 +238,21 @@ struct Call {
         N(offsets(b.widths()).back()) {
     check_a(a, K);
     check_b(b, a.slices(), a.r_max());
+  }
+
+  // The ranks [S] that the stacks' panels were packed for, then those of A and those of B.
+  void take(TensorList panels) {
+    const size_t n = a.slices();
+    TORCH_CHECK_VALUE(panels.size() == 1 + 2 * n && panels[0].scalar_type() == at::kInt,
+                      "panels must hold int32 ranks and a tensor for each A and each B");
+    for (const Tensor& t : panels) {
+      TORCH_CHECK_VALUE(t.is_cpu() && t.is_contiguous() && t.dim() == (&t == &panels[0] ? 1 : 2) &&
+                            t.size(0) == batch.slots,
+                        "panels must be contiguous, one for each of ", batch.slots, " slots");
+    }
+    const auto* ranks = panels[0].const_data_ptr<int32_t>();
+    a.panels = {panels.slice(1, n).vec(), ranks};
+    b.panels = {panels.slice(1 + n, n).vec(), ranks};
   }
 };
 
@@ -284,6 +308,19 @@ std::tuple<Tensor, Tensor> segmented_linear_fwd(
   Tensor y = at::empty({x.size(0), call.N}, x.options());
   Tensor s = forward(x, &base, call.a, call.b, call.batch, call.mask, dropout_p, y, false);
   return {y, s};
+}
+
+// y of segmented_linear_fwd from adapters that were packed before: see Call::take.
+Tensor segmented_linear_of_panels(const Tensor& x, const Tensor& weight, TensorList lora_a,
+                                  TensorList lora_b, TensorList table, const OptionalTensor& bias,
+                                  const OptionalTensor& packed, TensorList panels) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  Call call = call_of_x(x, lora_a, lora_b, table, 0, std::nullopt, 0.0);
+  call.take(panels);
+  const Base base(x, weight, call.K, call.N, true, bias, packed);
+  Tensor y = at::empty({x.size(0), call.N}, x.options());
+  forward(x, &base, call.a, call.b, call.batch, std::nullopt, 0.0, y, false);
+  return y;
 }
 
 std::tuple<Tensor, Tensor> segmented_linear_dx(const Tensor& dy, const Tensor& weight,
@@ -398,6 +435,9 @@ TORCH_LIBRARY_FRAGMENT(lora_kernels_cpu, m) {
       "float dropout_p=0.0, bool fan_in_fan_out=False, Tensor? packed=None, Tensor[]? quant=None, "
       "int quant_block=0) -> (Tensor, Tensor)");
   m.def(
+      "segmented_linear_of_panels(Tensor x, Tensor weight, Tensor[] lora_a, Tensor[] lora_b, "
+      "Tensor[] table, Tensor? bias, Tensor? packed, Tensor[] panels) -> Tensor");
+  m.def(
       "segmented_linear_dx(Tensor dy, Tensor weight, Tensor[] lora_a, Tensor[] lora_b, "
       "Tensor[] table, int packed_slices=0, Tensor? rng=None, float dropout_p=0.0, "
       "bool fan_in_fan_out=False, Tensor? packed=None, Tensor[]? quant=None, "
@@ -416,6 +456,7 @@ TORCH_LIBRARY_IMPL(lora_kernels_cpu, CPU, m) {
   m.impl("segmented_lora_", &segmented_lora_);
   m.impl("segmented_lora_dx", &segmented_lora_dx);
   m.impl("segmented_linear_fwd", &segmented_linear_fwd);
+  m.impl("segmented_linear_of_panels", &segmented_linear_of_panels);
   m.impl("segmented_linear_dx", &segmented_linear_dx);
   m.impl("segmented_lora_dab", &segmented_lora_dab);
 }

@@ -51,6 +51,7 @@ struct Shrink {
   C* s_rows;                // or null
   // [r], in place of scale: adapters of several projections one over the other. Or null.
   const float* scales = nullptr;
+  const C* packed = nullptr;  // a^T in panels; null: packed on the way
 };
 
 // Several of them at once; empty ones among them do nothing.
@@ -60,10 +61,11 @@ void shrink(const Shrink<C>* jobs, int64_t count);
 // What a slice of an adapter adds to some columns of a product: mask * (s b).
 template <typename C>
 struct Tail {
-  Rows<C> s;                // [rows, r]
-  ConstMatrix b;            // [r, columns]
-  int64_t column;           // of the product, where those of b begin
-  const DropoutMask* mask;  // of the product [M, N], or null
+  Rows<C> s;                  // [rows, r]
+  ConstMatrix b;              // [r, columns]
+  int64_t column;             // of the product, where those of b begin
+  const DropoutMask* mask;    // of the product [M, N], or null
+  const C* packed = nullptr;  // b in panels, for a column that begins one; null: packed on the way
 };
 
 // Rows [first, first + rows) of a product, which use one adapter.

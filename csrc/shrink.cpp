@@ -106,11 +106,15 @@ void shrink(const Shrink<C>* jobs, int64_t count) {
     plan.blocks = ceil_div(M, plan.block);
     plan.first_piece = pieces;
     plan.first_block = blocks;
-    pieces += plan.panels * plan.parts;
+    if (plan.few || !jobs[i].packed) pieces += plan.panels * plan.parts;
     blocks += plan.blocks;
     int64_t& total = plan.few ? sums_total : packed_total;
     plan.offset = total;
-    total += plan.few ? plan.panels * plan.parts * M * kPanel : packed_size<C>(K, r);
+    if (plan.few) {
+      total += plan.panels * plan.parts * M * kPanel;
+    } else if (!jobs[i].packed) {
+      total += packed_size<C>(K, r);
+    }
   }
   auto packed = allocate<C>(packed_total);
   auto sums = allocate<float>(sums_total);
@@ -129,8 +133,9 @@ void shrink(const Shrink<C>* jobs, int64_t count) {
         pack_panel(plan.b, k, k_end, n, packed.get() + plan.offset + n * padded<C>(K) + k * width);
         continue;
       }
-      C* panel = panel_scratch.of<C>(kPart<C> * kPanel);
-      pack_panel(plan.b, k, k_end, n, panel);
+      C* own = job.packed ? nullptr : panel_scratch.of<C>(kPart<C> * kPanel);
+      if (own) pack_panel(plan.b, k, k_end, n, own);
+      const C* panel = own ? own : job.packed + n * padded<C>(K) + k * width;
       const Rows<C> rows = masked_part(job, 0, M, k, depth);
       product(M, width, depth, rows.data, rows.ld, panel,
               sums.get() + plan.offset + (p * plan.parts + part) * M * kPanel, false);
@@ -145,7 +150,8 @@ void shrink(const Shrink<C>* jobs, int64_t count) {
       const Shrink<C>& job = jobs[&plan - plans.get()];
       const int64_t M = job.x.M, first = (t - plan.first_block) * plan.block;
       if (!plan.few) {
-        shrink_block(job, plan, packed.get() + plan.offset, first, std::min(plan.block, M - first));
+        const C* panels = job.packed ? job.packed : packed.get() + plan.offset;
+        shrink_block(job, plan, panels, first, std::min(plan.block, M - first));
         continue;
       }
       float* own = sums.get() + plan.offset;

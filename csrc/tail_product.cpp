@@ -54,8 +54,9 @@ class TailTiles {
   // batch of 8 adapters 2 KiB here and there; a guess that this helps, not measured).
   void prefetch(int64_t i, int64_t n) const {
     for (int64_t c = 0; c < p_.segments[i].count; ++c) {
-      const auto [begin, end, b, first] = columns_of(p_.segments[i].tails[c], n);
-      if (begin < end) prefetch_panel(b, first);
+      const Tail<C>& tail = p_.segments[i].tails[c];
+      const auto [begin, end, b, first] = columns_of(tail, n);
+      if (begin < end && !tail.packed) prefetch_panel(b, first);
     }
   }
 
@@ -72,11 +73,13 @@ class TailTiles {
 
     bool written = false;
     for (int64_t c = 0; c < segment.count; ++c) {
-      const Rows<C>& s = segment.tails[c].s;
-      const DropoutMask* mask = segment.tails[c].mask;
-      const auto [begin, end, b, first_of_b] = columns_of(segment.tails[c], n);
+      const Tail<C>& tail = segment.tails[c];
+      const Rows<C>& s = tail.s;
+      const DropoutMask* mask = tail.mask;
+      const auto [begin, end, b, first_of_b] = columns_of(tail, n);
       if (begin >= end) continue;
-      if (fresh) pack_panel(b, 0, s.K, first_of_b, panel);
+      if (fresh && !tail.packed) pack_panel(b, 0, s.K, first_of_b, panel);
+      const C* from = tail.packed ? tail.packed + first_of_b * padded<C>(s.K) : panel;
       // A slice may end within the panel, and a mask is for its own product alone.
       const bool whole = begin == n && end == n + cols, apart = !whole || (mask && written);
       if (!whole && !written) std::fill(tile, tile + M * kPanel, 0.0f);
@@ -84,7 +87,7 @@ class TailTiles {
       const int64_t width = panel_width(end - begin);
       product_by_parts(
           M, width, s.K, s.data + (first - segment.first) * s.ld, s.ld,
-          [&](int64_t k, int64_t) { return panel + k * width; }, sums, written && !apart);
+          [&](int64_t k, int64_t) { return from + k * width; }, sums, written && !apart);
       if (mask) {
         drop_values(sums, M, end - begin, kPanel, first, begin, *mask,
                     p_.logical ? p_.logical + first : nullptr);
@@ -94,7 +97,7 @@ class TailTiles {
         for (int64_t j = 0; j < end - begin; ++j) to[j] += sums[r * kPanel + j];
       }
       written = true;
-      panel += padded<C>(s.K) * width;
+      if (!tail.packed) panel += padded<C>(s.K) * width;
     }
     if (!written) std::fill(tile, tile + M * kPanel, 0.0f);
   }

@@ -22,6 +22,7 @@
 #include "../dropout.h"
 #include "../linear.h"
 #include "../matrix.h"
+#include "../panel.h"
 
 namespace lora_kernels::tests {
 
@@ -142,6 +143,15 @@ class Laid {
 template <typename C>
 std::unique_ptr<C[]> exactly(int64_t n) {
   return std::unique_ptr<C[]>(new C[n]);
+}
+
+// All panels of b, or nothing.
+template <typename C>
+std::unique_ptr<C[]> packed_or_null(const ConstMatrix& b, Random& random) {
+  if (random.coin()) return nullptr;
+  auto packed = exactly<C>(packed_size<C>(b.rows, b.cols));
+  pack(b, packed.get());
+  return packed;
 }
 
 // Rows as the kernels read them, padded with a zero, in memory that ends with the last of them.

@@ -1,5 +1,4 @@
 // The kernels of the layer against their formulas in plain loops.
-#include "../panel.h"
 #include "support.h"
 
 namespace lora_kernels::tests {
@@ -28,8 +27,9 @@ void test_shrink(Random& random) {
   const auto s_rows = random.coin() ? exactly<C>(M * ld) : nullptr;
   const auto scales = random.coin() ? exactly<float>(r) : nullptr;
   for (int64_t j = 0; scales && j < r; ++j) scales[j] = static_cast<float>(random.of({1, 2, -4}));
-  const Shrink<C> job = {rows.rows, laid.matrix, 0.5f,         pointer(mask),
-                         s.matrix,  nullptr,     s_rows.get(), scales.get()};
+  const auto packed = packed_or_null<C>(laid.matrix.transposed(), random);
+  const Shrink<C> job = {rows.rows, laid.matrix,  0.5f,         pointer(mask), s.matrix,
+                         nullptr,   s_rows.get(), scales.get(), packed.get()};
   shrink(&job, 1);
 
   drop_values(x, mask);
@@ -52,7 +52,7 @@ struct ProductCase {
   std::string what;
   std::optional<DropoutMask> mask;
   std::unique_ptr<float[]> scales, bias;
-  std::unique_ptr<C[]> packed, packed_other;
+  std::unique_ptr<C[]> packed, packed_b, packed_other;
   std::optional<Laid> w, b, y, w_other;
   std::optional<LaidRows<C>> rows, tail, rows_other;
   Factors<C> other;
@@ -79,14 +79,12 @@ struct ProductCase {
       if (scales) scales[j] = static_cast<float>(random.of({1, 2, -4}));
       if (bias) bias[j] = static_cast<float>(random.below(100)) / 4;
     }
-    if (random.coin()) {
-      packed = exactly<C>(packed_size<C>(x.cols, N));
-      pack(w->matrix, packed.get());
-    }
+    packed = packed_or_null<C>(w->matrix, random);
+    packed_b = packed_or_null<C>(b->matrix, random);
     rows.emplace(x, padded<C>(x.cols) + random.of({0, 2}));
     tail.emplace(s, padded<C>(s.cols) + random.of({0, 2}));
     y.emplace(M, N, random.kind(), N, 1);
-    own = {tail->rows, b->matrix, 0, pointer(mask)};
+    own = {tail->rows, b->matrix, 0, pointer(mask), packed_b.get()};
     all = {0, M, &own, 1};
     product = {rows->rows, w->matrix,    packed.get(), &all,      1,    nullptr,
                nullptr,    scales.get(), bias.get(),   y->matrix, false};

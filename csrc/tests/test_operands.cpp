@@ -1,7 +1,6 @@
 // What products are made of: panels, copies of rows, masks, and the product itself.
 #include <cstring>
 
-#include "../panel.h"
 #include "../product.h"
 #include "support.h"
 

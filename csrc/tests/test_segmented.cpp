@@ -1,6 +1,5 @@
 // The kernels of mixed batches against loops of doubles: the schedule, gathered rows, products with
 // a tail a segment.
-#include "../panel.h"
 #include "../segmented.h"
 #include "support.h"
 
@@ -82,6 +81,7 @@ struct SegmentCase {
   std::vector<std::optional<DropoutMask>> masks;
   std::vector<LaidRows<C>> s;
   std::vector<Laid> b;
+  std::vector<std::unique_ptr<C[]>> packed;
   std::vector<Tail<C>> tails;
   Values sum;
 
@@ -91,7 +91,8 @@ struct SegmentCase {
     std::vector<int64_t> columns;
     for (int64_t c = random.of({1, 2, 3}); c > 0; --c) {
       // Slices side by side, or one on top of the other as in dX.
-      const int64_t begin = random.coin() ? 0 : random.below(N);
+      const int64_t begin =
+          random.coin() ? 0 : random.of({random.below(N), (N - 1) / kPanel * kPanel});
       const int64_t end = random.coin() ? N : begin + 1 + random.below(N - begin);
       const Values tail(rows, random.of({0, 1, 2, 4, 5, 8, 16, 32, 33, 129}), random);
       Values values(tail.cols, end - begin, random);
@@ -109,7 +110,8 @@ struct SegmentCase {
       }
     }
     for (size_t c = 0; c < columns.size(); ++c) {
-      tails.push_back({s[c].rows, b[c].matrix, columns[c], pointer(masks[c])});
+      packed.push_back(columns[c] % kPanel == 0 ? packed_or_null<C>(b[c].matrix, random) : nullptr);
+      tails.push_back({s[c].rows, b[c].matrix, columns[c], pointer(masks[c]), packed.back().get()});
     }
   }
 };
@@ -124,11 +126,7 @@ void test_mixed_product(Random& random) {
   Values w(x.cols, N, random);
   const Laid laid_w(w, random.kind(), random);
   const LaidRows<C> rows(x, padded<C>(x.cols));
-  std::unique_ptr<C[]> packed;
-  if (random.coin()) {
-    packed = exactly<C>(packed_size<C>(x.cols, N));
-    pack(laid_w.matrix, packed.get());
-  }
+  const auto packed = packed_or_null<C>(laid_w.matrix, random);
   const auto bias = random.coin() ? exactly<float>(N) : nullptr;
   for (int64_t j = 0; bias && j < N; ++j) bias[j] = static_cast<float>(random.below(100)) / 4;
   std::vector<int64_t> logical;

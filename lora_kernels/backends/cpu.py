@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,28 @@ def answer(op: str, *args: Any, **kwargs: Any) -> Any:
     if config.plan == "native":
         return kernel(op)(*args, **kwargs)
     return getattr(vendor, op)(*args, **kwargs, masked=masked)
+
+
+def segmented_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    table: list[Tensor],
+    bias: Tensor | None,
+    packed: Tensor | None,
+    panels: Sequence[Tensor] = (),
+) -> Tensor:
+    """y of ``segmented_linear_fwd`` from adapters that were packed before: ``panels`` holds the
+    int32 ranks [S] that they were packed for (a slot that the table gives another rank is packed in
+    the call), then ``pack(A^T)`` of the A of every slice, [S, .], then ``pack(B^T)`` of every B."""
+    operands = x, weight, lora_a, lora_b, table
+    problem = PROBLEM_OF["segmented_linear_fwd"](*operands, bias=bias, packed=packed)
+    config = plan.plan(problem, _facts())
+    if config.plan != "native" or not panels:
+        return answer("segmented_linear_fwd", *operands, bias=bias, packed=packed)[0]
+    answers.record("cpu", config, problem)
+    return kernel("segmented_linear_of_panels")(*operands, bias, packed, panels)
 
 
 def lora_linear(

@@ -164,6 +164,7 @@ class SegmentedPunicaWrapper:
         )
         # Of the adapter in each slot: in the layers, and in the output head.
         self._ranks = [(self.max_rank, self.max_rank)] * config.max_loras
+        self.ranks_of_layers = [self.max_rank] * config.max_loras
         self._ranks_of_model: weakref.WeakKeyDictionary[Any, tuple[int, int]] = (
             weakref.WeakKeyDictionary()
         )
@@ -190,6 +191,7 @@ class SegmentedPunicaWrapper:
         changed: Sequence[Tensor | None] = (None, None)
         if ranks != self._ranks:
             self._ranks = ranks
+            self.ranks_of_layers = [rank for rank, _ in ranks]
             on_gpu = self._tokens.device.type == "cuda"
             both = torch.tensor(ranks, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
             changed = both.to(self._tokens.device, non_blocking=True).unbind(1)

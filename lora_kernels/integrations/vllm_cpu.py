@@ -37,6 +37,44 @@ class Base(NamedTuple):
     panels: Tensor
 
 
+class Stacks:
+    """A and B of a layer's slots, [S, r, K] and [S, N, r] a slice: views of vLLM's, which it writes
+    adapters into, and their values in panels, packed where an adapter or its rank has changed."""
+
+    def __init__(self, layer: Any) -> None:
+        self.given = layer.lora_a_stacked, layer.lora_b_stacked
+        self.lora_a, self.lora_b = stacks(self.given[0]), stacks(self.given[1])
+        self.changed = set(range(len(self.lora_a[0])))
+        self._ranks: Sequence[int] | None = None
+        self._panels: list[Tensor] = []
+
+    def panels(self, ranks: Sequence[int], base: Tensor) -> list[Tensor]:
+        """What ``segmented_linear_fwd`` takes for a batch whose slots have these ranks: the ranks,
+        then a tensor for each A and each B. Empty where adapters and weight differ in dtype."""
+        if self.changed or ranks is not self._ranks:
+            if all(t.dtype == base.dtype for t in (*self.lora_a, *self.lora_b)):
+                self._pack(ranks)
+            self._ranks = ranks
+            self.changed.clear()
+        return self._panels
+
+    def _pack(self, ranks: Sequence[int]) -> None:
+        if not self._panels:
+            largest = self._packed(0, self.lora_a[0].shape[1])
+            none = torch.full((len(ranks),), -1, dtype=torch.int32)
+            self._panels = [none, *(p.new_empty(len(ranks), len(p)) for p in largest)]
+        packed_for, *panels = self._panels
+        for slot, rank in enumerate(ranks):
+            if slot in self.changed or packed_for[slot] != rank:
+                for panel, values in zip(panels, self._packed(slot, rank), strict=True):
+                    panel[slot, : len(values)] = values
+                packed_for[slot] = rank
+
+    def _packed(self, slot: int, rank: int) -> list[Tensor]:
+        matrices = [a[slot, :rank] for a in self.lora_a] + [b[slot, :, :rank] for b in self.lora_b]
+        return [torch.ops.lora_kernels_cpu.pack(m.t()) for m in matrices]
+
+
 @functools.cache
 def _log_once(reason: str) -> None:
     logger.info("lora_kernels: layers stay vLLM's, with our kernels for adapters: %s", reason)
@@ -120,31 +158,58 @@ def join_layers(wrapper_class: Any) -> None:
         base, wrapper = getattr(self.base_layer, ATTRIBUTE, None), self.punica_wrapper
         if base is None or not isinstance(wrapper, wrapper_class):
             return original(self, x, bias)
-        lora_a, lora_b = _stacks_of(self)
-        if (sum(b.shape[1] for b in lora_b), lora_a[0].shape[2]) != base.shape.shape:
+        # vLLM's compiler traces this: shapes alone, until an operator is reached.
+        width = sum(b.shape[-2] for b in self.lora_b_stacked)
+        if (width, self.lora_a_stacked[0].shape[-1]) != base.shape.shape:
             _log_once(f"the adapters of {type(self).__name__} do not fit its weight")
             return original(self, x, bias)
         rows = x if x.dim() == 2 else x.flatten(0, -2)
         name = self.__dict__.get(_NAME)
         if name is not None and is_forward_context_available():
-            y = torch.ops.lora_kernels.vllm_layer(rows, bias, name, base.shape.shape[0])
+            y = torch.ops.lora_kernels.vllm_layer(rows, bias, name, width)
         else:
-            table = wrapper.table_of_tokens()
-            y = torch.ops.lora_kernels.vllm_linear(rows, *base, lora_a, lora_b, table, bias)
+            held, table = _stacks_of(self), wrapper.table_of_tokens()
+            y = torch.ops.lora_kernels.vllm_linear(
+                rows, *base, held.lora_a, held.lora_b, table, bias
+            )
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
+    _watch_slots(BaseLinearLayerWithLoRA)
     BaseLinearLayerWithLoRA.set_mapping = set_mapping_and_name
     BaseLinearLayerWithLoRA._apply_sync = _apply_sync
 
 
-def _stacks_of(layer: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """A and B of a layer, whose views are made once: vLLM writes adapters into its stacks."""
-    given = layer.lora_a_stacked, layer.lora_b_stacked
-    held = layer.__dict__.get(_STACKS)
-    if held is None or held[0] is not given[0] or held[1] is not given[1]:
-        held = *given, stacks(given[0]), stacks(given[1])
-        layer.__dict__[_STACKS] = held
-    return held[2], held[3]
+def _stacks_of(layer: Any) -> Stacks:
+    """A and B of a layer, whose views are made once."""
+    held: Stacks | None = layer.__dict__.get(_STACKS)
+    if held is None or any(
+        now is not then
+        for now, then in zip((layer.lora_a_stacked, layer.lora_b_stacked), held.given, strict=True)
+    ):
+        held = layer.__dict__[_STACKS] = Stacks(layer)
+    return held
+
+
+def _watch_slots(layer_class: type) -> None:
+    """Let the layers of a class and of those below it, in this process, know of the slots that vLLM
+    writes to."""
+
+    def noting(write: Any) -> Any:
+        @functools.wraps(write)
+        def noted(self: Any, index: int, *args: Any, **kwargs: Any) -> Any:
+            held = self.__dict__.get(_STACKS)
+            if held is not None:
+                held.changed.add(index)
+            return write(self, index, *args, **kwargs)
+
+        return noted
+
+    for name in ("set_lora", "reset_lora"):
+        if name in vars(layer_class):
+            setattr(layer_class, name, noting(vars(layer_class)[name]))
+    below: type
+    for below in layer_class.__subclasses__():
+        _watch_slots(below)
 
 
 def stacks(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -160,18 +225,25 @@ def _linear(
     lora_b: list[Tensor],
     table: list[Tensor],
     bias: Tensor | None,
+    panels_of_slots: Sequence[Tensor] = (),
 ) -> Tensor:
     operands = x, shape, lora_a, lora_b, table
-    return cpu.answer("segmented_linear_fwd", *operands, bias=bias, packed=panels)[0]
+    return cpu.segmented_linear(*operands, bias, panels, panels_of_slots)
 
 
 def _layer(x: Tensor, bias: Tensor | None, name: str, width: int) -> Tensor:
     from vllm.forward_context import get_forward_context
 
     layer = get_forward_context().no_compile_layers[name]
-    base, (lora_a, lora_b) = getattr(layer.base_layer, ATTRIBUTE), _stacks_of(layer)
-    table = layer.punica_wrapper.table_of_tokens()
-    return _linear(x, base.shape, base.panels, lora_a, lora_b, table, bias)
+    base, held, wrapper = (
+        getattr(layer.base_layer, ATTRIBUTE),
+        _stacks_of(layer),
+        layer.punica_wrapper,
+    )
+    panels = held.panels(wrapper.ranks_of_layers, base.panels)
+    table = wrapper.table_of_tokens()
+    shape, packed = base
+    return _linear(x, shape, packed, held.lora_a, held.lora_b, table, bias, panels)
 
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")

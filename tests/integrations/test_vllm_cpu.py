@@ -1,14 +1,15 @@
 """Base and adapters of vLLM's linear layers on a CPU in one operator, over stand-ins for what packs
 and computes in vLLM; ``tests/engines`` runs the same in vLLM."""
 
+import itertools
 import logging
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_vllm import Stacks, StandInWrapper, batch, managed
-from vllm_stand_ins import served
+from test_vllm import IDS, RANKS, Stacks, StandInWrapper, batch, managed
+from vllm_stand_ins import Model, served
 
 import lora_kernels as lk
 from lora_kernels.integrations import vllm as plugin
@@ -55,7 +56,19 @@ class Engine:
             def _apply_sync(self, x, bias=None):
                 return "vLLM's"
 
-        self.layer_class = BaseLinearLayerWithLoRA
+            def reset_lora(self, index):
+                for stack in (*self.lora_a_stacked, *self.lora_b_stacked):
+                    stack[index] = 0
+
+        class ColumnParallelLinearWithLoRA(BaseLinearLayerWithLoRA):
+            def set_lora(self, index, lora_a, lora_b):
+                self.reset_lora(index)
+                for stack, a in zip(self.lora_a_stacked, lora_a, strict=True):
+                    stack[index, 0, : len(a)] = a
+                for stack, b in zip(self.lora_b_stacked, lora_b, strict=True):
+                    stack[index, 0, :, : b.shape[1]] = b
+
+        self.layer_class = ColumnParallelLinearWithLoRA
         modules["vllm.lora.layers.base_linear"].BaseLinearLayerWithLoRA = BaseLinearLayerWithLoRA
         vllm_cpu._log_once.cache_clear()
         for _ in range(2):
@@ -111,6 +124,43 @@ def test_a_layer_is_one_operator(phase, widths, biased, dtype, engine):
         return stacks.naive(x, y if bias is None else y + bias.to(dtype), ids, dtype)
 
     assert_within_budget("layer", result, plain(dtype), plain(torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_are_packed_when_a_slot_is_filled(dtype, engine):
+    wrapper, manager = managed(StandInWrapper)
+    stacks, widths = Stacks(65, (64, 40), dtype, padding=0.0), (64, 40)
+    layer = engine.layer(engine.base(torch.randn(104, 65).to(dtype)), stacks, wrapper)
+    mapping = batch("decode")
+    slot = next(i for i, other in enumerate(IDS) if other == mapping.index_mapping[0])
+    x = torch.randn(len(mapping.index_mapping), 65).to(dtype)
+
+    def both():
+        manager._set_adapter_mapping(mapping)
+        engine.runs = False
+        plain = layer._apply_sync(x)
+        engine.runs = True
+        assert torch.equal(layer._apply_sync(x), plain)
+        return plain
+
+    results = [both()]
+    held = vllm_cpu._stacks_of(layer)
+    _, *panels = held.panels(wrapper.ranks_of_layers, layer.base_layer._lora_kernels_base.panels)
+    for panel in panels:  # They are what is read, where a slice begins a panel of the weight.
+        panel.mul_(2)
+    changed = layer._apply_sync(x)
+    assert not torch.equal(changed, results[0])
+    held.changed.update(range(len(IDS)))
+    assert torch.equal(both(), results[0])
+
+    for rank in (RANKS[IDS[slot]], RANKS[IDS[slot]] + 3):
+        a = [torch.randn(rank, 65) for _ in widths]
+        layer.set_lora(slot, a, [torch.randn(n, rank) for n in widths])
+        manager.models[IDS[slot]] = Model(rank)
+        results.append(both())
+    layer.reset_lora(slot)
+    results.append(both())
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(results))
 
 
 def test_the_base_alone(engine):
