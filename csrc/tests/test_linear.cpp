@@ -110,10 +110,7 @@ struct ProductCase {
     Values weight(x.cols, base.cols, random);
     w_other.emplace(weight, random.kind(), random);
     rows_other.emplace(x, padded<C>(x.cols) + random.of({0, 2}));
-    if (random.coin()) {
-      packed_other = exactly<C>(packed_size<C>(x.cols, base.cols));
-      pack(w_other->matrix, packed_other.get());
-    }
+    packed_other = packed_or_null<C>(w_other->matrix, random);
     other = {rows_other->rows, w_other->matrix, packed_other.get()};
     product.others = &other;
     product.other_count = 1;
