@@ -317,7 +317,7 @@ Tensor segmented_linear_of_panels(const Tensor& x, const Tensor& weight, TensorL
   at::AutoDispatchBelowADInplaceOrView guard;
   Call call = call_of_x(x, lora_a, lora_b, table, 0, std::nullopt, 0.0);
   call.take(panels);
-  const Base base(x, weight, call.K, call.N, true, bias, packed);
+  const Base base(x, weight, call.K, call.N, true, bias, packed, std::nullopt, 0);
   Tensor y = at::empty({x.size(0), call.N}, x.options());
   forward(x, &base, call.a, call.b, call.batch, std::nullopt, 0.0, y, false);
   return y;
