@@ -51,7 +51,7 @@ copy_to = mkdir -p $(1) && find $(1) \( -name .venv -o -name build \) -prune -o 
 help:
 	@echo "make demo     install into .venv if that is not done, and show what the package does"
 	@echo "make test     likewise, and run the tests: of products of parameters, every pair of values"
-	@echo "make quick    likewise, and run those that take less than a minute in all"
+	@echo "make quick    likewise, and run those that take about a minute in all"
 	@echo "make test-all likewise, and run the products as a whole: before a release"
 	@echo "make mutants  likewise, and plant mistakes in a copy, each of which the tests must see"
 	@echo "make aot      likewise, and compile every Triton kernel ahead of time, for every architecture: writes"
