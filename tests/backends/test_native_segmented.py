@@ -27,6 +27,7 @@ IN_PLACE = ("segmented_lora_", "segmented_expand_")
 
 # Slices that end within a panel of 64 columns, on it and just beyond, and odd ones.
 WIDTHS = [(1,), (7, 1, 65), (64, 64), (33, 129, 16), (130,), (16, 15, 1), (200, 3), (127, 2, 64)]
+NAN = float("nan")
 SIZE = SegmentedCase(230, 300, (70, 129, 16), (33, 0, 1, 8, 80, 16))
 
 
@@ -332,3 +333,44 @@ def test_wrong_calls(inputs, op, change, error, says):
     with pytest.raises(error, match=says):
         getattr(cpu_ops, op)(**arguments)
     assert before is None or torch.equal(arguments["y"], before)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_panels_of_slots(dtype):
+    """Those that were packed for the table's rank are read, and no others."""
+    widths, ranks = (64, 70, 5), (5, 8, 0)
+    seg = SegmentTable.from_rows([0, 1, -1, 1, 2, 0], ranks, [1.0, 0.5, 2.0])
+    x, weight = torch.randn(6, 33).to(dtype), torch.randn(sum(widths), 33).to(dtype)
+    a = [torch.randn(3, 8, 33).to(dtype) for _ in widths]
+    b = [torch.randn(3, n, 8).to(dtype) for n in widths]
+    operands = x, weight, a, b, seg.tensors()
+    expected, _ = cpu_ops.segmented_linear_fwd(*operands)
+
+    def packed(slot, rank):
+        rights = [t[slot, :rank].t() for t in a] + [t[slot, :, :rank].t() for t in b]
+        return [cpu_ops.pack(right) for right in rights]
+
+    def panels(packed_for, spoilt=()):
+        held = [torch.full((3, len(p)), NAN, dtype=dtype) for p in packed(0, 8)]
+        for slot, rank in enumerate(packed_for):
+            for to, values in zip(held, packed(slot, rank), strict=True):
+                to[slot, : len(values)] = NAN if slot in spoilt else values
+        return [torch.tensor(packed_for, dtype=torch.int32), *held]
+
+    def result(given):
+        return cpu_ops.segmented_linear_of_panels(*operands, None, None, given)
+
+    assert torch.equal(result(panels(ranks)), expected)
+    assert torch.equal(result(panels((5, 3, 8), spoilt=(1, 2))), expected)
+    spoilt = result(panels(ranks, spoilt=(1,))).isnan().any(1)
+    assert spoilt.tolist() == [False, True, False, True, False, False]
+    good = panels(ranks)
+    for wrong, says in (
+        (good[:-1], "int32 ranks"),
+        ([good[0].long(), *good[1:]], "int32 ranks"),
+        ([good[0], good[1][:2], *good[2:]], "3 slots"),
+        ([good[0], good[1][:, :8].contiguous(), *good[2:]], "do not hold"),
+        ([good[0], good[1].double(), *good[2:]], "do not hold"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            result(wrong)
