@@ -11,7 +11,7 @@ import itertools
 import random
 
 # Fewer than this are not worth a choice.
-_FEW = 12
+_FEW = 8
 
 
 def values_of(item):

@@ -1,9 +1,8 @@
 """The CPU extension's own operators, for every instruction set, and the module that loads it.
 
-A process holds one extension. So `test_masked_*`, test_native_linear.py and
-test_native_segmented.py test whichever one this process has, and `test_every_instruction_set` runs
-them again in one process for each of the other instruction sets: all of them with --whole, else
-`test_masked_*` and the drawn cases.
+A process holds one extension. So `test_masked_*` and the files of OTHERS test whichever one this
+process has, and `test_every_instruction_set` runs them again in one process for each of the other
+instruction sets: all of them with --whole, else the DRAWN ones.
 """
 
 import json
@@ -17,7 +16,8 @@ import torch
 
 from lora_kernels.spec import native
 
-OTHERS = ("test_native_linear.py", "test_native_segmented.py")
+OTHERS = ("test_native_linear.py", "test_native_segmented.py", "test_native_four_bit.py")
+DRAWN = "test_masked or test_sizes or keeps_the_budget or mixed_batch"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -230,10 +230,10 @@ def test_masked_wrong_calls(x, rng, p, error, says):
 def test_every_instruction_set(isa, request):
     whole = request.config.getoption("--whole")
     files = [__file__, *map(Path(__file__).with_name, OTHERS)]
-    chosen = ["-k", "test_masked or test_native_linear or test_native_segmented", "--whole"]
+    every = " or ".join(["test_masked", *(Path(file).stem for file in OTHERS)])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-        + (chosen if whole else ["-k", "test_masked or test_sizes"]),
+        + (["-k", every, "--whole"] if whole else ["-k", DRAWN]),
         # glibc then hands out no memory that is zero: the kernels' own scratch is not torch's.
         env={**os.environ, native.VARIABLE: isa, "MALLOC_PERTURB_": "1"},
         capture_output=True,

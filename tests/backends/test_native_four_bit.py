@@ -2,9 +2,6 @@
 weight."""
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -197,13 +194,3 @@ def test_a_call_that_does_not_fit_is_refused_before_anything_is_written():
     parameter.requires_grad_(False)
     with pytest.raises(ValueError, match="do not fit"):
         lk.lora_linear(x[:, :32], parameter, given["lora_a"], given["lora_b"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", native.available()[:-1])
-def test_narrower_instruction_sets(isa):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "keeps_the_budget or mixed_batch"]
-    environment = os.environ | {native.VARIABLE: isa}
-    found = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout[-3000:]

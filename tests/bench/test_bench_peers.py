@@ -246,12 +246,12 @@ def dies(key, directory, rows):
 
 
 def test_peers_that_end_their_process_are_found(monkeypatch):
-    monkeypatch.setattr(peers, "_SECONDS", 10.0)
-    monkeypatch.setattr(peers, "_LONGEST_ROW_S", 10.0)
+    monkeypatch.setattr(peers, "_SECONDS", 8.0)
+    monkeypatch.setattr(peers, "_LONGEST_ROW_S", 4.0)
     keys = ("well", "dies", "hangs", "breaks")
     found = peers.broken_here({key: ["row-1"] for key in keys}, "tests.bench.test_bench_peers:dies")
     assert set(found) == {"dies", "hangs", "breaks"}
-    assert "exit code 1" in found["dies"] and "not done after 20 s" in found["hangs"]
+    assert "exit code 1" in found["dies"] and "not done after 12 s" in found["hangs"]
     assert "row-1: an illegal memory access" in found["breaks"]
     assert not peers.broken_here({})
 
