@@ -151,6 +151,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 tokens = sum(workloads[row["workload"]][row["workload"] == "decode" :])
                 rate = args.requests * tokens / row["seconds"]
                 content["rows"].append(where | row | {"tokens_per_s": rate})
+            # A run that is cut short keeps what it has.
+            write(content, table(content), args.out, "engines")
     return content
 
 
