@@ -253,7 +253,8 @@ def table(content: dict[str, Any]) -> list[str]:
     lines += [
         f"- Llama, {settings['layers']} layers, bfloat16, {settings['vocabulary']} words; "
         f"{settings['requests']} requests at once; adapters of ranks "
-        f"{', '.join(map(str, settings['ranks']))} on all linear layers; the median of {settings['runs']} processes",
+        f"{', '.join(map(str, settings['ranks']))} on all linear layers; "
+        f"the median of {settings['runs']} processes",
         "- decode: 32 tokens in, 128 out, tokens out per second; prefill: 512 in, 16 out, all "
         "tokens per second. A ratio above 1: ours has more tokens per second",
     ]
