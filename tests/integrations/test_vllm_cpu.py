@@ -158,6 +158,10 @@ def test_adapters_are_packed_when_a_slot_is_filled(dtype, engine):
         layer.set_lora(slot, a, [torch.randn(n, rank) for n in widths])
         manager.models[IDS[slot]] = Model(rank)
         results.append(both())
+    # Another rank of the same values, as another layer of the adapter may give it.
+    manager.models[IDS[slot]] = Model(16)
+    assert torch.equal(both(), results[-1])
+    assert held._panels[0].tolist() == wrapper.ranks_of_layers
     layer.reset_lora(slot)
     results.append(both())
     assert all(not torch.equal(a, b) for a, b in itertools.pairwise(results))
