@@ -37,8 +37,7 @@ from .tables import origin, piped, told, write
 OUT = Path(__file__).parent / "out" / "experts"
 HIDDEN, EXPERTS, TOP, INTERMEDIATE, TOKENS, RANK = 512, 32, 4, 192, 256, 16
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
-# The last has the name by which interleaved() counts its samples.
-FROZEN, PEFT, SWAPPED, OURS = "frozen", "PEFT", "PEFT on our kernels", "accelerate_peft"
+FROZEN, PEFT, SWAPPED, OURS = "frozen", "PEFT", "PEFT on our kernels", "apply_lora"
 
 
 def model(dtype: torch.dtype) -> nn.Module:

@@ -19,7 +19,6 @@ import argparse
 import copy
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +34,7 @@ from lora_kernels.layers.adalora import AdaLoRALinear
 from lora_kernels.layers.sliced import SlicedLoRALinear
 from lora_kernels.testing.linear import assert_within_budget
 
-from .peft_layer import SAMPLE, step_of
+from .peft_layer import samples_of, step_of
 from .tables import number, origin, piped, told, write
 
 OUT = Path(__file__).parent / "out" / "family"
@@ -191,29 +190,8 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
     for name, (plain, theirs, given) in left_to_peft(case).items():
         given = tuple(t.requires_grad_(t.is_floating_point()) for t in given)
         pair = {"plain": call(plain, given), "PEFT": call(theirs, given)}
-        left[name] = interleaved(pair, seconds / 10)
-    return case._asdict() | {"samples_us": interleaved(steps, seconds), "left": left}
-
-
-def interleaved(steps: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """The times of each in microseconds, in rounds."""
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    repeats = {}
-    for name, step in steps.items():
-        for _ in range(2):
-            step()
-        start = time.perf_counter()
-        step()
-        repeats[name] = int(SAMPLE / (time.perf_counter() - start)) + 1
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(samples.values()))) < 3:
-        for name, step in steps.items():
-            step()
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                step()
-            samples[name].append((time.perf_counter() - start) / repeats[name] * 1e6)
-    return samples
+        left[name] = samples_of(pair, seconds / 10)
+    return case._asdict() | {"samples_us": samples_of(steps, seconds), "left": left}
 
 
 def ratio(row: dict[str, Any], name: str, other: str, of: str = "") -> float:

@@ -119,8 +119,8 @@ def step_of(model: Any, mode: str, x: Tensor, dy: Tensor) -> Callable[[], Any]:
     return train
 
 
-def interleaved(steps: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """The median time of each in microseconds."""
+def samples_of(steps: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+    """The times of each in microseconds, in rounds."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
     repeats = {}
     for name, step in steps.items():
@@ -130,13 +130,21 @@ def interleaved(steps: dict[str, Callable[[], Any]], seconds: float) -> dict[str
         step()
         repeats[name] = int(SAMPLE / (time.perf_counter() - start)) + 1
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(samples[OURS]) < SAMPLES:
+    rounds = 0
+    while time.perf_counter() < end or rounds < SAMPLES:
+        rounds += 1
         for name, step in steps.items():
             step()
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 step()
             samples[name].append((time.perf_counter() - start) / repeats[name] * 1e6)
+    return samples
+
+
+def interleaved(steps: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """The median time of each in microseconds."""
+    samples = samples_of(steps, seconds)
     return {name: statistics.median(times) for name, times in samples.items()}
 
 

@@ -73,12 +73,13 @@ def segmented_linear(
     int32 ranks [S] that they were packed for (a slot that the table gives another rank is packed in
     the call), then ``pack(A^T)`` of the A of every slice, [S, .], then ``pack(B^T)`` of every B."""
     operands = x, weight, lora_a, lora_b, table
-    problem = PROBLEM_OF["segmented_linear_fwd"](*operands, bias=bias, packed=packed)
-    config = plan.plan(problem, _facts())
-    if config.plan != "native" or not panels:
-        return answer("segmented_linear_fwd", *operands, bias=bias, packed=packed)[0]
-    answers.record("cpu", config, problem)
-    return kernel("segmented_linear_of_panels")(*operands, bias, packed, panels)
+    if panels:
+        problem = PROBLEM_OF["segmented_linear_fwd"](*operands, bias=bias, packed=packed)
+        config = plan.plan(problem, _facts())
+        if config.plan == "native":
+            answers.record("cpu", config, problem)
+            return kernel("segmented_linear_of_panels")(*operands, bias, packed, panels)
+    return answer("segmented_linear_fwd", *operands, bias=bias, packed=packed)[0]
 
 
 def lora_linear(

@@ -5,12 +5,12 @@ import torch
 
 pytest.importorskip("loralib")
 
-from bench import family
+from bench import family, peft_layer
 
 
 @pytest.mark.slow
 def test_a_row_and_its_table(monkeypatch):
-    monkeypatch.setattr(family, "SAMPLE", 0.0)
+    monkeypatch.setattr(peft_layer, "SAMPLE", 0.0)
     content = family.run([family.Case(8, 64, dtype) for dtype in ("bfloat16", "float32")], 0.0)
     lines = family.table(content)
     cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in lines if "|" in line][2:]
