@@ -48,6 +48,9 @@ class Stacks:
         self._ranks: Sequence[int] | None = None
         self._panels: list[Tensor] = []
 
+    def are_of(self, layer: Any) -> bool:
+        return self.given[0] is layer.lora_a_stacked and self.given[1] is layer.lora_b_stacked
+
     def panels(self, ranks: Sequence[int], base: Tensor) -> list[Tensor]:
         """What ``segmented_linear_fwd`` takes for a batch whose slots have these ranks: the ranks,
         then a tensor for each A and each B. Empty where adapters and weight differ in dtype."""
@@ -182,10 +185,7 @@ def join_layers(wrapper_class: Any) -> None:
 def _stacks_of(layer: Any) -> Stacks:
     """A and B of a layer, whose views are made once."""
     held: Stacks | None = layer.__dict__.get(_STACKS)
-    if held is None or any(
-        now is not then
-        for now, then in zip((layer.lora_a_stacked, layer.lora_b_stacked), held.given, strict=True)
-    ):
+    if held is None or not held.are_of(layer):
         held = layer.__dict__[_STACKS] = Stacks(layer)
     return held
 
