@@ -274,6 +274,9 @@ def examine(settings: Settings, base: Any, model: Any, probe: Tensor) -> dict[st
     if has_peft():
         loaded = peft_model(base, settings.out / "adapter")
         result["loaded_by_peft_difference"] = difference(logits(loaded, probe), expected)
+    if settings.model is None:
+        exact = logits(copy.deepcopy(base).double(), probe)
+        result["rounding"] = difference(logits(base, probe), exact)
     return result
 
 

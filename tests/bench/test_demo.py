@@ -11,6 +11,8 @@ from examples.demo.settings import OURS, PEFT, Settings, UserError
 from examples.demo.text import DEFAULT_PACKAGE, finetuning_corpus
 
 pytest.importorskip("peft")
+# One worker makes the small run.
+pytestmark = pytest.mark.xdist_group("demo")
 
 
 def write_texts(directory, **texts):
@@ -155,6 +157,7 @@ def test_small_run_trains_and_serves(small_run):
     _, content = small_run
     runs, ours, serving = content["runs"], content["runs"][OURS], content["serving"]
     assert list(runs) == [OURS, PEFT] and content["base"]["adapted_layers"] == 4
+    assert 1e-8 < ours["rounding"] < 5e-7
     for run in runs.values():
         assert len(run["losses"]) == 6 and run["tokens_per_second"] > 0
         assert abs(run["after"] - ours["after"]) < 1e-4
