@@ -3,7 +3,6 @@
 import warnings
 
 import peft
-import pytest
 import small
 import tokenizers
 import torch
@@ -15,15 +14,7 @@ from lora_kernels.spec import native
 from lora_kernels.testing.linear import error_and_budget
 
 # Ways to have a model's linear layers computed by this package.
-HOWS = [
-    "apply_lora",
-    pytest.param(
-        "accelerate_peft",
-        marks=pytest.mark.skipif(
-            not hasattr(lk, "accelerate_peft"), reason="lk.accelerate_peft does not exist yet"
-        ),
-    ),
-]
+HOWS = ["apply_lora", "accelerate_peft"]
 
 # Per architecture: a size, the layers that are adapted, how many they are in a block, and how many
 # of the first have the embedding for input, which no gradient reaches. GPT-2's own dropout is off.

@@ -1,6 +1,6 @@
 """What each process of ``torchrun`` does for test_distributed.py; the answers go into files.
 
-``torchrun --nproc-per-node 2 distributed_worker.py HOW DIRECTORY SCENARIO ...``
+``torchrun --nproc-per-node 2 distributed_worker.py DIRECTORY SCENARIO ...``
 """
 
 import datetime
@@ -69,7 +69,7 @@ def train(model, optimizer, steps):
     return losses
 
 
-def ddp(how, directory, family, dropout):
+def ddp(directory, how, family, dropout):
     rank = dist.get_rank()
     model = tiny(how, name=family, lora_dropout=float(dropout)).train()
     if family == "gpt2":
@@ -104,7 +104,7 @@ def sharded(how, family, precision, dropout=0.0):
     return fully_shard(model, **options)
 
 
-def fsdp(how, directory, family, precision):
+def fsdp(directory, how, family, precision):
     rank = dist.get_rank()
     model = sharded(how, family, precision, DROPOUT)
     base = [p for p in model.parameters() if not p.requires_grad]
@@ -165,7 +165,7 @@ def evaluated(model):
     return logits
 
 
-def dtensors(how, directory):
+def dtensors(directory):
     """Every way in for a DTensor is an error that says so; nothing is written before it."""
     mesh = init_device_mesh("cpu", (PROCESSES,))
     local = {
@@ -209,7 +209,7 @@ SCENARIOS = {"ddp": ddp, "fsdp": fsdp, "dtensors": dtensors}
 
 
 def main():
-    how, directory, *scenarios = sys.argv[1:]
+    directory, *scenarios = sys.argv[1:]
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
@@ -218,7 +218,7 @@ def main():
         place = pathlib.Path(directory) / scenario.replace(" ", "-")
         place.mkdir(exist_ok=True)
         dist.barrier()
-        result = SCENARIOS[kind](how, place, *arguments)
+        result = SCENARIOS[kind](place, *arguments)
         torch.save(result, place / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

@@ -19,6 +19,8 @@ pytestmark = [
     pytest.mark.skipif(
         not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo"
     ),
+    # One worker starts the processes, once for all tests.
+    pytest.mark.xdist_group("distributed"),
 ]
 
 # family, dropout
@@ -32,13 +34,13 @@ def isolated():
         yield
 
 
-@pytest.fixture(scope="module", params=HOWS)
-def run(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
     """Starts the processes once, with every scenario, since starting them is what takes long;
-    ``run(scenario)``: the results by rank."""
+    ``started(scenario)``: where its results are, and those by rank."""
     directory = tmp_path_factory.mktemp("distributed")
-    scenarios = [f"ddp {family} {dropout}" for family, dropout in DDP]
-    scenarios += [f"fsdp {family} {precision}" for family, precision in FSDP]
+    scenarios = [f"ddp {how} {family} {dropout}" for how in HOWS for family, dropout in DDP]
+    scenarios += [f"fsdp {how} {family} {precision}" for how in HOWS for family, precision in FSDP]
     scenarios += ["dtensors"]
     # It finds a free port by itself.
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -46,7 +48,7 @@ def run(request, tmp_path_factory):
     places = [str(Path(lk.__file__).parents[1]), str(Path(small.__file__).parent)]
     path = os.pathsep.join([*places, *filter(None, [os.environ.get("PYTHONPATH")])])
     answer = subprocess.run(
-        [*command, request.param, str(directory), *scenarios],
+        [*command, str(directory), *scenarios],
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -59,9 +61,8 @@ def run(request, tmp_path_factory):
         files = [place / f"{rank}.pt" for rank in range(worker.PROCESSES)]
         if not all(file.exists() for file in files):
             pytest.fail(f"{scenario} did not come to its end:\n{answer.stdout[-6000:]}")
-        return [torch.load(file, weights_only=False) for file in files]
+        return place, [torch.load(file, weights_only=False) for file in files]
 
-    results.how, results.directory = request.param, directory
     return results
 
 
@@ -95,9 +96,10 @@ def assert_equal_on_all_ranks(results, key):
         assert all(torch.equal(first[name], other[name]) for name in first), key
 
 
+@pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize(("family", "dropout"), DDP)
-def test_ddp(run, family, dropout, tmp_path):
-    results = run(f"ddp {family} {dropout}")
+def test_ddp(started, how, family, dropout):
+    place, results = started(f"ddp {how} {family} {dropout}")
     # GPT-2 ran with checkpointing.
     again = 2 if family == "gpt2" else 1
     for result in results:
@@ -106,22 +108,20 @@ def test_ddp(run, family, dropout, tmp_path):
         )
     assert_equal_on_all_ranks(results, "gradients")
     assert_equal_on_all_ranks(results, "state")
-    expected = parts(run.how, family, dropout=dropout)
+    expected = parts(how, family, dropout=dropout)
     found = results[0]["gradients"]
     assert found.keys() == expected.keys()
     for name in found:
         assert torch.equal(found[name], expected[name]), name
     if not dropout:
         assert_keeps_the_budget(found, family)
-    trained = tiny(run.how, name=family).eval()
+    trained = tiny(how, name=family).eval()
     untrained = small.logits(trained)
     trained.load_state_dict(results[0]["state"])
     assert small.relative_difference(small.logits(trained), untrained) > 1e-3
-    if run.how == "apply_lora":
+    if how == "apply_lora":
         size = FAMILIES[family][0]
-        loaded = lk.load_adapter(
-            small.build(family, **size), run.directory / f"ddp-{family}-{dropout}"
-        )
+        loaded = lk.load_adapter(small.build(family, **size), place)
         assert torch.equal(small.logits(loaded), small.logits(trained))
 
 
@@ -131,9 +131,10 @@ def assert_keeps_the_budget(found, family, dtype=torch.float32):
         assert_close(name, gradient, eager[name], exact[name])
 
 
+@pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize(("family", "precision"), FSDP)
-def test_fsdp2(run, family, precision, tmp_path):
-    results = run(f"fsdp {family} {precision}")
+def test_fsdp2(started, how, family, precision, tmp_path):
+    _, results = started(f"fsdp {how} {family} {precision}")
     dtype = worker.PRECISIONS[precision] or torch.float32
     again = 2 if precision == "bfloat16" else 1
     for result in results:
@@ -143,7 +144,7 @@ def test_fsdp2(run, family, precision, tmp_path):
         assert result["resumed"] == result["went on"]
         assert result["packed"] == 0
     assert_equal_on_all_ranks(results, "gradients")
-    expected = parts(run.how, family, dropout=worker.DROPOUT, dtype=dtype)
+    expected = parts(how, family, dropout=worker.DROPOUT, dtype=dtype)
     found = results[0]["gradients"]
     assert found.keys() == expected.keys()
     for name in found:
@@ -151,17 +152,17 @@ def test_fsdp2(run, family, precision, tmp_path):
         assert torch.equal(found[name], expected[name]), name
 
     state = results[0]["state"]
-    whole = tiny(run.how, name=family).eval()
+    whole = tiny(how, name=family).eval()
     whole.load_state_dict(state)
     for key, scale in (("logits", 1.0), ("other logits", 1.25)):
-        model = tiny(run.how, name=family).eval()
+        model = tiny(how, name=family).eval()
         model.load_state_dict({name: tensor * scale for name, tensor in state.items()})
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)
             expected = model(input_ids=worker.rows(3, seed=8)).logits
         assert torch.equal(results[0][key], expected), key
-    if run.how == "apply_lora":
+    if how == "apply_lora":
         lk.save_adapter(whole, tmp_path)
         base = small.build(family, **FAMILIES[family][0])
         assert torch.equal(small.logits(lk.load_adapter(base, tmp_path)), small.logits(whole))
@@ -174,8 +175,9 @@ def test_what_is_trained_in_parts_keeps_the_budget():
             assert_keeps_the_budget(parts("apply_lora", family, dtype=dtype), family, dtype)
 
 
-def test_dtensors_are_refused_by_name(run):
-    for messages in run("dtensors"):
+def test_dtensors_are_refused_by_name(started):
+    _, results = started("dtensors")
+    for messages in results:
         for name in ("x", "weight", "lora_a", "lora_b", "bias"):
             assert messages[name].startswith(f"{name} is a DTensor"), messages
             assert messages[f"mixed {name}"].startswith(f"{name} is a DTensor"), messages
