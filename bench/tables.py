@@ -22,6 +22,14 @@ def number(value: float) -> str:
     return f"{value:.{1 if value >= 10 else 2 if value >= 1 else 3}f}"
 
 
+def count(number: int) -> str:
+    """Three significant digits and a unit: "65.5 k"."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
 def piped(table: Table) -> str:
     """A Markdown table, its columns aligned for those who read it as text."""
     head, body = table

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.tables import told
+from bench.tables import count, told
 
 from .settings import OURS, PEFT
 
@@ -110,7 +110,7 @@ def table(content: Content) -> list[str]:
     lines = [
         "",
         told(content),
-        f"base     {base['name']}, {_count(base['parameters'])} parameters, {base['dtype']}",
+        f"base     {base['name']}, {count(base['parameters'])} parameters, {base['dtype']}",
     ]
     if made := base["pretraining"]:
         lines.append(
@@ -121,7 +121,7 @@ def table(content: Content) -> list[str]:
         f"text     {content['corpus']}",
         f"adapter  r={settings['rank']}, alpha={settings['alpha']:g}, "
         f"dropout={settings['dropout']:g} on {base['adapted_layers']} layers, "
-        f"{_count(base['trainable_parameters'])} parameters",
+        f"{count(base['trainable_parameters'])} parameters",
         f"steps    {len(ours['losses'])} of {settings['steps']}, "
         f"{settings['batch']} x {settings['context']} tokens each, "
         f"learning rate {content['learning_rate']:g}",
@@ -209,13 +209,6 @@ def _number(value: float) -> str:
     return f"{value:.1e}" if abs(value) < 1e-3 else f"{value:,.4g}"
 
 
-def _count(number: int) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return str(number)
-
-
 def picture(content: Content, path: Path) -> None:
     """The gain as bars, and both losses in a small panel.
 
@@ -262,7 +255,7 @@ def picture(content: Content, path: Path) -> None:
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"LoRA fine-tuning and serving: {Path(base['name']).name}, {_count(base['parameters'])} "
+        f"LoRA fine-tuning and serving: {Path(base['name']).name}, {count(base['parameters'])} "
         f"parameters, {base['dtype']}\n{content['device_name']}, {content['date']}",
         fontsize=11,
     )

@@ -11,6 +11,7 @@ import statistics
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from lora_kernels.integrations.compare_memory import SavedTensors
 
 from .settings import OURS, PEFT, Settings, UserError
 from .text import Corpus
+
+# The loss of a model on some rows: a number, or one for each row.
+Loss = Callable[[Any, Tensor], Tensor]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Steps whose time is not counted: first calls allocate, tune and compile.
@@ -180,7 +184,13 @@ def pretrain(settings: Settings, model: Any, rows: Tensor) -> dict[str, Any]:
     return {"first": losses[0], "last": last, "seconds": passed, "steps": len(losses)}
 
 
-def optimized(model: Any, optimizer: Any, rows: Tensor) -> float:
+def rate_share(step: int, steps: int) -> float:
+    """The share of the learning rate in a step: a short warm-up, then a line down."""
+    warmup = max(steps // 20, 1)
+    return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
+
+
+def optimized(model: Any, optimizer: Any, rows: Tensor, loss_of: Loss = loss_of) -> float:
     """The loss of a step; the optimizer has made it."""
     loss = loss_of(model, rows).mean()
     loss.backward()
@@ -217,13 +227,13 @@ def finetune(settings: Settings, models: dict[str, Any], rows: Tensor) -> dict[s
         optimizers[library] = torch.optim.AdamW(trainable, weight_decay=0.0)
         losses[library], seconds[library] = [], []
     draw = random.Random(settings.seed)
-    turns, warmup = list(models), max(settings.steps // 20, 1)
+    turns = list(models)
     began = time.perf_counter()
     for step in tqdm(range(settings.steps), desc="fine-tuning, in turns", unit="step"):
         batch = rows[draw.sample(range(len(rows)), settings.batch)]
-        share = min((step + 1) / warmup, (settings.steps - step) / (settings.steps - warmup + 1))
+        rate = settings.rate * rate_share(step, settings.steps)
         for library in turns:
-            optimizers[library].param_groups[0]["lr"] = settings.rate * share
+            optimizers[library].param_groups[0]["lr"] = rate
             first = step == 0 and library == OURS
             start = time.perf_counter()
             with lk.record_plans() if first else nullcontext() as recorded:

@@ -1,0 +1,57 @@
+"""A study of a tiny model in a folder of the session: each question is measured once, when a test
+first looks at it."""
+
+import copy
+import json
+
+import pytest
+
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+
+from examples.study import __main__ as study
+from examples.study import settings
+
+TINY = settings.Budget(
+    seconds=1.0,
+    steps=2,
+    seeds=(0, 1),
+    rounds=1,
+    quick=True,
+    layers=1,
+    width=32,
+    pretrain_seconds=0.3,
+    batch=2,
+    context=32,
+    evaluation_blocks=4,
+)
+
+
+def pytest_collection_modifyitems(items):
+    # What has been measured is there for the others of the same process only.
+    for item in items:
+        if item.path.is_relative_to(__file__.rpartition("/")[0]):
+            item.add_marker(pytest.mark.xdist_group("study"))
+
+
+class Tiny:
+    """The command line on a tiny model, and what it has left in ``out``."""
+
+    def __init__(self, out):
+        self.out = out
+
+    def __call__(self, *arguments):
+        return study.main([*arguments, "--quick", "--out", str(self.out)])
+
+    def content(self, name):
+        """A copy of what the question ``name`` has measured, to be edited."""
+        assert self(name) == 0
+        return copy.deepcopy(json.loads((self.out / f"{name}.json").read_text())["content"])
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(settings, "QUICK", TINY)
+        yield Tiny(tmp_path_factory.mktemp("study"))
