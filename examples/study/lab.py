@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 import statistics
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -88,16 +89,19 @@ class Lab:
     def _own_base(self, corpus: Corpus) -> Any:
         """The small GPT-2, pre-trained on text that is not the corpus; once, then from a file."""
         folder = self.out / "base"
-        mark, text = folder / "made_from.json", pretraining_text(without=corpus.files)
+        mark = folder / "made_from.json"
         made_from = {
             "budget": {k: v for k, v in asdict(self.budget).items() if k not in _OF_QUESTIONS},
-            "text": hashlib.sha256(text.encode()).hexdigest(),
+            # The text is this Python's library, without the corpus.
+            "python": sys.version,
+            "without": sorted(map(str, corpus.files)),
             "sources": sources(Path(training.__file__)),
             "device": self.device.type,
         }
         made_from = json.loads(json.dumps(made_from))
         if not mark.exists() or json.loads(mark.read_text()) != made_from:
             model = training.new_model(self.settings, self.tokenizer).to(self.device)
+            text = pretraining_text(without=corpus.files)
             rows = training.rows_of(self.tokenizer, text, self.settings.context)
             training.pretrain(self.settings, model, rows)
             model.save_pretrained(folder)

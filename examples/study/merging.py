@@ -12,7 +12,7 @@ from typing import Any
 
 import peft
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import lora_kernels as lk
 from bench.tables import Table
@@ -34,7 +34,6 @@ LIMIT = 1e-6
 def measure(lab: Lab) -> dict[str, Any]:
     cases: dict[tuple[str, str], list[dict[str, Any]]] = {}
     keys = list(product(DTYPES, (OURS, PEFT)))
-    # A quick look needs no other adapters: it is the cycles that take the time.
     seeds = lab.seeds[:1] if lab.quick else lab.seeds
     for seed, (dtype, library) in lab.each("merging", product(seeds, keys)):
         folder = lab.out / "merging" / f"seed-{seed}"
@@ -77,7 +76,8 @@ def examine(model: Any, probe: Tensor) -> dict[str, Any]:
     expected = logits(model, probe)
     for hook in hooks:
         hook.remove()
-    before = [weight_of(layer).clone() for layer in layers]
+    linears = [getattr(layer, "base_layer", layer) for layer in layers]
+    before = [linear.weight.clone() for linear in linears]
     peft_s = model if isinstance(model, peft.PeftModel) else None
     found: dict[str, Any] = {"drift": []}
     for cycle in range(1, CYCLES[-1] + 1):
@@ -87,14 +87,10 @@ def examine(model: Any, probe: Tensor) -> dict[str, Any]:
             found["logits"] = difference(logits(model, probe), expected)
         peft_s.unmerge_adapter() if peft_s else lk.unmerge_adapter(model)
         if cycle in CYCLES:
-            pairs = [(weight_of(layer), w) for layer, w in zip(layers, before, strict=True)]
+            pairs = [(linear.weight, w) for linear, w in zip(linears, before, strict=True)]
             found["drift"].append(max(difference(now, w) for now, w in pairs))
     changed = sum((now != w).sum().item() for now, w in pairs)
     return found | {"changed": changed / sum(w.numel() for w in before)}
-
-
-def weight_of(layer: Any) -> nn.Parameter:
-    return getattr(layer, "base_layer", layer).weight
 
 
 def table(content: dict[str, Any]) -> Table:

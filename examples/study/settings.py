@@ -82,7 +82,12 @@ def parse(arguments: list[str] | None) -> Study:
     add("questions", nargs="*", metavar="QUESTION", help="a name or a number; default: all")
     add("--model", metavar="DIR", help="your causal language model, a directory or a hub's name")
     add("--data", metavar="PATH", help="a text file, or a directory of them, to fine-tune on")
-    add("--out", type=Path, metavar="DIR", help=f"default: {OUT.name} beside the sources")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="default: examples/study/out; with --quick its folder quick",
+    )
     add("--quick", action="store_true", help="minutes instead of twenty, and numbers to match")
     add("--again", action="store_true", help="measure also what has been measured")
     given = parser.parse_args(arguments)

@@ -41,29 +41,21 @@ def test_nothing_is_measured_twice(tiny, monkeypatch, capsys):
     name = QUESTIONS[0]
     content, question = tiny.content(name), import_module(f"examples.study.{name}")
     calls = []
-    monkeypatch.setattr(question, "measure", lambda lab: calls.append(lab) or content)
-    assert tiny(name) == 0 and tiny("1") == 0
-    assert not calls and "measured before" in capsys.readouterr().out
-    assert tiny(name, "--again") == 0 and len(calls) == 1
-    saved = tiny.out / f"{name}.json"
-    result = json.loads(saved.read_text())
-    for key in ("budget", "sources", "base_and_rows", "versions"):
-        calls.clear()
-        other = result | {"made_from": result["made_from"] | {key: "other"}}
-        saved.write_text(json.dumps(other))
-        assert tiny(name) == 0 and len(calls) == 1, key
-    saved.write_text("{")
-    assert tiny(name) == 0 and len(calls) == 2, "a file that was cut off"
-
-
-def test_the_base_is_made_once(tiny, monkeypatch):
-    assert tiny(QUESTIONS[0]) == 0
 
     def pretrain(*arguments):
         raise AssertionError("pre-trained again")
 
     monkeypatch.setattr(lab.training, "pretrain", pretrain)
-    assert tiny(QUESTIONS[0]) == 0
+    monkeypatch.setattr(question, "measure", lambda lab: calls.append(lab) or content)
+    assert tiny(name) == 0 and tiny("1") == 0
+    assert not calls and "measured before" in capsys.readouterr().out
+    assert tiny(name, "--again") == 0 and len(calls) == 1
+    made_from = json.loads((tiny.out / f"{name}.json").read_text())["made_from"]
+    assert study._result(tiny.out, name, made_from)["content"] == content
+    for key in made_from:
+        assert study._result(tiny.out, name, made_from | {key: "other"}) is None, key
+    (tiny.out / "cut.json").write_text('{"made_from": ')
+    assert study._result(tiny.out, "cut", made_from) is None
 
 
 def test_what_fails_or_cannot_be_asked_spares_the_others(tiny, monkeypatch, capsys):
