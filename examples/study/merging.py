@@ -146,5 +146,5 @@ def plot(content: dict[str, Any], axes: Any) -> None:
     drift.minorticks_off()
     drift.set_xlabel("times merged and unmerged")
     drift.set_ylabel("largest change of a weight")
-    for ax in axes:
-        ax.legend()
+    merged.legend()
+    drift.legend(loc=(0.02, 0.42), ncols=2)

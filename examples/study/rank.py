@@ -21,7 +21,7 @@ QUESTION = "Which rank, and which scaling with it?"
 AXES = 2
 
 RANKS = (2, 4, 8, 16, 32, 64)
-ALPHA = 8
+ALPHA = 16
 FIXED, EQUAL, STABLE = f"alpha = {ALPHA}", "alpha = r", f"rsLoRA, alpha = {ALPHA}"
 SCALINGS: dict[str, dict[str, Any]] = {
     FIXED: {"lora_alpha": ALPHA},

@@ -18,7 +18,7 @@ def test_rows(tiny):
     for row in rows:
         assert row["parameters"] == rows[0]["parameters"] * row["rank"] // 2
         assert {len(losses) for losses in row["held_out"].values()} == {2}
-    # At rank 8 the same alpha and alpha = r are the same adapter.
+    # At rank 16 the same alpha and alpha = r are the same adapter.
     same = next(row for row in rows if row["rank"] == rank.ALPHA)["held_out"]
     assert same[rank.FIXED] == same[rank.EQUAL] != same[rank.STABLE]
     assert rows[0]["saved_bytes"] < rows[-1]["saved_bytes"]
