@@ -82,7 +82,7 @@ study: $(READY)
 # As in tests/conftest.py.
 test-peft: export OMP_WAIT_POLICY ?= PASSIVE
 
-PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadgroup
+PYTEST = $(PY) -m pytest -n $(JOBS)
 
 test: $(READY)
 	$(PYTEST) tests --doctest-modules lora_kernels

@@ -11,6 +11,16 @@ from covering import left_out
 
 from lora_kernels.spec import native
 
+# What the tests of one of these share takes seconds to make: one worker has them all. (xdist_group
+# would say so in each, but pytest 9.2 hides its groups from xdist 3.8.)
+ONE_WORKER = (
+    "tests/bench/test_demo.py",
+    "tests/kernels/test_aot.py",
+    "tests/models/test_distributed.py",
+    "tests/study/",
+    "tests/test_packaging.py",
+)
+
 HAS_GPU = torch.cuda.is_available()
 DEVICES = ["cpu"] + ["cuda"] * HAS_GPU
 
@@ -46,6 +56,17 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
         if item.get_closest_marker("native") and native.load() is None:
             item.add_marker(pytest.mark.skip(reason=f"no CPU extension: {native.why_not()}"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return next((place for place in ONE_WORKER if nodeid.startswith(place)), nodeid)
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(params=DEVICES)

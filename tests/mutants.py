@@ -141,7 +141,7 @@ def is_seen(number: int, mutant: Mutant) -> tuple[bool, str]:
     if any("kernels" in part for part in mutant.part):
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n", "auto"]
-    done = run([*command, "--dist", "loadgroup", *mutant.part], COPY, **environment)
+    done = run([*command, *mutant.part], COPY, **environment)
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no output"]
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     # 1: tests failed; 2: stopped at the first that did. Anything else is no answer.

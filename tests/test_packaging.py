@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-# Processes are started; one worker makes the distribution.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+# Processes are started.
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 

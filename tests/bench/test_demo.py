@@ -11,8 +11,6 @@ from examples.demo.settings import OURS, PEFT, Settings, UserError
 from examples.demo.text import DEFAULT_PACKAGE, finetuning_corpus
 
 pytest.importorskip("peft")
-# One worker makes the small run.
-pytestmark = pytest.mark.xdist_group("demo")
 
 
 def write_texts(directory, **texts):

@@ -33,9 +33,6 @@ if aot_binaries.disassembler() is None:
 
 ARCHS = list(FACTS)
 
-# One process compiles the sample, for every test here.
-pytestmark = pytest.mark.xdist_group("ahead of time")
-
 SAME_SOURCES, SAME_TRITON = (
     line in aot.REPORT.read_text().splitlines() for line in (aot.sources_line(), aot.triton_line())
 )

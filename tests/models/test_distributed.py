@@ -19,8 +19,6 @@ pytestmark = [
     pytest.mark.skipif(
         not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo"
     ),
-    # One worker starts the processes, once for all tests.
-    pytest.mark.xdist_group("distributed"),
 ]
 
 # family, dropout

@@ -26,13 +26,6 @@ TINY = settings.Budget(
 )
 
 
-def pytest_collection_modifyitems(items):
-    # What has been measured is there for the others of the same process only.
-    for item in items:
-        if item.path.is_relative_to(__file__.rpartition("/")[0]):
-            item.add_marker(pytest.mark.xdist_group("study"))
-
-
 class Tiny:
     """The command line on a tiny model, and what it has left in ``out``."""
 
