@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..backends import cpu
 from ..functional.linear import packed_linear
+from ..layers.slot_panels import SlotPanels
 
 # Below vLLM's own logger, whose handler and level it then has.
 logger = logging.getLogger("vllm.lora_kernels")
@@ -44,38 +45,24 @@ class Stacks:
     def __init__(self, layer: Any) -> None:
         self.given = layer.lora_a_stacked, layer.lora_b_stacked
         self.lora_a, self.lora_b = stacks(self.given[0]), stacks(self.given[1])
-        self.changed = set(range(len(self.lora_a[0])))
-        self._ranks: Sequence[int] | None = None
+        self.changed = set[int]()
+        self._held = SlotPanels()
         self._panels: list[Tensor] = []
+        self._ranks: Sequence[int] | None = None
 
     def are_of(self, layer: Any) -> bool:
         return self.given[0] is layer.lora_a_stacked and self.given[1] is layer.lora_b_stacked
 
     def panels(self, ranks: Sequence[int], base: Tensor) -> list[Tensor]:
-        """What ``segmented_linear_fwd`` takes for a batch whose slots have these ranks: the ranks,
-        then a tensor for each A and each B. Empty where adapters and weight differ in dtype."""
+        """What ``segmented_linear_of_panels`` takes for a batch whose slots have these ranks. Empty
+        where adapters and weight differ in dtype."""
         if self.changed or ranks is not self._ranks:
             if all(t.dtype == base.dtype for t in (*self.lora_a, *self.lora_b)):
-                self._pack(ranks)
+                self._held.forget(self.changed)
+                self._panels = self._held.pack(self.lora_a, self.lora_b, ranks)
             self._ranks = ranks
             self.changed.clear()
         return self._panels
-
-    def _pack(self, ranks: Sequence[int]) -> None:
-        if not self._panels:
-            largest = self._packed(0, self.lora_a[0].shape[1])
-            none = torch.full((len(ranks),), -1, dtype=torch.int32)
-            self._panels = [none, *(p.new_empty(len(ranks), len(p)) for p in largest)]
-        packed_for, *panels = self._panels
-        for slot, rank in enumerate(ranks):
-            if slot in self.changed or packed_for[slot] != rank:
-                for panel, values in zip(panels, self._packed(slot, rank), strict=True):
-                    panel[slot, : len(values)] = values
-                packed_for[slot] = rank
-
-    def _packed(self, slot: int, rank: int) -> list[Tensor]:
-        matrices = [a[slot, :rank] for a in self.lora_a] + [b[slot, :, :rank] for b in self.lora_b]
-        return [torch.ops.lora_kernels_cpu.pack(m.t()) for m in matrices]
 
 
 @functools.cache

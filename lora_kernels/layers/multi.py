@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backends import cpu
 from ..functional import ops
 from ..functional.checks import compute_dtype, is_foreign
 from ..functional.dora import dora_rows
@@ -26,6 +27,7 @@ from .batches import Owner, active_batch
 from .foreign import carry_dispatch_hook
 from .packed import PackedLinear
 from .replacing import own_behaviour, share_hooks, share_linear, unsupported_reason
+from .slot_panels import SlotPanels
 
 
 class SlottedLayer(nn.Module):
@@ -151,8 +153,8 @@ class MultiLoRALinear(SlottedLayer, PackedLinear):
     its ``state_dict``, which is that of the base model, to be saved and loaded with and without a
     store; adapters are saved by ``store.save``.
 
-    Rows of a DoRA adapter are brought to its lengths afterwards. In evaluation mode a CPU keeps a
-    packed copy of ``weight``, see ``pack_weight`` of
+    Rows of a DoRA adapter are brought to its lengths afterwards. In evaluation mode a CPU keeps
+    packed copies of ``weight`` and of the stacks, see ``pack_weight`` of
     :class:`lora_kernels.FusedLoRALinear`.
 
     >>> import lora_kernels as lk
@@ -166,6 +168,7 @@ class MultiLoRALinear(SlottedLayer, PackedLinear):
 
     # Of DoRA [S, out], once a slot has had one: no Parameter, and of its own dtype.
     _ratio: Tensor | None
+    _slot_panels: SlotPanels
 
     @classmethod
     def from_linear(
@@ -202,7 +205,7 @@ class MultiLoRALinear(SlottedLayer, PackedLinear):
             self.bias.requires_grad_(False)
         shapes = (slots, max_rank, self.in_features), (slots, self.out_features, max_rank)
         self._add_slots(path, owner or Owner(), *shapes, device, dtype or self.weight_dtype())
-        self._ratio = None
+        self._ratio, self._slot_panels = None, SlotPanels()
         carry_dispatch_hook(module, self)
         return self.train(module.training)
 
@@ -259,6 +262,17 @@ class MultiLoRALinear(SlottedLayer, PackedLinear):
             return segmented_linear(input, weight, a, b, table, bias, **options)
         dtype = compute_dtype(input, weight)
         packed = self._packed_copies(weight, kn, dtype)
+        if (
+            packed[0] is not None
+            and dropout_p == 0.0
+            and not torch.is_grad_enabled()
+            and input.dtype == a.dtype == b.dtype == dtype
+        ):
+            panels = self._slot_panels.of(a, b, table.rank_of_slot)
+            rows = input if input.dim() == 2 else input.flatten(0, -2)
+            operands = rows, weight.t() if kn else weight, [a], [b], table.tensors()
+            y = cpu.segmented_linear(*operands, bias, packed[0], panels)
+            return y if input.dim() == 2 else y.view(*input.shape[:-1], y.shape[1])
         call = Call(table.tensors(), 0, dropout_p, kn, dtype, packed)
         return checked_segmented_linear(input, weight, bias, None, call, [a], [b])
 
