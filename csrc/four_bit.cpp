@@ -11,15 +11,13 @@
 #include "product.h"
 #include "vec.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 namespace lora_kernels {
 
-namespace {
-
-// The scales of `count` blocks from `first` on. The product is rounded before the offset is added,
+// The product is rounded before the offset is added,
 // as bitsandbytes does: the barrier keeps the compiler from fusing them.
 void scales_of(const FourBit& w, int64_t first, int64_t count, float* out) {
   if (w.absmax) {
@@ -33,39 +31,44 @@ void scales_of(const FourBit& w, int64_t first, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) out[i] += w.offset;
 }
 
-// The sixteen values of a block.
+namespace {
+
+// Decodes a format's bytes: code times the block's scale in float32, rounded once to C. Out is C,
+// or float for the same values wider.
 template <typename C>
-struct Table {
-  alignas(64) C values[16];
+class Codes {
+ public:
+  explicit Codes(const float* code) : code_(code) {}
 
-  Table(const float* code, float scale) {
-    for (int i = 0; i < 16; ++i) values[i] = C(code[i] * scale);
-  }
+  C value(int q, float scale) const { return C(code_[q] * scale); }
 
-  C operator[](int q) const { return values[q]; }
-
-  // Of whole bytes.
-  void decode(const uint8_t* bytes, int64_t count, C* out) const {
+  // Of whole bytes, all of one block.
+  template <typename Out>
+  void decode(const uint8_t* bytes, int64_t count, float scale, Out* out) const {
+    C values[16];
+    for (int i = 0; i < 16; ++i) values[i] = value(i, scale);
     for (int64_t i = 0; i < count; ++i) {
       out[2 * i] = values[bytes[i] >> 4];
       out[2 * i + 1] = values[bytes[i] & 15];
     }
   }
+
+ private:
+  const float* code_;
 };
 
 #if defined(__AVX512F__)
 template <>
-struct Table<float> {
-  __m512 values;
+class Codes<float> {
+ public:
+  explicit Codes(const float* code) : code_(_mm512_loadu_ps(code)) {}
 
-  Table(const float* code, float scale)
-      : values(_mm512_mul_ps(_mm512_loadu_ps(code), _mm512_set1_ps(scale))) {}
+  float value(int q, float scale) const { return ((const Vec&)code_)[q] * scale; }
 
-  float operator[](int q) const { return ((const Vec&)values)[q]; }
-
-  void decode(const uint8_t* bytes, int64_t count, float* out) const {
+  void decode(const uint8_t* bytes, int64_t count, float scale, float* out) const {
     const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    const __m512 values = _mm512_mul_ps(code_, _mm512_set1_ps(scale));
     int64_t i = 0;
     for (; i + 16 <= count; i += 16) {
       const __m512i q = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(bytes + i)));
@@ -75,27 +78,26 @@ struct Table<float> {
       _mm512_storeu_ps(out + 2 * i + 16, _mm512_permutex2var_ps(first, high, second));
     }
     for (; i < count; ++i) {
-      out[2 * i] = (*this)[bytes[i] >> 4];
-      out[2 * i + 1] = (*this)[bytes[i] & 15];
+      out[2 * i] = value(bytes[i] >> 4, scale);
+      out[2 * i + 1] = value(bytes[i] & 15, scale);
     }
   }
+
+ private:
+  __m512 code_;
 };
 
 template <>
-struct Table<BFloat16> {
-  __m512i values;  // twice, so that the fifth bit of an index does not matter
+class Codes<BFloat16> {
+ public:
+  explicit Codes(const float* code) : code_(load<Vec>(code)) {}
 
-  Table(const float* code, float scale) {
-    const Vec exact = load<Vec>(code) * scale;
-    const auto narrow = __builtin_convertvector(bfloat16_bits(exact), NarrowHalfWords);
-    values = _mm512_broadcast_i64x4((__m256i)narrow);
-  }
+  BFloat16 value(int q, float scale) const { return BFloat16(code_[q] * scale); }
 
-  BFloat16 operator[](int q) const {
-    return BFloat16(((const HalfWords&)values)[q], BFloat16::from_bits());
-  }
-
-  void decode(const uint8_t* bytes, int64_t count, BFloat16* out) const {
+  void decode(const uint8_t* bytes, int64_t count, float scale, BFloat16* out) const {
+    const auto narrow = __builtin_convertvector(bfloat16_bits(code_ * scale), NarrowHalfWords);
+    // Twice, so that the fifth bit of an index does not matter.
+    const __m512i values = _mm512_broadcast_i64x4((__m256i)narrow);
     int64_t i = 0;
     for (; i + 16 <= count; i += 16) {
       // A byte in each word of 32 bits: its high half is the index of the lower value.
@@ -104,42 +106,149 @@ struct Table<BFloat16> {
       _mm512_storeu_si512(out + 2 * i, _mm512_permutexvar_epi16(index, values));
     }
     for (; i < count; ++i) {
-      out[2 * i] = (*this)[bytes[i] >> 4];
-      out[2 * i + 1] = (*this)[bytes[i] & 15];
+      out[2 * i] = value(bytes[i] >> 4, scale);
+      out[2 * i + 1] = value(bytes[i] & 15, scale);
     }
   }
+
+ private:
+  Vec code_;
+};
+
+#elif defined(__AVX2__)
+// A byte shuffle looks 32 nibbles up at once: a table for each byte of the values, once in each
+// half of a register, as the shuffle does not cross them.
+using Bytes = __m256i;
+
+inline Bytes both_halves(__m128i table) { return _mm256_set_m128i(table, table); }
+
+// The 32 nibbles of 16 bytes in the order of their values; value 16 begins the upper half.
+inline Bytes nibbles(const uint8_t* bytes) {
+  const __m128i q = _mm_loadu_si128((const __m128i*)bytes), mask = _mm_set1_epi8(15);
+  const __m128i first = _mm_and_si128(_mm_srli_epi16(q, 4), mask), second = _mm_and_si128(q, mask);
+  return _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second));
+}
+
+// The halves are 16 values apart.
+template <typename Out>
+inline void store_halves(Out* out, __m256i v) {
+  _mm_storeu_si128((__m128i*)out, _mm256_castsi256_si128(v));
+  _mm_storeu_si128((__m128i*)(out + 16), _mm256_extracti128_si256(v, 1));
+}
+
+template <>
+class Codes<float> {
+ public:
+  explicit Codes(const float* code) : code_(code) {
+    for (int b = 0; b < 4; ++b) {
+      alignas(16) uint8_t table[16];
+      for (int q = 0; q < 16; ++q) table[q] = std::bit_cast<uint32_t>(code[q]) >> 8 * b;
+      tables_[b] = both_halves(_mm_load_si128((const __m128i*)table));
+    }
+  }
+
+  float value(int q, float scale) const { return code_[q] * scale; }
+
+  void decode(const uint8_t* bytes, int64_t count, float scale, float* out) const {
+    const __m256 factor = _mm256_set1_ps(scale);
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16, out += 32) {
+      const Bytes q = nibbles(bytes + i);
+      const Bytes b0 = _mm256_shuffle_epi8(tables_[0], q), b1 = _mm256_shuffle_epi8(tables_[1], q);
+      const Bytes b2 = _mm256_shuffle_epi8(tables_[2], q), b3 = _mm256_shuffle_epi8(tables_[3], q);
+      const Bytes low[2] = {_mm256_unpacklo_epi8(b0, b1), _mm256_unpackhi_epi8(b0, b1)};
+      const Bytes high[2] = {_mm256_unpacklo_epi8(b2, b3), _mm256_unpackhi_epi8(b2, b3)};
+      for (int h = 0; h < 2; ++h) {
+        const auto a = (__m256)_mm256_unpacklo_epi16(low[h], high[h]);
+        const auto b = (__m256)_mm256_unpackhi_epi16(low[h], high[h]);
+        store_halves(out + 8 * h, (__m256i)_mm256_mul_ps(a, factor));
+        store_halves(out + 8 * h + 4, (__m256i)_mm256_mul_ps(b, factor));
+      }
+    }
+    for (; i < count; ++i) {
+      *out++ = value(bytes[i] >> 4, scale);
+      *out++ = value(bytes[i] & 15, scale);
+    }
+  }
+
+ private:
+  const float* code_;
+  Bytes tables_[4];
+};
+
+template <>
+class Codes<BFloat16> {
+ public:
+  explicit Codes(const float* code) : code_(code) {}
+
+  BFloat16 value(int q, float scale) const { return BFloat16(code_[q] * scale); }
+
+  template <typename Out>
+  void decode(const uint8_t* bytes, int64_t count, float scale, Out* out) const {
+    const auto words = [&](int i) { return (__m256i)bfloat16_bits(load<Vec>(code_ + i) * scale); };
+    // Packing works on halves: values 0 to 3, 8 to 11, 4 to 7, 12 to 15.
+    const __m256i packed = _mm256_packus_epi32(words(0), words(8));
+    const __m256i values = _mm256_permute4x64_epi64(packed, 0xD8), mask = _mm256_set1_epi16(255);
+    const __m256i halves = _mm256_permute4x64_epi64(
+        _mm256_packus_epi16(_mm256_and_si256(values, mask), _mm256_srli_epi16(values, 8)), 0xD8);
+    const Bytes low = both_halves(_mm256_castsi256_si128(halves));
+    const Bytes high = both_halves(_mm256_extracti128_si256(halves, 1));
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16, out += 32) {
+      const Bytes q = nibbles(bytes + i);
+      const Bytes b0 = _mm256_shuffle_epi8(low, q), b1 = _mm256_shuffle_epi8(high, q);
+      const Bytes pairs[2] = {_mm256_unpacklo_epi8(b0, b1), _mm256_unpackhi_epi8(b0, b1)};
+      for (int h = 0; h < 2; ++h) {
+        if constexpr (std::is_same_v<Out, float>) {
+          const __m256i zero = _mm256_setzero_si256();
+          store_halves(out + 8 * h, _mm256_unpacklo_epi16(zero, pairs[h]));
+          store_halves(out + 8 * h + 4, _mm256_unpackhi_epi16(zero, pairs[h]));
+        } else {
+          store_halves(out + 8 * h, pairs[h]);
+        }
+      }
+    }
+    for (; i < count; ++i) {
+      *out++ = value(bytes[i] >> 4, scale);
+      *out++ = value(bytes[i] & 15, scale);
+    }
+  }
+
+ private:
+  const float* code_;
 };
 #endif
 
 constexpr int64_t kScales = 64;  // decoded at once
 
-int shift_of(const FourBit& w) { return std::countr_zero(static_cast<uint64_t>(w.block)); }
-
-// Values [f, end) of one block, by its table.
-template <typename C>
-void decode_run(const uint8_t* data, int64_t f, int64_t end, const Table<C>& table, C* out) {
-  if (f % 2 != 0 && f < end) *out++ = table[data[f++ / 2] & 15];
-  table.decode(data + f / 2, (end - f) / 2, out);
-  if ((end - f) % 2 != 0) out[end - f - 1] = table[data[end / 2] >> 4];
+// Values [f, end) of one block.
+template <typename C, typename Out>
+void decode_run(const uint8_t* data, int64_t f, int64_t end, const Codes<C>& codes, float scale,
+                Out* out) {
+  if (f % 2 != 0 && f < end) *out++ = codes.value(data[f++ / 2] & 15, scale);
+  codes.decode(data + f / 2, (end - f) / 2, scale, out);
+  if ((end - f) % 2 != 0) out[end - f - 1] = codes.value(data[end / 2] >> 4, scale);
 }
 
 }  // namespace
 
-template <typename C>
-void decode(const FourBit& w, int64_t i0, int64_t i1, int64_t j0, int64_t j1, C* out, int64_t ld) {
+template <typename C, typename Out>
+void decode(const FourBit& w, int64_t i0, int64_t i1, int64_t j0, int64_t j1, Out* out,
+            int64_t ld) {
   if (j0 >= j1) return;
   const int shift = shift_of(w);
+  const Codes<C> codes(w.code);
   float scales[kScales];
   for (int64_t i = i0; i < i1; ++i, out += ld) {
     int64_t f = i * w.cols + j0;
     const int64_t end = i * w.cols + j1, last = (end - 1) >> shift;
-    C* to = out;
+    Out* to = out;
     for (int64_t first = f >> shift; first <= last; first += kScales) {
       const int64_t count = std::min(kScales, last + 1 - first);
       scales_of(w, first, count, scales);
       for (int64_t b = 0; b < count; ++b) {
         const int64_t stop = std::min(end, (first + b + 1) << shift);
-        decode_run(w.data, f, stop, Table<C>(w.code, scales[b]), to);
+        decode_run(w.data, f, stop, codes, scales[b], to);
         to += stop - f;
         f = stop;
       }
@@ -151,7 +260,7 @@ template <typename C>
 void decode_all(const FourBit& w, C* out) {
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, w.cols));
   at::parallel_for(0, w.rows, grain, [&](int64_t begin, int64_t end) {
-    decode(w, begin, end, 0, w.cols, out + begin * w.cols, w.cols);
+    decode<C>(w, begin, end, 0, w.cols, out + begin * w.cols, w.cols);
   });
 }
 
@@ -163,186 +272,24 @@ void pack_panel(const FourBit& w, int64_t k0, int64_t k1, int64_t n0, C* panel) 
     pack_panel<C>(ConstMatrix{part, kind_of<C>, K, cols, stride_k, stride_n}, 0, K, 0, panel);
   };
   if (w.inner) {
-    decode(w, n0, n0 + cols, k0, k1, part, kPart<C>);
+    decode<C>(w, n0, n0 + cols, k0, k1, part, kPart<C>);
     packed(1, kPart<C>);
   } else {
-    decode(w, k0, k1, n0, n0 + cols, part, kPanel);
+    decode<C>(w, k0, k1, n0, n0 + cols, part, kPanel);
     packed(kPanel, 1);
   }
 }
 
-namespace {
-
-constexpr int kFew = 4;
-
-#if defined(__AVX512F__)
-// Values that one step of the products below takes from a row of w: 32 bytes for bfloat16, whose
-// nibbles make 4 vectors of 16 halves, 64 bytes for float, 8 vectors of 16 words.
-template <typename C>
-constexpr int kSpan = std::is_same_v<C, BFloat16> ? 64 : 128;
-// Nibble t of a word of bytes is value kOrder[t] of it: the first value is in the high half.
-constexpr int kOrder[8] = {1, 0, 3, 2, 5, 4, 7, 6};
-
-float sum(__m256 v) {
-  const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
-}
-
-// Sums of kM arranged rows times kN rows of w; a block's sixteen values are scaled and rounded
-// first, so that a weight is what it is in a panel.
-template <int kM, int kN>
-__attribute__((target("avx512bf16"))) void few(int64_t K, const BFloat16* x, const FourBit& w,
-                                               int64_t row, const float* scales, int64_t ld,
-                                               float* c) {
-  // One chain of sums for each nibble, where the registers allow it.
-  constexpr int kChains = kM * kN >= 16 ? 1 : kM * kN >= 8 ? 2 : 4;
-  __m256 acc[kM][kN][kChains];
-  for (auto& rows : acc) {
-    for (auto& sums : rows) std::fill(sums, sums + kChains, _mm256_setzero_ps());
-  }
-  const __m512 code = _mm512_loadu_ps(w.code);
-  const int shift = shift_of(w) - 6;
-  const uint8_t* bytes = w.data + row * w.cols / 2;
-  for (int64_t b = 0; b < K / 64; ++b, x += kM * 64) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kN; ++j) {
-      const __m512 scale = _mm512_set1_ps(scales[j * ld + (b >> shift)]);
-      const __m256i table = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(code, scale));
-      const __m256i q = _mm256_loadu_si256((const __m256i*)(bytes + j * w.cols / 2 + b * 32));
-#pragma GCC unroll 4
-      for (int t = 0; t < 4; ++t) {
-        const auto values = (__m256bh)_mm256_permutexvar_epi16(_mm256_srli_epi16(q, 4 * t), table);
-#pragma GCC unroll 4
-        for (int i = 0; i < kM; ++i) {
-          __m256& sums = acc[i][j][t % kChains];
-          const auto rows = (__m256bh)_mm256_loadu_si256((const __m256i*)(x + i * 64 + t * 16));
-          sums = _mm256_dpbf16_ps(sums, values, rows);
-        }
-      }
-    }
-  }
-  for (int i = 0; i < kM; ++i) {
-    for (int j = 0; j < kN; ++j) {
-      __m256 total = acc[i][j][0];
-      for (int t = 1; t < kChains; ++t) total = _mm256_add_ps(total, acc[i][j][t]);
-      c[i * kPanel + j] += sum(total);
-    }
-  }
-}
-
-template <int kM, int kN>
-void few(int64_t K, const float* x, const FourBit& w, int64_t row, const float* scales, int64_t ld,
-         float* c) {
-  __m512 acc[kM][kN];
-  for (auto& rows : acc) std::fill(rows, rows + kN, _mm512_setzero_ps());
-  const __m512 code = _mm512_loadu_ps(w.code);
-  const int shift = shift_of(w);
-  const uint8_t* bytes = w.data + row * w.cols / 2;
-  for (int64_t k = 0; k < K; k += 128, x += kM * 128) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kN; ++j) {
-      // A block is at least half of the step.
-      const __m512 lower = _mm512_set1_ps(scales[j * ld + (k >> shift)]);
-      const __m512 scale =
-          _mm512_mask_blend_ps(0xFF00, lower, _mm512_set1_ps(scales[j * ld + ((k + 64) >> shift)]));
-      const __m512i q = _mm512_loadu_si512(bytes + j * w.cols / 2 + k / 2);
-      __m512 sums[kM][2] = {};
-#pragma GCC unroll 8
-      for (int t = 0; t < 8; ++t) {
-        const __m512 values = _mm512_permutexvar_ps(_mm512_srli_epi32(q, 4 * t), code);
-#pragma GCC unroll 4
-        for (int i = 0; i < kM; ++i) {
-          __m512& own = sums[i][t % 2];
-          own = _mm512_fmadd_ps(values, _mm512_loadu_ps(x + i * 128 + t * 16), own);
-        }
-      }
-      for (int i = 0; i < kM; ++i) {
-        acc[i][j] = _mm512_fmadd_ps(_mm512_add_ps(sums[i][0], sums[i][1]), scale, acc[i][j]);
-      }
-    }
-  }
-  for (int i = 0; i < kM; ++i) {
-    for (int j = 0; j < kN; ++j) c[i * kPanel + j] += _mm512_reduce_add_ps(acc[i][j]);
-  }
-}
-
-template <int kM, typename C>
-void few_rows(int64_t M, int64_t cols, const C* x, const FourBit& w, int64_t n, float* c) {
-  if constexpr (kM > 1) {
-    if (M < kM) return few_rows<kM - 1>(M, cols, x, w, n, c);
-  }
-  const int64_t K = w.cols, blocks = ceil_div(K, w.block);
-  float* scales = part_scratch.of<float>(4 * blocks);
-  const auto read = [&](int64_t j, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      scales_of(w, (n + j + i) * K / w.block, blocks, scales + i * blocks);
-    }
-  };
-  int64_t j = 0;
-  for (; j + 4 <= cols; j += 4) {
-    read(j, 4);
-    few<kM, 4>(K, x, w, n + j, scales, blocks, c + j);
-  }
-  for (; j < cols; ++j) {
-    read(j, 1);
-    few<kM, 1>(K, x, w, n + j, scales, blocks, c + j);
-  }
-}
-#endif
-
-}  // namespace
-
-template <typename C>
-bool decodes_in_registers(int64_t M, const FourBit& w) {
-#if defined(__AVX512F__)
-  if (std::is_same_v<C, BFloat16> && bfloat16_product() == Bfloat16Product::kFloat) return false;
-  // A row lies in one block, or begins with a block.
-  return M <= kFew && w.inner && w.block >= 64 && w.cols % kSpan<C> == 0 &&
-         (w.cols % w.block == 0 || w.block % w.cols == 0);
-#else
-  (void)M, (void)w;
-  return false;
-#endif
-}
-
-template <typename C>
-void arrange_rows(int64_t M, int64_t K, const C* x, int64_t ld, C* out) {
-#if defined(__AVX512F__)
-  constexpr int kVectors = kSpan<C> / 16;
-  for (int64_t k = 0; k < K; k += kSpan<C>) {
-    for (int64_t i = 0; i < M; ++i) {
-      for (int t = 0; t < kVectors; ++t) {
-        for (int j = 0; j < 16; ++j) *out++ = x[i * ld + k + j * kVectors + kOrder[t]];
-      }
-    }
-  }
-#else
-  (void)M, (void)K, (void)x, (void)ld, (void)out;
-#endif
-}
-
-template <typename C>
-void product_of_few(int64_t M, int64_t cols, const C* arranged, const FourBit& w, int64_t n,
-                    float* c) {
-#if defined(__AVX512F__)
-  few_rows<kFew>(M, cols, arranged, w, n, c);
-#else
-  (void)M, (void)cols, (void)arranged, (void)w, (void)n, (void)c;
-#endif
-}
-
-#define LORA_KERNELS_INSTANTIATE(C)                                                      \
-  template void decode(const FourBit&, int64_t, int64_t, int64_t, int64_t, C*, int64_t); \
-  template void pack_panel(const FourBit&, int64_t, int64_t, int64_t, C*);               \
-  template bool decodes_in_registers<C>(int64_t, const FourBit&);                        \
-  template void arrange_rows(int64_t, int64_t, const C*, int64_t, C*);                   \
-  template void product_of_few(int64_t, int64_t, const C*, const FourBit&, int64_t, float*);
+#define LORA_KERNELS_INSTANTIATE(C)                                                         \
+  template void decode<C>(const FourBit&, int64_t, int64_t, int64_t, int64_t, C*, int64_t); \
+  template void pack_panel(const FourBit&, int64_t, int64_t, int64_t, C*);                  \
+  template void decode_all(const FourBit&, C*);
 LORA_KERNELS_INSTANTIATE(float)
 LORA_KERNELS_INSTANTIATE(BFloat16)
 #undef LORA_KERNELS_INSTANTIATE
-template void decode_all(const FourBit&, float*);
-template void decode_all(const FourBit&, BFloat16*);
 template void decode_all(const FourBit&, Half*);
+#if !defined(__AVX512F__)
+template void decode<BFloat16>(const FourBit&, int64_t, int64_t, int64_t, int64_t, float*, int64_t);
+#endif
 
 }  // namespace lora_kernels

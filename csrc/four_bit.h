@@ -2,6 +2,7 @@
 // mean.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #include "matrix.h"
@@ -27,10 +28,15 @@ struct FourBit {
   int64_t columns() const { return inner ? rows : cols; }
 };
 
+inline int shift_of(const FourBit& w) { return std::countr_zero(static_cast<uint64_t>(w.block)); }
+
+// The scales of `count` blocks from `first` on.
+void scales_of(const FourBit& w, int64_t first, int64_t count, float* out);
+
 // Rows [i0, i1), columns [j0, j1) of w as out[i - i0][ld]: code times absmax in float32, rounded
-// once to C.
-template <typename C>
-void decode(const FourBit& w, int64_t i0, int64_t i1, int64_t j0, int64_t j1, C* out, int64_t ld);
+// once to C. Out is C, or float for the same values wider.
+template <typename C, typename Out>
+void decode(const FourBit& w, int64_t i0, int64_t i1, int64_t j0, int64_t j1, Out* out, int64_t ld);
 
 // All of w, contiguous, by all threads.
 template <typename C>
@@ -52,5 +58,14 @@ void arrange_rows(int64_t M, int64_t K, const C* x, int64_t ld, C* out);
 template <typename C>
 void product_of_few(int64_t M, int64_t cols, const C* arranged, const FourBit& w, int64_t n,
                     float* c);
+
+// Whether a product of M rows multiplies rows of w as they are decoded, along the inner axis: what
+// a panel of them would cost, transposed, pays for itself on more rows.
+bool multiplies_along_rows(int64_t M, const FourBit& w);
+
+// c [M, kPanel] += x w for columns [n, n + cols) of the product.
+template <typename C>
+void product_along_rows(int64_t M, int64_t cols, const C* x, int64_t ld, const FourBit& w,
+                        int64_t n, float* c);
 
 }  // namespace lora_kernels

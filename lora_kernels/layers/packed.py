@@ -148,8 +148,8 @@ class Packing(nn.Module):
         self.drop_packed()
 
     def drop_packed(self) -> None:
-        """Forget the packed copies of the weight, the norms of DoRA, and a store's packed slots; the
-        next call that wants them makes them anew.
+        """Forget the packed copies of the weight, DoRA's norms and a store's packed slots; the next
+        call that wants them makes them anew.
 
         For code that writes to ``weight`` in a way that leaves no trace, such as through
         ``weight.data`` at a few places, or to the slots through ``lora_A.data``.

@@ -169,6 +169,92 @@ def test_apply_lora_on_what_bitsandbytes_quantised():
     assert torch.equal(model(input_ids=IDS).logits, y)
 
 
+def loaded(folder, dtype=torch.float32):
+    """From disk, by transformers' own quantiser; every linear layer but the head."""
+    llama().save_pretrained(folder)
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=dtype, device_map="cpu"
+    )
+
+
+def test_a_model_that_transformers_loads_in_four_bits(tmp_path):
+    base = in_full(loaded(tmp_path))
+    assert sum(isinstance(m, bnb.nn.Linear4bit) for m in base.modules()) == 14
+    expected = base(input_ids=IDS).logits
+    model = lk.apply_lora(loaded(tmp_path), r=4, init_lora_weights=False)
+    assert len(lk.lora_report(model).adapted) == 14
+    with lk.record_plans() as answers:
+        found = model(input_ids=IDS).logits
+    assert len(answers) == 14 and all(a.problem.four_bit for a in answers)
+    assert not close(found, expected, 1e-2)
+    with lk.disable_adapter(model):
+        assert close(model(input_ids=IDS).logits, expected)
+    lk.save_adapter(model, tmp_path / "adapter")
+    theirs = in_full(peft.PeftModel.from_pretrained(loaded(tmp_path), tmp_path / "adapter"))
+    assert close(theirs(input_ids=IDS).logits, found)
+    assert close(lk.load_adapter(loaded(tmp_path), tmp_path / "adapter")(IDS).logits, found)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_trainer(checkpointing, tmp_path):
+    model = peft.prepare_model_for_kbit_training(
+        loaded(tmp_path, torch.bfloat16), use_gradient_checkpointing=checkpointing
+    )
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    report = lk.accelerate_peft(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=6,
+        learning_rate=1e-2,
+        logging_steps=1,
+        gradient_checkpointing=checkpointing,
+        per_device_train_batch_size=2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.1
+    # Recomputing a block ends before its last layer, whose result nobody saved.
+    assert report.calls.fused == 6 * (14 + 12 * checkpointing)
+    assert not report.calls.fallen_back
+    for old, parameter in zip(before, model.parameters(), strict=True):
+        assert torch.equal(old, parameter) != parameter.requires_grad
+
+
+@pytest.mark.parametrize("how", ["apply_lora", "accelerate_peft"])
+def test_compiled(how, tmp_path):
+    if how == "apply_lora":
+        model = lk.apply_lora(loaded(tmp_path), r=4, init_lora_weights=False)
+    else:
+        model = adapted()
+        lk.accelerate_peft(model)
+    model.eval()
+    block = (model if how == "apply_lora" else model.base_model.model).model.layers[0].mlp
+    x = torch.randn(2, 5, 64)
+    leaves = [x.requires_grad_(), *(p for p in block.parameters() if p.requires_grad)]
+    expected = block(x)
+    gradients = torch.autograd.grad(expected.square().sum(), leaves)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    found = compiled(x)
+    assert torch.equal(found, expected)
+    for one, other in zip(
+        torch.autograd.grad(found.square().sum(), leaves), gradients, strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_eight_bits_are_left_to_peft_with_a_reason():
     layer = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
     with pytest.raises(TypeError, match="Linear8bitLt"):
