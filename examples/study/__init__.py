@@ -11,4 +11,5 @@ again until its settings, its sources or the base model change.
 QUESTIONS = (
     "rank",
     "merging",
+    "variants",
 )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import random
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -198,10 +200,40 @@ class Lab:
             turns.reverse()
         return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
+    def sweep(
+        self,
+        title: str,
+        names: Iterable[str],
+        rates: Sequence[float],
+        run: Callable[[str, float, int], Run],
+    ) -> dict[str, dict[float, list[Run]]]:
+        """What ``run(name, rate, seed)`` returns for all seeds, by name and learning rate."""
+        found: dict[str, dict[float, list[Run]]] = {n: {r: [] for r in rates} for n in names}
+        # The seeds outermost: what the machine does meanwhile falls on all alike.
+        for seed, name, rate in self.each(title, itertools.product(self.seeds, found, rates)):
+            found[name][rate].append(run(name, rate, seed))
+        return found
+
     @staticmethod
     def each(title: str, items: Iterable[T], unit: str = "run") -> Iterable[T]:
         """``items``, behind a progress bar."""
         return tqdm(list(items), desc=title, unit=unit)
+
+
+def peft_model(model: Any, config: Any) -> Any:
+    """PEFT's model of a configuration."""
+    import peft
+
+    with warnings.catch_warnings():
+        # PEFT 0.21 reads an attribute that transformers 5.23 has renamed. And it says that it sets
+        # fan_in_fan_out, which GPT-2's layers need.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|fan_in_fan_out is set")
+        return peft.get_peft_model(model, config)
+
+
+def best_rate(runs: dict[float, list[Run]]) -> float:
+    """The learning rate with the least held-out loss, in the mean of its runs."""
+    return min(runs, key=lambda rate: statistics.fmean(run.held_out for run in runs[rate]))
 
 
 # Of a budget: what does not change the base.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
+from typing import Any
 
 NO_DIFFERENCE = "no difference beyond the seeds'"
 
@@ -53,3 +54,42 @@ def listed(words: Sequence[str]) -> str:
     """ "a, b and c"."""
     *first, last = words
     return f"{', '.join(first)} and {last}" if first else last
+
+
+def changes(after: dict[str, Sequence[float]], before: Sequence[float]) -> str:
+    """``change`` of several: "falls by 0.0123 with A and rises by 0.0045 with B and C"."""
+    said: dict[str, list[str]] = {}
+    for name, values in after.items():
+        said.setdefault(change(values, before), []).append(name)
+    return listed([f"{what} with {listed(names)}" for what, names in said.items()])
+
+
+def beside(a: Sequence[float], others: dict[str, Sequence[float]], digits: int = 4) -> str:
+    """Where ``a`` lies: "0.0123 below X, 0.0045 above Y and with no difference ... to Z"."""
+    apart = {name: gap(a, values) for name, values in others.items()}
+    said = [
+        f"{abs(difference):.{digits}f} {'below' if difference < 0 else 'above'} {name}"
+        for name, difference in apart.items()
+        if difference
+    ]
+    same = [name for name, difference in apart.items() if not difference]
+    return listed([*said, f"with {NO_DIFFERENCE} to {' or '.join(same)}"] if same else said)
+
+
+def ranges(values: Iterable[Sequence[float]]) -> dict[str, Any]:
+    """The seeds' means and how far they reach below and above, as ``errorbar`` takes them."""
+    below, means, above = zip(*((min(v), fmean(v), max(v)) for v in values), strict=True)
+    down = [mean - low for low, mean in zip(below, means, strict=True)]
+    up = [high - mean for high, mean in zip(above, means, strict=True)]
+    return {"y": means, "yerr": [down, up], "capsize": 3}
+
+
+def costs(ax: Any, names: Sequence[str], shares: dict[str, Sequence[float]], whose: str) -> None:
+    """Bars of what each of ``names`` takes of several things, where ``whose`` is 1."""
+    for place, (label, values) in enumerate(shares.items()):
+        at = [index + 0.27 * (place - (len(shares) - 1) / 2) for index in range(len(names))]
+        ax.bar(at, values, 0.25, color=(BLUE, ORANGE, GREEN)[place], label=label)
+    ax.axhline(1, color="black", linewidth=0.8)
+    ax.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names], fontsize=8)
+    ax.set_ylabel(f"beside {whose}")
+    ax.legend()
