@@ -11,5 +11,6 @@ again until its settings, its sources or the base model change.
 QUESTIONS = (
     "rank",
     "merging",
+    "four_bit",
     "variants",
 )
