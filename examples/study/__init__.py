@@ -12,5 +12,6 @@ QUESTIONS = (
     "rank",
     "merging",
     "four_bit",
+    "vision",
     "variants",
 )
