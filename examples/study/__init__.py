@@ -11,6 +11,7 @@ again until its settings, its sources or the base model change.
 QUESTIONS = (
     "rank",
     "merging",
+    "methods",
     "adalora",
     "four_bit",
     "vision",

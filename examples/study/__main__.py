@@ -90,7 +90,7 @@ def _made_from(name: str, study: Study, base: str, origin: dict[str, Any]) -> di
     """What a result depends on; with any other it is measured anew."""
     from .lab import sources
 
-    own = (ROOT / "examples/study" / file for file in (f"{name}.py", "lab.py"))
+    own = (ROOT / "examples/study" / file for file in (f"{name}.py", "lab.py", "houlsby.py"))
     made_from = {
         "budget": asdict(study.budget),
         "model": study.settings.model,
