@@ -19,7 +19,7 @@ from bench.tables import Table, count, number
 
 from ..demo.training import loss_of
 from .lab import Lab, Run, best_rate, peft_model
-from .wording import BLUE, beside, ranges, spread, times
+from .wording import BLUE, beside, heat_map, ranges, spread, times
 
 QUESTION = "Do ranks that move to where they are needed bring more than fixed ones?"
 AXES = 2
@@ -141,10 +141,6 @@ def plot(content: dict[str, Any], axes: Any) -> None:
     losses.margins(x=0.2)
     losses.set_ylabel("held-out loss, with the seeds' range")
     ranks = by_place(next(row["ranks"] for row in rows if row["name"] == ADA))
-    blocks = list(dict.fromkeys(block for of_kind in ranks.values() for block in of_kind))
-    grid = [[of_kind.get(block, float("nan")) for of_kind in ranks.values()] for block in blocks]
-    picture = heat.imshow(grid, cmap="Blues", vmin=0, vmax=FIRST, aspect="auto")
-    heat.set_xticks(range(len(ranks)), ranks, fontsize=8)
-    heat.set_yticks(range(len(blocks)), blocks)
+    heat_map(heat, ranks, FIRST)
     heat.set_ylabel("block")
-    heat.figure.colorbar(picture, label=f"ranks left of {FIRST}, the seeds' mean")
+    heat.set_title(f"ranks that {ADA} has left of {FIRST}, the seeds' mean", fontsize=10)

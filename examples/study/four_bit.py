@@ -105,13 +105,17 @@ def finding(content: dict[str, Any]) -> str:
 
 def plot(content: dict[str, Any], axes: Any) -> None:
     losses, bars = axes
-    rows = content["rows"]
-    names = [row["name"].replace(" ", "\n") for row in rows]
-    reach = ranges(row["after"] for row in rows)
-    losses.plot(names, [row["before"] for row in rows], "o", color=GREY, label="before training")
-    losses.errorbar(names, fmt="o", color=BLUE, label="after", **reach)
-    losses.set_ylabel("held-out loss, with the seeds' range")
+    plain, *four = rows = content["rows"]
+    # Of the same seed, which draws the same batches.
+    after = [[a - b for a, b in zip(r["after"], plain["after"], strict=True)] for r in four]
+    before = [row["before"] - plain["before"] for row in four]
+    names = [row["name"] for row in four]
+    losses.plot(names, before, "o", color=GREY, label="before training")
+    losses.errorbar(names, fmt="o", color=BLUE, label="after", **ranges(after))
+    losses.axhline(0, color="black", linewidth=0.8)
+    losses.margins(x=0.15)
+    losses.set_ylabel(f"held-out loss above {PLAIN}'s, with the seeds' range")
     keys = {"weights": "bytes", "a step": "step_s", "inference": "infer_s"}
-    shares = {label: [row[key] / rows[0][key] for row in rows] for label, key in keys.items()}
-    costs(bars, names, shares, PLAIN)
+    shares = {label: [row[key] / plain[key] for row in rows] for label, key in keys.items()}
+    costs(bars, [row["name"] for row in rows], shares, PLAIN)
     losses.legend()

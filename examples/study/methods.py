@@ -29,7 +29,7 @@ LORA, HOULSBY, PREFIX, BITFIT, FULL = "LoRA", "bottleneck", "prefix", "BitFit", 
 SIZED = {LORA: "LoRA of rank {}", HOULSBY: "bottleneck of width {}", PREFIX: "prefix of {} tokens"}
 RANKS = (1, 4)
 # Times the lab's.
-RATES = (0.3, 1.0, 3.0, 10.0, 30.0)
+RATES = (0.3, 1.2, 5.0, 20.0)
 
 
 def adapted(lab: Lab, method: str, size: int, seed: int = 0) -> Any:

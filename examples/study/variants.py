@@ -111,6 +111,8 @@ def plot(content: dict[str, Any], axes: Any) -> None:
     held_out.set_xscale("log")
     held_out.set_xticks(rates := content["rows"][0]["rates"], [f"{rate:g}" for rate in rates])
     held_out.minorticks_off()
+    # Rates at which training diverges would leave no room for the others.
+    held_out.set_ylim(top=min(held_out.get_ylim()[1], 1.05 * content["rows"][0]["losses"][0]))
     held_out.set_xlabel("learning rate (LoRA+: of A)")
     held_out.set_ylabel("held-out loss, with the seeds' range")
     curves.set_xlabel("step")

@@ -30,7 +30,7 @@ BATCH = 25
 HEAD, FULL = "the head alone", "everything"
 LORA = {f"LoRA of rank {rank}": rank for rank in (1, 4, 16)}
 METHODS = (HEAD, *LORA, FULL)
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (2e-3, 8e-3)
 
 
 def digits(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -145,5 +145,6 @@ def plot(content: dict[str, Any], axes: Any) -> None:
     for row, x, y in zip(rows, counts, reach["y"], strict=True):
         axes.annotate(row["method"], (x, y), (4, -12), textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
+    axes.margins(x=0.15)
     axes.set_xlabel("trained parameters")
     axes.set_ylabel("unseen images recognised, %")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from statistics import fmean
+from textwrap import fill
 from typing import Any
 
 NO_DIFFERENCE = "no difference beyond the seeds'"
@@ -50,10 +52,10 @@ def mib(size: float) -> str:
     return f"{size / 2**20:,.1f}"
 
 
-def listed(words: Sequence[str]) -> str:
+def listed(words: Sequence[str], last_word: str = "and") -> str:
     """ "a, b and c"."""
     *first, last = words
-    return f"{', '.join(first)} and {last}" if first else last
+    return f"{', '.join(first)} {last_word} {last}" if first else last
 
 
 def changes(after: dict[str, Sequence[float]], before: Sequence[float]) -> str:
@@ -73,7 +75,7 @@ def beside(a: Sequence[float], others: dict[str, Sequence[float]], digits: int =
         if difference
     ]
     same = [name for name, difference in apart.items() if not difference]
-    return listed([*said, f"with {NO_DIFFERENCE} to {' or '.join(same)}"] if same else said)
+    return listed([*said, f"with {NO_DIFFERENCE} to {listed(same, 'or')}"] if same else said)
 
 
 def ranges(values: Iterable[Sequence[float]]) -> dict[str, Any]:
@@ -90,6 +92,23 @@ def costs(ax: Any, names: Sequence[str], shares: dict[str, Sequence[float]], who
         at = [index + 0.27 * (place - (len(shares) - 1) / 2) for index in range(len(names))]
         ax.bar(at, values, 0.25, color=(BLUE, ORANGE, GREEN)[place], label=label)
     ax.axhline(1, color="black", linewidth=0.8)
-    ax.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names], fontsize=8)
+    ax.set_xticks(
+        range(len(names)), [fill(name, 11, break_on_hyphens=False) for name in names], fontsize=7
+    )
     ax.set_ylabel(f"beside {whose}")
-    ax.legend()
+    ax.margins(y=0.15)
+    ax.legend(loc="upper center", ncols=len(shares))
+
+
+def heat_map(ax: Any, columns: dict[str, dict[str, float]], most: float, digits: int = 1) -> None:
+    """Numbers from 0 to ``most``, by column and row; where a column has none it is empty."""
+    rows = list(dict.fromkeys(row for values in columns.values() for row in values))
+    grid = [[values.get(row, math.nan) for values in columns.values()] for row in rows]
+    ax.imshow(grid, cmap="Blues", vmin=0, vmax=most, aspect="auto")
+    for y, line in enumerate(grid):
+        for x, value in enumerate(line):
+            if not math.isnan(value):
+                colour = "white" if value > most / 2 else "black"
+                ax.text(x, y, f"{value:.{digits}f}", ha="center", va="center", color=colour)
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
