@@ -15,7 +15,19 @@ import lora_kernels as lk
 from bench.tables import Table, count, number
 
 from .lab import Lab
-from .wording import BLUE, GREEN, NO_DIFFERENCE, ORANGE, change, gap, listed, mib, spread, times
+from .wording import (
+    BLUE,
+    GREEN,
+    NO_DIFFERENCE,
+    ORANGE,
+    banded,
+    change,
+    gap,
+    listed,
+    mib,
+    spread,
+    times,
+)
 
 QUESTION = "Which rank, and which scaling with it?"
 AXES = 2
@@ -104,10 +116,7 @@ def plot(content: dict[str, Any], axes: Any) -> None:
     ranks = [row["rank"] for row in rows]
     for name, colour in _COLOURS.items():
         values = [row["held_out"][name] for row in rows]
-        losses.plot(ranks, [fmean(v) for v in values], "o-", color=colour, label=name)
-        losses.fill_between(
-            ranks, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15
-        )
+        banded(losses, ranks, values, color=colour, label=name)
     losses.set_ylabel("held-out loss, with the seeds' range")
     for key, label, colour in (
         ("parameters", "trained parameters", ORANGE),

@@ -112,3 +112,10 @@ def heat_map(ax: Any, columns: dict[str, dict[str, float]], most: float, digits:
                 ax.text(x, y, f"{value:.{digits}f}", ha="center", va="center", color=colour)
     ax.set_xticks(range(len(columns)), columns)
     ax.set_yticks(range(len(rows)), rows)
+
+
+def banded(ax: Any, at: Sequence[float], values: Sequence[Sequence[float]], **look: Any) -> None:
+    """The seeds' means as a line, in a band of the seeds' range."""
+    (line,) = ax.plot(at, [fmean(v) for v in values], "o-", **look)
+    low, high = ([extreme(v) for v in values] for extreme in (min, max))
+    ax.fill_between(at, low, high, color=line.get_color(), alpha=0.15)
