@@ -11,7 +11,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,7 +25,7 @@ from lora_kernels.integrations.compare_memory import SavedTensors, step_peak
 
 from ..demo import training
 from ..demo.settings import Settings
-from ..demo.text import Corpus, finetuning_corpus, pretraining_text
+from ..demo.text import finetuning_corpus, pretraining_text
 from ..demo.training import Loss, clock, loss_of, optimized, rate_share
 from .settings import Budget
 
@@ -60,7 +60,7 @@ class Lab:
         rate: a learning rate for adapters that suits the base.
         device, tokenizer: the base's.
         base: the model itself, never to be written to; ``fresh()`` copies it.
-        rows, held_out: int64 [blocks, context], to train on and to evaluate on.
+        rows, held_out: int64 [blocks, context], to train on and to evaluate on, of the ``corpus``.
         out: the study's folder, for files.
     """
 
@@ -73,9 +73,9 @@ class Lab:
         self.rate, self.out = settings.rate, settings.out
         self.device = training.DEVICE
         self.tokenizer = training.load_tokenizer(settings)
-        corpus = finetuning_corpus(settings.data)
+        self.corpus = corpus = finetuning_corpus(settings.data)
         self.rows, self.held_out = training.finetuning_rows(settings, self.tokenizer, corpus)
-        self.base = training.load_model(settings) if settings.model else self._own_base(corpus)
+        self.base = training.load_model(settings) if settings.model else self._own_base()
         self.base.to(self.device).eval().requires_grad_(False)
         self.before = self.evaluate(self.base)
         size = count(sum(parameter.numel() for parameter in self.base.parameters()))
@@ -88,7 +88,7 @@ class Lab:
         )
         self.digest = _digest([*self.base.parameters(), self.rows, self.held_out])
 
-    def _own_base(self, corpus: Corpus) -> Any:
+    def _own_base(self) -> Any:
         """The small GPT-2, pre-trained on text that is not the corpus; once, then from a file."""
         folder = self.out / "base"
         mark = folder / "made_from.json"
@@ -96,20 +96,27 @@ class Lab:
             "budget": {k: v for k, v in asdict(self.budget).items() if k not in _OF_QUESTIONS},
             # The text is this Python's library, without the corpus.
             "python": sys.version,
-            "without": sorted(map(str, corpus.files)),
+            "without": sorted(map(str, self.corpus.files)),
             "sources": sources(Path(training.__file__)),
             "device": self.device.type,
         }
         made_from = json.loads(json.dumps(made_from))
         if not mark.exists() or json.loads(mark.read_text()) != made_from:
-            model = training.new_model(self.settings, self.tokenizer).to(self.device)
-            text = pretraining_text(without=corpus.files)
-            rows = training.rows_of(self.tokenizer, text, self.settings.context)
-            training.pretrain(self.settings, model, rows)
+            model = self.pretrain(training.new_model(self.settings, self.tokenizer))
             model.save_pretrained(folder)
             mark.write_text(json.dumps(made_from))
         # From the file the first time too: what follows starts from the same bits.
         return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+    def pretrain(self, model: Any, share: float = 1.0) -> Any:
+        """Train all of a new model on text that is not the corpus, for a share of the base's time;
+        returns it in evaluation mode, frozen."""
+        seconds = share * self.settings.pretrain_seconds
+        settings = replace(self.settings, pretrain_seconds=seconds)
+        text = pretraining_text(without=self.corpus.files)
+        rows = training.rows_of(self.tokenizer, text, settings.context)
+        training.pretrain(settings, model.to(self.device), rows)
+        return model.eval().requires_grad_(False)
 
     def fresh(self, seed: int = 0) -> Any:
         """A copy of the base, all of it frozen; what is drawn next (an adapter) is the seed's."""
