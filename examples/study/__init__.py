@@ -10,6 +10,7 @@ again until its settings, its sources or the base model change.
 # In the order of their numbers; each is a module of this package.
 QUESTIONS = (
     "rank",
+    "initial",
     "merging",
     "methods",
     "adalora",

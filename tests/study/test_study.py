@@ -85,7 +85,7 @@ def test_wrong_arguments_are_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "file").write_text("")
     wrong = {
-        ("rnak",): r"no question 'rnak'; there are 1 rank, .*2 merging",
+        ("rnak",): r"no question 'rnak'; there are 1 rank, .* merging",
         ("0",): "no question '0'",
         ("99",): "no question '99'",
         ("rank", "--data", f"{tmp_path}/missing.txt"): "no file or directory .*missing.txt",

@@ -1,0 +1,140 @@
+"""How should A and B start?
+
+PEFT initialises, and ``lk.accelerate_peft`` trains it on our kernels. With B zero (A Kaiming or
+gaussian) the adapter adds nothing at first; "orthogonal" makes both non-zero with B A = 0; PiSSA
+(Meng et al., 2024) moves the weight's largest singular values into B A. Each way gets the best of
+several learning rates, for none suits them all.
+"""
+
+from __future__ import annotations
+
+import warnings
+from itertools import accumulate, product
+from statistics import fmean
+from typing import Any
+
+import peft
+
+import lora_kernels as lk
+from bench.tables import Table
+
+from .lab import Lab
+from .wording import BLUE, GREEN, GREY, ORANGE, PURPLE, banded, change, listed, spread
+
+QUESTION = "How should A and B start?"
+AXES = 2
+
+RANK = 8
+ZERO = "B zero"
+# PEFT's `init_lora_weights`.
+WAYS: dict[str, bool | str] = {
+    ZERO: True,
+    "both Kaiming": False,
+    "gaussian": "gaussian",
+    "orthogonal": "orthogonal",
+    "PiSSA": "pissa",
+}
+_COLOURS = dict(zip(WAYS, (GREY, ORANGE, GREEN, PURPLE, BLUE), strict=True))
+# Of the lab's learning rate.
+SHARES = (0.5, 1.0, 2.0)
+# A start within this of the base's loss is the base's: PiSSA's singular values are rounded.
+SAME = 1e-3
+
+
+def measure(lab: Lab) -> dict[str, Any]:
+    rates = [lab.rate * share for share in SHARES]
+    starts: dict[str, list[float]] = {way: [] for way in WAYS}
+    runs: dict[tuple[str, float], list[Any]] = {key: [] for key in product(WAYS, rates)}
+    for seed, (way, rate) in lab.each("initial", product(lab.seeds, runs)):
+        model = adapted(lab.fresh(seed), WAYS[way])
+        if rate == rates[0]:
+            starts[way].append(lab.evaluate(model))
+        runs[way, rate].append(lab.finetune(model, seed=seed, rate=rate, steps=lab.steps // 2))
+    rows = []
+    for way in WAYS:
+        held_out = [[run.held_out for run in runs[way, rate]] for rate in rates]
+        best = min(range(len(rates)), key=lambda i: fmean(held_out[i]))
+        losses = zip(*(run.losses for run in runs[way, rates[best]]), strict=True)
+        rows.append(
+            {
+                "way": way,
+                "start": starts[way],
+                "held_out": held_out,
+                "losses": [fmean(each) for each in losses],
+            }
+        )
+    return {"rows": rows, "rates": rates, "steps": lab.steps // 2, "before": lab.before}
+
+
+def adapted(base: Any, way: bool | str) -> Any:
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=RANK, target_modules="all-linear", init_lora_weights=way
+    )
+    with warnings.catch_warnings():
+        # Of Conv1D, whose weight PEFT sees to be stored the other way round.
+        warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)
+        # PEFT 0.21 reads an attribute that transformers 5.23 has renamed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        model = peft.get_peft_model(base, config)
+    lk.accelerate_peft(model)
+    return model
+
+
+def table(content: dict[str, Any]) -> Table:
+    head = ["start", "held-out loss at step 0"]
+    head += [f"after, rate {rate:g}" for rate in content["rates"]]
+    body = [
+        [row["way"], spread(row["start"]), *map(spread, row["held_out"])] for row in content["rows"]
+    ]
+    return head, body
+
+
+def best(row: dict[str, Any]) -> list[float]:
+    """The seeds' losses at the rate that suits the row."""
+    return min(row["held_out"], key=fmean)
+
+
+def finding(content: dict[str, Any]) -> str:
+    rows, before = content["rows"], content["before"]
+    # The seed that is farthest from the base.
+    away = {row["way"]: max((s - before for s in row["start"]), key=abs) for row in rows}
+    same = [way for way, apart in away.items() if abs(apart) < SAME]
+    others = [
+        f"with {way} it is up to {abs(apart):.4f} {'above' if apart > 0 else 'below'} it"
+        for way, apart in away.items()
+        if way not in same
+    ]
+    first = [f"the base's with {listed(same)}"] * bool(same) + others
+    zero = next(row for row in rows if row["way"] == ZERO)
+    said: dict[str, list[str]] = {}
+    for row in rows:
+        if row is not zero:
+            said.setdefault(change(best(row), best(zero)), []).append(row["way"])
+    changes = [f"{what} with {listed(ways)}" for what, ways in said.items()]
+    return (
+        f"At step 0 the held-out loss is {'; '.join(first)}. After {content['steps']} steps, "
+        f"each start at its best rate, the loss {listed(changes)}, beside {ZERO}."
+    )
+
+
+def plot(content: dict[str, Any], axes: Any) -> None:
+    during, after = axes
+    rows, rates = content["rows"], content["rates"]
+    zero = next(row["losses"] for row in rows if row["way"] == ZERO)
+    for row in rows:
+        colour = _COLOURS[row["way"]]
+        # The batches are the same: what makes one harder than another drops out.
+        apart = accumulate(a - b for a, b in zip(row["losses"], zero, strict=True))
+        means = [total / steps for steps, total in enumerate(apart, 1)]
+        during.plot(range(1, len(means) + 1), means, color=colour, label=row["way"])
+        banded(after, rates, row["held_out"], color=colour, label=row["way"])
+    during.set_xlabel("steps, each start at its best rate")
+    during.set_ylabel(f"mean training loss so far, minus that of {ZERO}")
+    after.axhline(content["before"], color="black", linewidth=0.8, linestyle=":", label="base")
+    after.set_xscale("log")
+    after.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    after.minorticks_off()
+    after.set_xlabel("learning rate")
+    after.set_ylabel("held-out loss afterwards, with the seeds' range")
+    for ax in axes:
+        ax.legend()
