@@ -11,6 +11,7 @@ again until its settings, its sources or the base model change.
 QUESTIONS = (
     "rank",
     "initial",
+    "modules",
     "merging",
     "methods",
     "adalora",
