@@ -12,6 +12,7 @@ QUESTIONS = (
     "rank",
     "initial",
     "modules",
+    "scaling",
     "merging",
     "methods",
     "adalora",
