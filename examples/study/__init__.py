@@ -14,6 +14,7 @@ QUESTIONS = (
     "modules",
     "scaling",
     "merging",
+    "memory",
     "methods",
     "adalora",
     "four_bit",
