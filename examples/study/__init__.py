@@ -15,6 +15,7 @@ QUESTIONS = (
     "scaling",
     "merging",
     "memory",
+    "inference",
     "methods",
     "adalora",
     "four_bit",
