@@ -8,8 +8,7 @@ several learning rates, for none suits them all.
 
 from __future__ import annotations
 
-import warnings
-from itertools import accumulate, product
+from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
@@ -18,8 +17,8 @@ import peft
 import lora_kernels as lk
 from bench.tables import Table
 
-from .lab import Lab
-from .wording import BLUE, GREEN, GREY, ORANGE, PURPLE, banded, change, listed, spread
+from .lab import Lab, Run, best_rate, peft_model
+from .wording import BLUE, GREEN, GREY, ORANGE, PURPLE, banded, changes, listed, spread
 
 QUESTION = "How should A and B start?"
 AXES = 2
@@ -44,22 +43,22 @@ SAME = 1e-3
 def measure(lab: Lab) -> dict[str, Any]:
     rates = [lab.rate * share for share in SHARES]
     starts: dict[str, list[float]] = {way: [] for way in WAYS}
-    runs: dict[tuple[str, float], list[Any]] = {key: [] for key in product(WAYS, rates)}
-    for seed, (way, rate) in lab.each("initial", product(lab.seeds, runs)):
+
+    def run(way: str, rate: float, seed: int) -> Run:
         model = adapted(lab.fresh(seed), WAYS[way])
         if rate == rates[0]:
             starts[way].append(lab.evaluate(model))
-        runs[way, rate].append(lab.finetune(model, seed=seed, rate=rate, steps=lab.steps // 2))
+        return lab.finetune(model, seed=seed, rate=rate, steps=lab.steps // 2)
+
+    runs = lab.sweep("initial", WAYS, rates, run)
     rows = []
     for way in WAYS:
-        held_out = [[run.held_out for run in runs[way, rate]] for rate in rates]
-        best = min(range(len(rates)), key=lambda i: fmean(held_out[i]))
-        losses = zip(*(run.losses for run in runs[way, rates[best]]), strict=True)
+        losses = zip(*(run.losses for run in runs[way][best_rate(runs[way])]), strict=True)
         rows.append(
             {
                 "way": way,
                 "start": starts[way],
-                "held_out": held_out,
+                "held_out": [[run.held_out for run in found] for found in runs[way].values()],
                 "losses": [fmean(each) for each in losses],
             }
         )
@@ -70,12 +69,7 @@ def adapted(base: Any, way: bool | str) -> Any:
     config = peft.LoraConfig(
         r=RANK, lora_alpha=RANK, target_modules="all-linear", init_lora_weights=way
     )
-    with warnings.catch_warnings():
-        # Of Conv1D, whose weight PEFT sees to be stored the other way round.
-        warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)
-        # PEFT 0.21 reads an attribute that transformers 5.23 has renamed.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        model = peft.get_peft_model(base, config)
+    model = peft_model(base, config)
     lk.accelerate_peft(model)
     return model
 
@@ -99,21 +93,17 @@ def finding(content: dict[str, Any]) -> str:
     # The seed that is farthest from the base.
     away = {row["way"]: max((s - before for s in row["start"]), key=abs) for row in rows}
     same = [way for way, apart in away.items() if abs(apart) < SAME]
-    others = [
+    said = [
         f"with {way} it is up to {abs(apart):.4f} {'above' if apart > 0 else 'below'} it"
         for way, apart in away.items()
         if way not in same
     ]
-    first = [f"the base's with {listed(same)}"] * bool(same) + others
+    said[:0] = [f"the base's with {listed(same)}"] * bool(same)
     zero = next(row for row in rows if row["way"] == ZERO)
-    said: dict[str, list[str]] = {}
-    for row in rows:
-        if row is not zero:
-            said.setdefault(change(best(row), best(zero)), []).append(row["way"])
-    changes = [f"{what} with {listed(ways)}" for what, ways in said.items()]
+    others = {row["way"]: best(row) for row in rows if row is not zero}
     return (
-        f"At step 0 the held-out loss is {'; '.join(first)}. After {content['steps']} steps, "
-        f"each start at its best rate, the loss {listed(changes)}, beside {ZERO}."
+        f"At step 0 the held-out loss is {'; '.join(said)}. After {content['steps']} steps, "
+        f"each start at its best rate, the loss {changes(others, best(zero))}, beside {ZERO}."
     )
 
 

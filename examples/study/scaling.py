@@ -6,14 +6,13 @@ rate does, so both are asked together, in runs of half the steps.
 
 from __future__ import annotations
 
-from itertools import product
 from statistics import fmean
 from typing import Any
 
 import lora_kernels as lk
 from bench.tables import Table
 
-from .lab import Lab
+from .lab import Lab, Run
 from .wording import NO_DIFFERENCE, banded, gap, spread
 
 QUESTION = "Which alpha, and which learning rate with it?"
@@ -27,12 +26,15 @@ SHARES = (0.25, 1.0, 4.0)
 
 def measure(lab: Lab) -> dict[str, Any]:
     rates, steps = [lab.rate * share for share in SHARES], lab.steps // 2
-    runs: dict[tuple[float, float], list[float]] = {key: [] for key in product(FACTORS, rates)}
-    for seed, (factor, rate) in lab.each("scaling", product(lab.seeds, runs)):
-        model = lk.apply_lora(lab.fresh(seed), r=RANK, lora_alpha=factor * RANK)
-        runs[factor, rate].append(lab.finetune(model, seed=seed, rate=rate, steps=steps).held_out)
+
+    def run(factor: str, rate: float, seed: int) -> Run:
+        model = lk.apply_lora(lab.fresh(seed), r=RANK, lora_alpha=float(factor) * RANK)
+        return lab.finetune(model, seed=seed, rate=rate, steps=steps)
+
+    runs = lab.sweep("scaling", map(str, FACTORS), rates, run)
     rows = [
-        {"factor": factor, "held_out": [runs[factor, rate] for rate in rates]} for factor in FACTORS
+        {"factor": float(factor), "held_out": [[run.held_out for run in r] for r in found.values()]}
+        for factor, found in runs.items()
     ]
     return {"rows": rows, "rates": rates, "steps": steps, "before": lab.before}
 
