@@ -18,7 +18,7 @@ import lora_kernels as lk
 from bench.tables import Table, count, number
 
 from ..demo.training import loss_of
-from .lab import Lab, Run, best_rate, peft_model
+from .lab import Lab, Run, peft_model
 from .wording import BLUE, beside, heat_map, ranges, spread, times
 
 QUESTION = "Do ranks that move to where they are needed bring more than fixed ones?"
@@ -71,10 +71,10 @@ def by_place(ranks: dict[str, float]) -> dict[str, dict[str, float]]:
 
 
 def measure(lab: Lab) -> dict[str, Any]:
-    left: dict[tuple[str, float], list[dict[str, int]]] = {}
+    left: dict[int, dict[str, int]] = {}
 
     def run(name: str, rate: float, seed: int) -> Run:
-        options: Any = {"seed": seed, "rate": rate, "steps": 2 * lab.steps}
+        options: Any = {"seed": seed, "rate": rate, "steps": 3 * lab.steps // 2}
         if name == ADA:
             model = adaptive(lab, seed, options["steps"])
             options |= {"loss": loss, "after_step": model.base_model.update_and_allocate}
@@ -85,22 +85,22 @@ def measure(lab: Lab) -> dict[str, Any]:
             model = lk.apply_lora(lab.fresh(seed), r=FIXED[name], lora_alpha=SCALE * FIXED[name])
             found = lab.finetune(model, **options)
             ranks = dict.fromkeys(lk.lora_report(model).adapted, FIXED[name])
-        left.setdefault((name, rate), []).append(ranks)
+        left[id(found)] = ranks
         return found
 
-    runs = lab.sweep("adalora", NAMES, [share * lab.rate for share in RATES], run)
+    rates = [share * lab.rate for share in RATES]
     rows = []
-    for name, tried in runs.items():
-        rate = best_rate(tried)
-        ranks = left[name, rate]
+    for name, (rate, runs, _) in lab.tuned("adalora", NAMES, rates, run).items():
+        ranks = [left[id(run)] for run in runs]
         rows.append(
             {
                 "name": name,
                 "rate": rate,
-                "parameters": tried[rate][0].parameters,
-                "held_out": [run.held_out for run in tried[rate]],
+                "parameters": runs[0].parameters,
+                "held_out": [run.held_out for run in runs],
+                # Of every layer, the seeds' mean.
                 "ranks": {layer: fmean(r[layer] for r in ranks) for layer in ranks[0]},
-                "step_s": median(run.step_s for run in tried[rate]),
+                "step_s": median(run.step_s for run in runs),
             }
         )
     return {"rows": rows}

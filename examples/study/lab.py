@@ -52,6 +52,15 @@ class Run(NamedTuple):
     peak_bytes: int | None = None
 
 
+class Tuned(NamedTuple):
+    """The runs of all seeds at one learning rate, the best for the first seed."""
+
+    rate: float
+    runs: list[Run]
+    # The first seed's at every rate.
+    tried: dict[float, Run]
+
+
 class Lab:
     """A frozen base model in evaluation mode, rows of tokens, and the budget.
 
@@ -220,6 +229,28 @@ class Lab:
         for seed, name, rate in self.each(title, itertools.product(self.seeds, found, rates)):
             found[name][rate].append(run(name, rate, seed))
         return found
+
+    def tuned(
+        self,
+        title: str,
+        names: Iterable[str],
+        rates: Sequence[float],
+        run: Callable[[str, float, int], Run],
+    ) -> dict[str, Tuned]:
+        """As ``sweep``, in fewer runs: what is best for the first seed is for the others."""
+        first, *others = self.seeds
+        tried: dict[str, dict[float, Run]] = {name: {} for name in names}
+        for rate, name in self.each(f"{title}, rates", itertools.product(rates, tried)):
+            tried[name][rate] = run(name, rate, first)
+        best = {
+            name: min(runs, key=lambda rate: runs[rate].held_out) for name, runs in tried.items()
+        }
+        chosen = {name: [tried[name][rate]] for name, rate in best.items()}
+        for seed, (name, rate) in self.each(
+            f"{title}, seeds", itertools.product(others, best.items())
+        ):
+            chosen[name].append(run(name, rate, seed))
+        return {name: Tuned(best[name], chosen[name], tried[name]) for name in tried}
 
     @staticmethod
     def each(title: str, items: Iterable[T], unit: str = "run") -> Iterable[T]:

@@ -2,12 +2,12 @@
 
 LoRA runs on this package and is merged for inference; prefix-tuning (Li & Liang, 2021) is PEFT's;
 bottleneck adapters (Houlsby et al., 2019) are in houlsby.py. Prefixes and bottlenecks get as many
-numbers as LoRA of two ranks has; BitFit (Ben Zaken et al., 2022) trains the biases there are. Every
-method takes the best of several learning rates.
+numbers as LoRA of two ranks has; BitFit (Ben Zaken et al., 2022) trains the biases there are.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -19,7 +19,7 @@ from bench.tables import Table, count, number
 
 from ..demo.training import logits
 from .houlsby import ENDS, add_bottlenecks
-from .lab import Lab, Unanswered, best_rate, peft_model
+from .lab import Lab, Run, Unanswered, peft_model
 from .wording import beside, costs, listed, mib, ranges, spread, times
 
 QUESTION = "LoRA, or another way to train few numbers?"
@@ -29,7 +29,7 @@ LORA, HOULSBY, PREFIX, BITFIT, FULL = "LoRA", "bottleneck", "prefix", "BitFit", 
 SIZED = {LORA: "LoRA of rank {}", HOULSBY: "bottleneck of width {}", PREFIX: "prefix of {} tokens"}
 RANKS = (1, 4)
 # Times the lab's.
-RATES = (0.3, 1.2, 5.0, 20.0)
+RATES = (0.3, 3.0, 30.0)
 
 
 def adapted(lab: Lab, method: str, size: int, seed: int = 0) -> Any:
@@ -62,42 +62,44 @@ def matched(lab: Lab, method: str, budget: int, most: int) -> int:
 def measure(lab: Lab) -> dict[str, Any]:
     # A prefix takes positions away from the text, so that has half of them, for all methods.
     half = lab.rows.shape[1] // 2
-    rows, held_out = (r[:, : 2 * half].reshape(-1, half) for r in (lab.rows, lab.held_out))
-    sets: Any = {"rows": rows, "held_out": held_out, "batch": 2 * lab.settings.batch}
+    texts, held_out = (r[:, : 2 * half].reshape(-1, half) for r in (lab.rows, lab.held_out))
     cases = [(method, 0) for method in (BITFIT, FULL) if trained(adapted(lab, method, 0))]
     for rank in RANKS:
         budget = trained(adapted(lab, LORA, rank))
         cases += [(LORA, rank)]
         cases += [(method, matched(lab, method, budget, half)) for method in (HOULSBY, PREFIX)]
-    found, calls = [], {}
-    for method, size in lab.each("methods", cases, "method"):
-        runs: dict[float, list[Any]] = {rate: [] for rate in RATES}
-        for seed in lab.seeds:
-            for rate in RATES if seed == lab.seeds[0] else [best_rate(runs)]:
-                model = adapted(lab, method, size, seed)
-                options = {"seed": seed, "rate": rate * lab.rate, "memory": seed == lab.seeds[-1]}
-                runs[rate].append(lab.finetune(model, **sets, **options))
-            runs = {best_rate(runs): runs[best_rate(runs)]}
-        ((rate, best),) = runs.items()
-        moments = 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        found.append(
+    names = {SIZED.get(method, method).format(size): (method, size) for method, size in cases}
+    models: dict[str, Any] = {}
+
+    def run(name: str, rate: float, seed: int) -> Run:
+        models[name] = adapted(lab, *names[name], seed)
+        options: Any = {"seed": seed, "rate": rate, "memory": seed == lab.seeds[-1]}
+        return lab.finetune(models[name], rows=texts, held_out=held_out, **options)
+
+    rates = [share * lab.rate for share in RATES]
+    tuned = lab.tuned("methods", names, rates, run)
+    for name, (method, _) in names.items():
+        if method == LORA:
+            lk.merge_adapter(models[name])
+    probe = held_out[:8]
+    seconds = lab.in_turns({name: partial(logits, models[name], probe) for name in models})
+    rows = []
+    for name, (rate, runs, _) in tuned.items():
+        moments = 2 * sum(p.nbytes for p in models[name].parameters() if p.requires_grad)
+        rows.append(
             {
-                "name": SIZED.get(method, method).format(size),
-                "method": method,
-                "parameters": best[0].parameters,
-                "rate": rate * lab.rate,
-                "held_out": [run.held_out for run in best],
-                "step_s": median(run.step_s for run in best),
-                "memory_bytes": best[-1].peak_bytes + moments,
+                "name": name,
+                "method": names[name][0],
+                "parameters": runs[0].parameters,
+                "rate": rate,
+                "held_out": [run.held_out for run in runs],
+                "step_s": median(run.step_s for run in runs),
+                "memory_bytes": runs[-1].peak_bytes + moments,
+                "infer_s": seconds[name],
             }
         )
-        if method == LORA:
-            lk.merge_adapter(model)
-        calls[found[-1]["name"]] = lambda model=model: logits(model, held_out[:8])
-    for name, seconds in lab.in_turns(calls).items():
-        next(row for row in found if row["name"] == name)["infer_s"] = seconds
-    found.sort(key=lambda row: row["parameters"])
-    return {"rows": found, "before": lab.evaluate(lab.base, held_out)}
+    rows.sort(key=lambda row: row["parameters"])
+    return {"rows": rows, "before": lab.evaluate(lab.base, held_out)}
 
 
 def table(content: dict[str, Any]) -> Table:

@@ -7,6 +7,7 @@ by PEFT's optimizer. Every variant is tried at several learning rates.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from statistics import fmean, median
 from typing import Any
 
@@ -16,8 +17,8 @@ from peft.optimizers import create_loraplus_optimizer
 import lora_kernels as lk
 from bench.tables import Table, count, number
 
-from .lab import Lab, Run, best_rate
-from .wording import BLUE, GREEN, ORANGE, PURPLE, changes, listed, ranges, spread, times
+from .lab import Lab, Run
+from .wording import BLUE, GREEN, ORANGE, PURPLE, changes, listed, spread, times
 
 QUESTION = "Do LoRA's variants learn more in the same steps?"
 AXES = 2
@@ -52,36 +53,29 @@ def measure(lab: Lab) -> dict[str, Any]:
         return lab.finetune(model, seed=seed, parameters=groups(model, name, rate), rate=rate)
 
     rates = [share * lab.rate for share in RATES]
-    runs = lab.sweep("variants", VARIANTS, rates, run)
-    rows = []
-    for name, tried in runs.items():
-        best = tried[best_rate(tried)]
-        rows.append(
-            {
-                "name": name,
-                "parameters": best[0].parameters,
-                "rates": rates,
-                "held_out": [[run.held_out for run in at_rate] for at_rate in tried.values()],
-                # Of every step, the seeds' mean, at the best rate.
-                "losses": list(map(fmean, zip(*(run.losses for run in best), strict=True))),
-                "step_s": median(run.step_s for at_rate in tried.values() for run in at_rate),
-            }
-        )
-    return {"rows": rows}
-
-
-def best(row: dict[str, Any]) -> list[float]:
-    """The seeds' losses at the row's best rate."""
-    return min(row["held_out"], key=fmean)
+    rows = [
+        {
+            "name": name,
+            "parameters": runs[0].parameters,
+            "rate": rate,
+            # The first seed's, at every rate.
+            "tried": [run.held_out for run in tried.values()],
+            "held_out": [run.held_out for run in runs],
+            # Of every step, the seeds' mean.
+            "losses": list(map(fmean, zip(*(run.losses for run in runs), strict=True))),
+            "step_s": median(run.step_s for run in tried.values()),
+        }
+        for name, (rate, runs, tried) in lab.tuned("variants", VARIANTS, rates, run).items()
+    ]
+    return {"rows": rows, "rates": rates}
 
 
 def table(content: dict[str, Any]) -> Table:
-    rates = content["rows"][0]["rates"]
-    head = ["variant", "trained parameters", *(f"held-out loss at {rate:g}" for rate in rates)]
-    head += ["best of them", "ms / step"]
+    head = ["variant", "trained parameters", *(f"first seed at {r:g}" for r in content["rates"])]
+    head += ["best rate", "held-out loss", "ms / step"]
     body = [
-        [row["name"], count(row["parameters"]), *map(spread, row["held_out"])]
-        + [f"{fmean(best(row)):.4f}", number(row["step_s"] * 1e3)]
+        [row["name"], count(row["parameters"]), *(f"{loss:.4f}" for loss in row["tried"])]
+        + [f"{row['rate']:g}", spread(row["held_out"]), number(row["step_s"] * 1e3)]
         for row in content["rows"]
     ]
     return head, body
@@ -89,7 +83,7 @@ def table(content: dict[str, Any]) -> Table:
 
 def finding(content: dict[str, Any]) -> str:
     plain, *others = content["rows"]
-    said = changes({row["name"]: best(row) for row in others}, best(plain))
+    said = changes({row["name"]: row["held_out"] for row in others}, plain["held_out"])
     slower = [
         f"{times(row['step_s'], plain['step_s'], 'slower', 'faster')} with {row['name']}"
         for row in others
@@ -101,21 +95,24 @@ def finding(content: dict[str, Any]) -> str:
 
 
 def plot(content: dict[str, Any], axes: Any) -> None:
-    held_out, curves = axes
-    for row in content["rows"]:
+    ends, curves = axes
+    rows, rates = content["rows"], content["rates"]
+    plain = rows[0]["losses"]
+    for row in rows:
         colour = _COLOURS[row["name"]]
-        reach = ranges(row["held_out"])
-        held_out.errorbar(row["rates"], fmt="o-", color=colour, label=row["name"], **reach)
-        rate = row["rates"][row["held_out"].index(best(row))]
-        curves.plot(row["losses"], color=colour, label=f"{row['name']}, at {rate:g}")
-    held_out.set_xscale("log")
-    held_out.set_xticks(rates := content["rows"][0]["rates"], [f"{rate:g}" for rate in rates])
-    held_out.minorticks_off()
+        ends.plot(rates, row["tried"], "o-", color=colour, label=row["name"])
+        # The batches are the same: what makes one harder than another drops out.
+        apart = accumulate(a - b for a, b in zip(row["losses"], plain, strict=True))
+        means = [total / steps for steps, total in enumerate(apart, 1)]
+        curves.plot(range(1, len(means) + 1), means, color=colour, label=row["name"])
     # Rates at which training diverges would leave no room for the others.
-    held_out.set_ylim(top=min(held_out.get_ylim()[1], 1.05 * content["rows"][0]["losses"][0]))
-    held_out.set_xlabel("learning rate (LoRA+: of A)")
-    held_out.set_ylabel("held-out loss, with the seeds' range")
+    ends.set_ylim(top=min(ends.get_ylim()[1], 1.05 * plain[0]))
+    ends.set_xscale("log")
+    ends.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    ends.minorticks_off()
+    ends.set_xlabel("learning rate (LoRA+: of A)")
+    ends.set_ylabel("held-out loss, the first seed's")
     curves.set_xlabel("step")
-    curves.set_ylabel("training loss, the seeds' mean")
-    for ax in axes:
-        ax.legend()
+    curves.set_ylabel(f"mean loss so far, minus {PLAIN}'s")
+    ends.legend()
+    curves.legend()

@@ -18,7 +18,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import lora_kernels as lk
 from bench.tables import Table, count, number
 
-from .lab import Lab, Run, Unanswered, best_rate
+from .lab import Lab, Run, Unanswered
 from .wording import BLUE, GREY, beside, ranges, spread
 
 QUESTION = "How few numbers adapt a vision transformer to classes that it has never seen?"
@@ -30,7 +30,7 @@ BATCH = 25
 HEAD, FULL = "the head alone", "everything"
 LORA = {f"LoRA of rank {rank}": rank for rank in (1, 4, 16)}
 METHODS = (HEAD, *LORA, FULL)
-RATES = (2e-3, 8e-3)
+RATES = (1e-3, 3e-3, 1e-2)
 
 
 def digits(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -99,19 +99,16 @@ def measure(lab: Lab) -> dict[str, Any]:
         model = adapted(base, method, seed)
         return lab.finetune(model, seed=seed, rate=rate, steps=2 * lab.steps, **sets)
 
-    runs = lab.sweep("vision", METHODS, RATES, run)
-    rows = []
-    for method, tried in runs.items():
-        rate = best_rate(tried)
-        rows.append(
-            {
-                "method": method,
-                "parameters": tried[rate][0].parameters,
-                "rate": rate,
-                "accuracy": [1 - run.held_out for run in tried[rate]],
-                "step_s": median(run.step_s for run in tried[rate]),
-            }
-        )
+    rows = [
+        {
+            "method": method,
+            "parameters": runs[0].parameters,
+            "rate": rate,
+            "accuracy": [1 - run.held_out for run in runs],
+            "step_s": median(run.step_s for run in runs),
+        }
+        for method, (rate, runs, _) in lab.tuned("vision", METHODS, RATES, run).items()
+    ]
     return {"rows": rows}
 
 

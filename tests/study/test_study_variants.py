@@ -10,8 +10,8 @@ def test_rows(tiny):
     assert [row["name"] for row in rows] == list(variants.VARIANTS)
     assert plain["parameters"] == stable["parameters"] == plus["parameters"] < dora["parameters"]
     for row in rows:
-        assert [len(losses) for losses in row["held_out"]] == [2] * len(variants.RATES)
-        assert len(row["losses"]) == 2
+        assert len(row["tried"]) == len(variants.RATES) and len(row["held_out"]) == 2
+        assert row["held_out"][0] == min(row["tried"]) and len(row["losses"]) == 2
     # B is zero at first, so that the first step's loss is the base's; no variant learns as LoRA.
     assert len({round(row["losses"][0], 5) for row in rows}) == 1
     assert all(row["held_out"] != plain["held_out"] for row in rows[1:])
@@ -31,11 +31,10 @@ def test_two_learning_rates(tiny):
 def test_finding_follows_the_rows(tiny):
     content = tiny.content("variants")
     plain, stable, dora, plus = content["rows"]
-    others = [[9.0, 9.0]] * (len(variants.RATES) - 1)
     for row, losses in zip(
         content["rows"], ([2.0, 2.1], [1.5, 1.6], [2.1, 2.0], [2.5, 2.6]), strict=True
     ):
-        row["held_out"], row["step_s"] = [*others, losses], 1.0
+        row |= {"held_out": losses, "step_s": 1.0}
     dora["step_s"] = 2.0
     said = variants.finding(content)
     assert "falls by 0.5000 with rsLoRA" in said and f"{NO_DIFFERENCE} with DoRA" in said
