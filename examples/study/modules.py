@@ -18,7 +18,7 @@ import lora_kernels as lk
 from bench.tables import Table, count
 
 from .lab import Lab, Unanswered
-from .wording import BLUE, NO_DIFFERENCE, ORANGE, change, gap, listed, spread, times
+from .wording import BLUE, ORANGE, beside, change, spread, times
 
 QUESTION = "Which layers should get an adapter?"
 AXES = 2
@@ -32,12 +32,12 @@ SETS = {
     "GPT-2": {
         "c_attn": ["c_attn"],
         "attention": ["c_attn", "attn.c_proj"],
-        "c_attn, c_proj": ["c_attn", "c_proj"],
+        "c_attn + c_proj": ["c_attn", "c_proj"],
         "MLP": ["c_fc", "mlp.c_proj"],
         ALL: ["c_attn", "c_proj", "c_fc"],
     },
     "Llama": {
-        "q, v": ["q_proj", "v_proj"],
+        "q + v": ["q_proj", "v_proj"],
         "MLP": _MLP,
         ALL: ["q_proj", "k_proj", "v_proj", "o_proj", *_MLP],
     },
@@ -120,13 +120,11 @@ def finding(content: dict[str, Any]) -> str:
         by_rank, by_count = map(change, every["held_out"], few["held_out"])
         more = times(every["parameters"][0], few["parameters"][0], "more", "fewer")
         best, *others = sorted(rows, key=lambda row: fmean(row["held_out"][1]))
-        behind = [r["layers"] for r in others if gap(r["held_out"][1], best["held_out"][1])]
-        lead = f"the sets show {NO_DIFFERENCE}"
-        if behind:
-            lead = f"{best['layers']} is better than {listed(behind)}"
+        theirs = {row["layers"]: row["held_out"][1] for row in others}
         said.append(
             f"{family}: from {few['layers']} to {every['layers']} the held-out loss {by_rank} at "
-            f"rank {RANK} ({more} parameters) and {by_count} at an equal count, where {lead}."
+            f"rank {RANK} ({more} parameters) and {by_count} at an equal count, where the lowest "
+            f"is that of {best['layers']}: {beside(best['held_out'][1], theirs)}."
         )
     return f"After {content['steps']} steps: {' '.join(said)}"
 
@@ -135,15 +133,17 @@ def plot(content: dict[str, Any], axes: Any) -> None:
     families = list(dict.fromkeys(row["base"] for row in content["rows"]))
     for ax, family in zip(axes, families, strict=False):
         rows = [row for row in content["rows"] if row["base"] == family]
-        for kind, colour in enumerate((ORANGE, BLUE)):
-            label = "an equal count of parameters" if kind else f"rank {RANK}"
+        first = rows[0]["held_out"][0]
+        looks = {f"rank {RANK}": ORANGE, "an equal count of parameters": BLUE}
+        for kind, (label, colour) in enumerate(looks.items()):
             for place, row in enumerate(rows):
-                seeds = row["held_out"][kind]
-                at = [place - 0.1 + 0.2 * kind] * len(seeds)
-                ax.plot(seeds, at, "o-", color=colour, label=None if place else label)
+                apart = [a - b for a, b in zip(row["held_out"][kind], first, strict=True)]
+                at = [place - 0.1 + 0.2 * kind] * len(apart)
+                ax.plot(apart, at, "o-", color=colour, label=None if place else label)
         ax.set_yticks(range(len(rows)), [row["layers"] for row in rows])
         ax.invert_yaxis()
-        ax.set(title=family, xlabel="held-out loss, a point for each seed")
-        ax.legend()
+        ax.set_title(family, loc="left")
+        ax.set_xlabel(f"held-out loss minus that of {rows[0]['layers']}, rank {RANK}, by seeds")
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 1))
     for ax in axes[len(families) :]:
         ax.set_axis_off()

@@ -13,7 +13,7 @@ import lora_kernels as lk
 from bench.tables import Table
 
 from .lab import Lab, Run
-from .wording import NO_DIFFERENCE, banded, gap, spread
+from .wording import NO_DIFFERENCE, banded, gap, listed, spread
 
 QUESTION = "Which alpha, and which learning rate with it?"
 AXES = 2
@@ -72,14 +72,16 @@ def finding(content: dict[str, Any]) -> str:
     return (
         f"In runs of {content['steps']} steps, from alpha / r = {rows[0]['factor']:g} to "
         f"{rows[-1]['factor']:g}, the best of the learning rates {moved}; {own} (the lowest is "
-        f"{at}). At one rate for all factors the wrong one costs {', '.join(said)}."
+        f"{at}). At one rate for all factors the worst is above the best by {listed(said)}, from "
+        "seed to seed."
     )
 
 
 def _cost(rows: list[dict[str, Any]], at: int) -> str:
-    """How far the worst factor is above the best at a rate."""
-    losses = sorted((row["held_out"][at] for row in rows), key=fmean)
-    return f"{gap(losses[-1], losses[0]):.4f}"
+    """How far the worst factor is above the best at a rate, from seed to seed."""
+    best, *_, worst = sorted((row["held_out"][at] for row in rows), key=fmean)
+    apart = [a - b for a, b in zip(worst, best, strict=True)]
+    return f"{min(apart):.4f} to {max(apart):.4f}"
 
 
 def plot(content: dict[str, Any], axes: Any) -> None:
@@ -92,18 +94,23 @@ def plot(content: dict[str, Any], axes: Any) -> None:
         colour = colormaps["viridis"](0.85 * at / max(len(rates) - 1, 1))
         values = [row["held_out"][at] for row in rows]
         banded(lines, factors, values, color=colour, label=f"rate {rate:g}")
-    lines.axhline(content["before"], color="black", linewidth=0.8, linestyle=":", label="base")
+    before, means = content["before"], [[fmean(v) for v in row["held_out"]] for row in rows]
+    lines.axhline(before, color="black", linewidth=0.8, linestyle=":", label="base")
     lines.set_xscale("log", base=2)
     lines.set_xticks(factors, [f"{factor:g}" for factor in factors])
     lines.set_xlabel("alpha / r")
     lines.set_ylabel("held-out loss, with the seeds' range")
+    # What is far above the base would hide the differences below it, and has one colour.
+    least = min(min(v) for row in rows for v in row["held_out"])
+    if least < before:
+        lines.set_ylim(1.1 * least - 0.1 * before, 1.5 * before - 0.5 * least)
     lines.legend()
-    means = [[fmean(v) for v in row["held_out"]] for row in rows]
-    # What is worse than no training is one colour.
-    grid.imshow(means, cmap="viridis_r", vmax=content["before"], aspect="auto")
+    most = max(before, min(map(min, means)))
+    image = grid.imshow(means, cmap="viridis_r", vmax=most, aspect="auto")
     for y, line in enumerate(means):
         for x, value in enumerate(line):
-            grid.text(x, y, f"{value:.3f}", ha="center", va="center", color="white")
+            colour = "black" if image.norm(value) < 0.5 else "white"
+            grid.text(x, y, f"{value:.3f}", ha="center", va="center", color=colour)
     grid.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
     grid.set_yticks(range(len(rows)), [f"{factor:g}" for factor in factors])
     grid.set_xlabel("learning rate")

@@ -28,9 +28,10 @@ def test_finding_follows_the_rows(tiny):
     first, second = modules.finding(content).split(" Llama: ")
     assert "GPT-2: from c_attn to all linear the held-out loss falls by 0.5000 at rank 8" in first
     assert "(4.00x more parameters)" in first
-    assert "rises by 0.5000 at an equal count, where c_attn is better than attention, " in first
+    assert "rises by 0.5000 at an equal count, where the lowest is that of c_attn: 0.5000" in first
+    assert "below attention, " in first
     assert f"shows {NO_DIFFERENCE} at rank" in second
-    assert f"where the sets show {NO_DIFFERENCE}" in second
+    assert f"is that of q + v: with {NO_DIFFERENCE} to MLP or all linear" in second
     few["held_out"], every["held_out"] = every["held_out"], few["held_out"]
     assert "rises by 0.5000 at rank 8" in modules.finding(content)
-    assert "all linear is better than c_attn" in modules.finding(content)
+    assert "is that of all linear: 0.5000 below c_attn" in modules.finding(content)
