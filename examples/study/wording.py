@@ -42,9 +42,9 @@ def change(after: Sequence[float], before: Sequence[float], digits: int = 4) -> 
 
 
 def times(a: float, b: float, more: str, less: str) -> str:
-    """``a`` against ``b``: "1.23x MORE" or "1.23x LESS", always above 1; "as much" in between."""
+    """``a`` against ``b``: "1.23x MORE" or "1.23x LESS", always above 1; "the same" in between."""
     if max(a, b) < 1.005 * min(a, b):
-        return "as much"
+        return "the same"
     return f"{a / b:.2f}x {more}" if a > b else f"{b / a:.2f}x {less}"
 
 

@@ -107,5 +107,5 @@ def test_a_difference_must_be_beyond_the_seeds():
     assert wording.change([1.0, 2.0], [1.1, 1.9]) == f"shows {wording.NO_DIFFERENCE}"
     assert wording.times(2, 1, "slower", "faster") == "2.00x slower"
     assert wording.times(1, 2, "slower", "faster") == "2.00x faster"
-    assert wording.times(1, 1.001, "slower", "faster") == "as much"
+    assert wording.times(1, 1.001, "slower", "faster") == "the same"
     assert wording.spread([1.0, 1.5], 2) == "1.25 ± 0.25" and wording.spread([1.0], 2) == "1.00"
