@@ -46,8 +46,8 @@ def measure(lab: Lab) -> dict[str, Any]:
         folder = Path(directory)
         for name in NAMES:
             # Drawn numbers: times and sizes are those of trained ones.
-            model = lk.apply_lora(lab.fresh(int(name)), RANK, init_lora_weights=False)
-            lk.save_adapter(model, folder / name)
+            model = with_shared_weights(lab.base)
+            lk.save_adapter(lk.apply_lora(model, RANK, init_lora_weights=False), folder / name)
         pair = (lk.load_adapter(lab.fresh(), folder / name) for name in NAMES[:2])
         copies = [lk.unload(model, merge=True).eval() for model in pair]
         models = {BASE: lab.base, MERGED: copies[0]}

@@ -17,8 +17,8 @@ import peft
 import lora_kernels as lk
 from bench.tables import Table
 
-from .lab import Lab, Run, best_rate, peft_model
-from .wording import BLUE, GREEN, GREY, ORANGE, PURPLE, banded, changes, listed, spread
+from .lab import Lab, Run, peft_model
+from .wording import BLUE, GREEN, GREY, ORANGE, PURPLE, changes, listed, spread
 
 QUESTION = "How should A and B start?"
 AXES = 2
@@ -41,28 +41,29 @@ SAME = 1e-3
 
 
 def measure(lab: Lab) -> dict[str, Any]:
-    rates = [lab.rate * share for share in SHARES]
-    starts: dict[str, list[float]] = {way: [] for way in WAYS}
+    rates = [share * lab.rate for share in SHARES]
+    starts: dict[str, dict[int, float]] = {way: {} for way in WAYS}
 
     def run(way: str, rate: float, seed: int) -> Run:
         model = adapted(lab.fresh(seed), WAYS[way])
-        if rate == rates[0]:
-            starts[way].append(lab.evaluate(model))
-        return lab.finetune(model, seed=seed, rate=rate, steps=lab.steps // 2)
+        if seed not in starts[way]:
+            starts[way][seed] = lab.evaluate(model)
+        return lab.finetune(model, seed=seed, rate=rate)
 
-    runs = lab.sweep("initial", WAYS, rates, run)
-    rows = []
-    for way in WAYS:
-        losses = zip(*(run.losses for run in runs[way][best_rate(runs[way])]), strict=True)
-        rows.append(
-            {
-                "way": way,
-                "start": starts[way],
-                "held_out": [[run.held_out for run in found] for found in runs[way].values()],
-                "losses": [fmean(each) for each in losses],
-            }
-        )
-    return {"rows": rows, "rates": rates, "steps": lab.steps // 2, "before": lab.before}
+    rows = [
+        {
+            "way": way,
+            "start": list(starts[way].values()),
+            "rate": rate,
+            # The first seed's, at every rate.
+            "tried": [run.held_out for run in tried.values()],
+            "held_out": [run.held_out for run in runs],
+            # Of every step, the seeds' mean.
+            "losses": list(map(fmean, zip(*(run.losses for run in runs), strict=True))),
+        }
+        for way, (rate, runs, tried) in lab.tuned("initial", WAYS, rates, run).items()
+    ]
+    return {"rows": rows, "rates": rates, "before": lab.before}
 
 
 def adapted(base: Any, way: bool | str) -> Any:
@@ -75,17 +76,14 @@ def adapted(base: Any, way: bool | str) -> Any:
 
 
 def table(content: dict[str, Any]) -> Table:
-    head = ["start", "held-out loss at step 0"]
-    head += [f"after, rate {rate:g}" for rate in content["rates"]]
+    head = ["start", "loss at step 0", *(f"first seed at {rate:g}" for rate in content["rates"])]
+    head += ["best rate", "held-out loss"]
     body = [
-        [row["way"], spread(row["start"]), *map(spread, row["held_out"])] for row in content["rows"]
+        [row["way"], spread(row["start"]), *(f"{loss:.4f}" for loss in row["tried"])]
+        + [f"{row['rate']:g}", spread(row["held_out"])]
+        for row in content["rows"]
     ]
     return head, body
-
-
-def best(row: dict[str, Any]) -> list[float]:
-    """The seeds' losses at the rate that suits the row."""
-    return min(row["held_out"], key=fmean)
 
 
 def finding(content: dict[str, Any]) -> str:
@@ -100,10 +98,10 @@ def finding(content: dict[str, Any]) -> str:
     ]
     said[:0] = [f"the base's with {listed(same)}"] * bool(same)
     zero = next(row for row in rows if row["way"] == ZERO)
-    others = {row["way"]: best(row) for row in rows if row is not zero}
+    others = {row["way"]: row["held_out"] for row in rows if row is not zero}
     return (
-        f"At step 0 the held-out loss is {'; '.join(said)}. After {content['steps']} steps, "
-        f"each start at its best rate, the loss {changes(others, best(zero))}, beside {ZERO}."
+        f"At step 0 the held-out loss is {'; '.join(said)}. After {len(zero['losses'])} steps, "
+        f"each start at its best rate, the loss {changes(others, zero['held_out'])}, beside {ZERO}."
     )
 
 
@@ -117,7 +115,7 @@ def plot(content: dict[str, Any], axes: Any) -> None:
         apart = accumulate(a - b for a, b in zip(row["losses"], zero, strict=True))
         means = [total / steps for steps, total in enumerate(apart, 1)]
         during.plot(range(1, len(means) + 1), means, color=colour, label=row["way"])
-        banded(after, rates, row["held_out"], color=colour, label=row["way"])
+        after.plot(rates, row["tried"], "o-", color=colour, label=row["way"])
     during.set_xlabel("steps, each start at its best rate")
     during.set_ylabel(f"mean training loss so far, minus that of {ZERO}")
     after.axhline(content["before"], color="black", linewidth=0.8, linestyle=":", label="base")
@@ -125,6 +123,6 @@ def plot(content: dict[str, Any], axes: Any) -> None:
     after.set_xticks(rates, [f"{rate:g}" for rate in rates])
     after.minorticks_off()
     after.set_xlabel("learning rate")
-    after.set_ylabel("held-out loss afterwards, with the seeds' range")
+    after.set_ylabel("held-out loss afterwards, the first seed's")
     for ax in axes:
         ax.legend()

@@ -269,11 +269,6 @@ def peft_model(model: Any, config: Any) -> Any:
         return peft.get_peft_model(model, config)
 
 
-def best_rate(runs: dict[float, list[Run]]) -> float:
-    """The learning rate with the least held-out loss, in the mean of its runs."""
-    return min(runs, key=lambda rate: statistics.fmean(run.held_out for run in runs[rate]))
-
-
 # Of a budget: what does not change the base.
 _OF_QUESTIONS = {"seconds", "steps", "seeds", "rounds", "quick", "batch", "evaluation_blocks"}
 
