@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import lora_kernels as lk
 from lora_kernels.integrations.compare_memory import SavedTensors, step_peak
+from lora_kernels.spec.four_bit import quant_state_of
 
 from .apart import call_apart
 from .tables import origin, piped, told, write
@@ -61,6 +62,7 @@ class Setting:
     autocast: bool = False
     checkpointing: bool = False
     half_weights: bool = False
+    four_bits: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def settings(micro_batches: int) -> list[Setting]:
     mixed = replace(accumulation, title="+ mixed precision (bfloat16 autocast)", autocast=True)
     checkpointing = replace(mixed, title="+ gradient checkpointing", checkpointing=True)
     half = replace(checkpointing, title="+ frozen weights in bfloat16", half_weights=True)
-    return [BASELINE, accumulation, mixed, checkpointing, half]
+    four = replace(half, title="+ linear layers in four bits (NF4)", four_bits=True)
+    return [BASELINE, accumulation, mixed, checkpointing, half, four]
 
 
 SIZES = {
@@ -219,13 +222,19 @@ def measure(library: str, setting: Setting, size: Size, device: str) -> dict[str
         "saved_bytes": saved.peak,
         "step_peak_bytes": peak,
         "resident_bytes": grown,
-        "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
+        "weight_bytes": sum(map(weight_bytes, model.parameters())),
         "step_s": statistics.median(seconds),
         "steps": len(seconds),
         "tokens_per_s": size.batch * size.tokens / statistics.median(seconds),
         "loss": first_loss,
         "answers": dict(Counter(f"{a.backend}: {a.plan}" for a in answers)),
     }
+
+
+def weight_bytes(parameter: torch.Tensor) -> int:
+    """Of a four-bit weight, its scales too."""
+    quant = quant_state_of(parameter)
+    return parameter.nbytes + (0 if quant is None else quant.nbytes)
 
 
 class Resident:
@@ -271,6 +280,11 @@ def build(library: str, setting: Setting, size: Size, device: str) -> Any:
     model: Any = LlamaForCausalLM(config).to(device=device, dtype=dtype)
     if setting.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if setting.four_bits:
+        if library == OURS:
+            lk.quantize_base(model, compute_dtype=dtype)
+        else:
+            quantize_by_bitsandbytes(model, dtype)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     adapter = {"r": size.rank, "lora_alpha": 2 * size.rank, "lora_dropout": size.dropout}
     if library == OURS:
@@ -282,6 +296,28 @@ def build(library: str, setting: Setting, size: Size, device: str) -> Any:
         if library == SWAPPED:
             lk.accelerate_peft(model)
     return model.train()
+
+
+def quantize_by_bitsandbytes(model: Any, dtype: torch.dtype) -> None:
+    """As transformers loads a model in four bits: every linear layer but the head."""
+    import bitsandbytes
+
+    device = model.device
+    for path, layer in list(model.named_modules()):
+        if not isinstance(layer, torch.nn.Linear) or path == "lm_head":
+            continue
+        four = bitsandbytes.nn.Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            bias=False,
+            compute_dtype=dtype,
+            compress_statistics=True,
+            quant_type="nf4",
+        )
+        four.load_state_dict(layer.state_dict())
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, four.to(device))
+    model.is_loaded_in_4bit = True
 
 
 # The report.

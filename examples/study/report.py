@@ -48,7 +48,11 @@ class Answer(NamedTuple):
 def write(answers: Sequence[Answer], about: Sequence[str], folder: Path) -> list[Path]:
     """The pages and the plots; ``about``: lines for the head. Returns the pages' paths."""
     for answer in answers:
-        draw(answer, folder / f"{answer.name}.png")
+        data, image = (folder / f"{answer.name}.{kind}" for kind in ("json", "png"))
+        # What was measured before was drawn before.
+        drawn = image.exists() and data.exists()
+        if not drawn or image.stat().st_mtime_ns < data.stat().st_mtime_ns:
+            draw(answer, image)
     pages = [folder / name for name in NAMES]
     pages[0].write_text(markdown(answers, about))
     pages[1].write_text(hyper(answers, about, folder))

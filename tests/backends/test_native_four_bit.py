@@ -15,14 +15,15 @@ from lora_kernels.testing.linear import Case, assert_within_budget, naive, poiso
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPS = ["lora_linear_fwd", "lora_linear_dx"]
 
-# Rows that are decoded in registers, in panels, by several blocks of rows; rows of whole blocks, of
-# parts of one, and such as begin in the middle of a byte.
+# Rows that are decoded in registers, row by row, in panels, by several blocks of rows; rows of whole
+# blocks, of parts of one, longer than a stretch, and such as begin in the middle of a byte.
 SIZES = [
     Case(1, 66, 256, 4),
     Case(3, 65, 128, 3),
     Case(4, 70, 1024, 2),
     Case(1, 9, 64, 2),
     Case(5, 128, 192, 8),
+    Case(6, 34, 1160, 2),
     Case(1, 5, 7, 1),
     Case(2, 37, 129, 5),
     Case(33, 65, 41, 3),

@@ -134,14 +134,26 @@ def test_every_trick_is_measured_where_it_matters():
         training_memory.measure(OURS, setting, size, "cpu")
         for setting in training_memory.settings(training_memory.MICRO_BATCHES)
     ]
-    baseline, accumulation, mixed, checkpointing, half = (m["saved_bytes"] for m in measured)
+    baseline, accumulation, mixed, checkpointing, half, four = (m["saved_bytes"] for m in measured)
     assert accumulation < baseline / 3
     assert mixed < accumulation
     assert checkpointing < mixed / 2
-    assert half < checkpointing
+    assert four <= half < checkpointing
     weights = [m["weight_bytes"] for m in measured]
-    assert weights[:4] == weights[:1] * 4 and weights[4] < weights[0]
-    assert not training_memory.problems({str(i): m for i, m in enumerate(measured)}, "cpu")
+    assert weights[:4] == weights[:1] * 4 and weights[5] < weights[4] < weights[0]
+    assert not training_memory.problems({str(i): m for i, m in enumerate(measured[:5])}, "cpu")
+
+
+def test_four_bits_are_those_of_bitsandbytes():
+    pytest.importorskip("bitsandbytes")
+    *_, four = training_memory.settings(training_memory.MICRO_BATCHES)
+    size = training_memory.SIZES["quick"]
+    cells = {
+        library: training_memory.measure(library, four, size, "cpu")
+        for library in (PEFT, OURS, training_memory.SWAPPED)
+    }
+    assert not training_memory.problems(cells, "cpu")
+    assert len({measured["weight_bytes"] for measured in cells.values()}) == 1
 
 
 def test_a_failed_cell_is_told_and_the_others_stand(tmp_path, monkeypatch, capfd):
