@@ -15,8 +15,8 @@ from lora_kernels.testing.linear import Case, assert_within_budget, naive, poiso
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPS = ["lora_linear_fwd", "lora_linear_dx"]
 
-# Rows that are decoded in registers, row by row, in panels, by several blocks of rows; rows of whole
-# blocks, of parts of one, longer than a stretch, and such as begin in the middle of a byte.
+# Rows that are decoded in registers, along rows, in panels, by several blocks of rows; rows of
+# whole blocks, of parts of one, longer than a stretch, and such as begin in the middle of a byte.
 SIZES = [
     Case(1, 66, 256, 4),
     Case(3, 65, 128, 3),
