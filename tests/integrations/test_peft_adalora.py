@@ -151,13 +151,18 @@ def test_a_run_with_a_budget_has_pefts_losses_and_ranks():
     assert len(report.fused) == len(svd_layers(theirs)) and not report.skipped
     batch = small.batch_for(theirs.get_base_model())
     runs = []
-    for model in theirs, ours:
+    for model in theirs, ours, copy.deepcopy(theirs).double():
         model.eval()
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=5e-2)
         runs.append([step(model, optimizer, batch, number) for number in range(14)])
-    for (loss, ranks), (other, expected) in zip(*reversed(runs), strict=True):
-        assert loss == pytest.approx(other, rel=1e-4)
+    # Such steps multiply what is rounded: PEFT's own float32 says by how much.
+    errors = [
+        [abs(loss - exact) for (loss, _), (exact, _) in zip(run, runs[2], strict=True)]
+        for run in runs
+    ]
+    assert max(errors[1]) <= 4 * max(errors[0]) < 1e-3, errors
+    for (_, ranks), (_, expected) in zip(*reversed(runs[:2]), strict=True):
         assert ranks == expected
     losses, patterns = zip(*runs[1], strict=True)
     total = [sum(sum(kept) for kept in pattern.values()) for pattern in patterns if pattern]
