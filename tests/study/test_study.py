@@ -17,8 +17,11 @@ def test_every_question_is_listed_and_short():
     modules = {path.stem for path in SOURCES.glob("*.py")}
     frame = {"__init__", "__main__", "settings", "lab", "report", "wording", "houlsby"}
     assert modules - frame == set(QUESTIONS)
-    for name in QUESTIONS:
+    page = (SOURCES.parents[1] / "docs" / "study.md").read_text()
+    for number, name in enumerate(QUESTIONS, 1):
         assert len((SOURCES / f"{name}.py").read_text().splitlines()) <= 150, name
+        question = import_module(f"examples.study.{name}").QUESTION
+        assert f"| {number} `{name}` | {question} |" in page
 
 
 def test_all_of_it_ends_in_a_report(tiny):
