@@ -17,8 +17,8 @@
 
 namespace lora_kernels {
 
-// The product is rounded before the offset is added,
-// as bitsandbytes does: the barrier keeps the compiler from fusing them.
+// The product is rounded before the offset is added, as bitsandbytes does: the barrier keeps the
+// compiler from fusing them.
 void scales_of(const FourBit& w, int64_t first, int64_t count, float* out) {
   if (w.absmax) {
     std::memcpy(out, w.absmax + first, count * sizeof(float));
@@ -57,6 +57,16 @@ class Codes {
   const float* code_;
 };
 
+// Bytes too few for a vector, one after the other.
+template <typename C, typename Out>
+void decode_rest(const Codes<C>& codes, const uint8_t* bytes, int64_t count, float scale,
+                 Out* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    out[2 * i] = codes.value(bytes[i] >> 4, scale);
+    out[2 * i + 1] = codes.value(bytes[i] & 15, scale);
+  }
+}
+
 #if defined(__AVX512F__)
 template <>
 class Codes<float> {
@@ -77,10 +87,7 @@ class Codes<float> {
       _mm512_storeu_ps(out + 2 * i, _mm512_permutex2var_ps(first, low, second));
       _mm512_storeu_ps(out + 2 * i + 16, _mm512_permutex2var_ps(first, high, second));
     }
-    for (; i < count; ++i) {
-      out[2 * i] = value(bytes[i] >> 4, scale);
-      out[2 * i + 1] = value(bytes[i] & 15, scale);
-    }
+    decode_rest(*this, bytes + i, count - i, scale, out + 2 * i);
   }
 
  private:
@@ -105,10 +112,7 @@ class Codes<BFloat16> {
       const __m512i index = _mm512_or_si512(_mm512_srli_epi32(q, 4), _mm512_slli_epi32(q, 16));
       _mm512_storeu_si512(out + 2 * i, _mm512_permutexvar_epi16(index, values));
     }
-    for (; i < count; ++i) {
-      out[2 * i] = value(bytes[i] >> 4, scale);
-      out[2 * i + 1] = value(bytes[i] & 15, scale);
-    }
+    decode_rest(*this, bytes + i, count - i, scale, out + 2 * i);
   }
 
  private:
@@ -165,10 +169,7 @@ class Codes<float> {
         store_halves(out + 8 * h + 4, (__m256i)_mm256_mul_ps(b, factor));
       }
     }
-    for (; i < count; ++i) {
-      *out++ = value(bytes[i] >> 4, scale);
-      *out++ = value(bytes[i] & 15, scale);
-    }
+    decode_rest(*this, bytes + i, count - i, scale, out);
   }
 
  private:
@@ -208,10 +209,7 @@ class Codes<BFloat16> {
         }
       }
     }
-    for (; i < count; ++i) {
-      *out++ = value(bytes[i] >> 4, scale);
-      *out++ = value(bytes[i] & 15, scale);
-    }
+    decode_rest(*this, bytes + i, count - i, scale, out);
   }
 
  private:

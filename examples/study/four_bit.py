@@ -15,6 +15,7 @@ import torch
 
 import lora_kernels as lk
 from bench.tables import Table, number
+from bench.training_memory import weight_bytes
 
 from ..demo.training import logits
 from .lab import Lab
@@ -46,9 +47,7 @@ def base(lab: Lab, name: str, seed: int) -> Any:
 def sizes(model: Any) -> tuple[int, int]:
     """Of the weights below the adapters: how many bytes, and how many numbers."""
     layers = [m for m in model.modules() if isinstance(m, lk.FusedLoRALinear)]
-    states = [getattr(layer.weight, "quant_state", None) for layer in layers]
-    stored = sum(layer.weight.nbytes for layer in layers)
-    stored += sum(state.nbytes for state in states if state is not None)
+    stored = sum(weight_bytes(layer.weight) for layer in layers)
     return stored, sum(layer.in_features * layer.out_features for layer in layers)
 
 

@@ -8,7 +8,6 @@ several learning rates, for none suits them all.
 
 from __future__ import annotations
 
-from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
@@ -18,7 +17,7 @@ import lora_kernels as lk
 from bench.tables import Table
 
 from .lab import Lab, Run, peft_model
-from .wording import BLUE, GREEN, GREY, ORANGE, PURPLE, changes, listed, spread
+from .wording import BLUE, GREEN, GREY, ORANGE, PURPLE, changes, curve_beside, listed, spread
 
 QUESTION = "How should A and B start?"
 AXES = 2
@@ -111,10 +110,7 @@ def plot(content: dict[str, Any], axes: Any) -> None:
     zero = next(row["losses"] for row in rows if row["way"] == ZERO)
     for row in rows:
         colour = _COLOURS[row["way"]]
-        # The batches are the same: what makes one harder than another drops out.
-        apart = accumulate(a - b for a, b in zip(row["losses"], zero, strict=True))
-        means = [total / steps for steps, total in enumerate(apart, 1)]
-        during.plot(range(1, len(means) + 1), means, color=colour, label=row["way"])
+        curve_beside(during, row["losses"], zero, color=colour, label=row["way"])
         after.plot(rates, row["tried"], "o-", color=colour, label=row["way"])
     during.set_xlabel("steps, each start at its best rate")
     during.set_ylabel(f"mean training loss so far, minus that of {ZERO}")

@@ -7,7 +7,6 @@ by PEFT's optimizer. Every variant is tried at several learning rates.
 
 from __future__ import annotations
 
-from itertools import accumulate
 from statistics import fmean, median
 from typing import Any
 
@@ -18,7 +17,7 @@ import lora_kernels as lk
 from bench.tables import Table, count, number
 
 from .lab import Lab, Run
-from .wording import BLUE, GREEN, ORANGE, PURPLE, changes, listed, spread, times
+from .wording import BLUE, GREEN, ORANGE, PURPLE, changes, curve_beside, listed, spread, times
 
 QUESTION = "Do LoRA's variants learn more in the same steps?"
 AXES = 2
@@ -101,10 +100,7 @@ def plot(content: dict[str, Any], axes: Any) -> None:
     for row in rows:
         colour = _COLOURS[row["name"]]
         ends.plot(rates, row["tried"], "o-", color=colour, label=row["name"])
-        # The batches are the same: what makes one harder than another drops out.
-        apart = accumulate(a - b for a, b in zip(row["losses"], plain, strict=True))
-        means = [total / steps for steps, total in enumerate(apart, 1)]
-        curves.plot(range(1, len(means) + 1), means, color=colour, label=row["name"])
+        curve_beside(curves, row["losses"], plain, color=colour, label=row["name"])
     # Rates at which training diverges would leave no room for the others.
     ends.set_ylim(top=min(ends.get_ylim()[1], 1.05 * plain[0]))
     ends.set_xscale("log")

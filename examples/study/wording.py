@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from statistics import fmean
 from textwrap import fill
 from typing import Any
@@ -84,6 +85,14 @@ def ranges(values: Iterable[Sequence[float]]) -> dict[str, Any]:
     down = [mean - low for low, mean in zip(below, means, strict=True)]
     up = [high - mean for high, mean in zip(above, means, strict=True)]
     return {"y": means, "yerr": [down, up], "capsize": 3}
+
+
+def curve_beside(ax: Any, losses: Sequence[float], others: Sequence[float], **look: Any) -> None:
+    """The mean loss so far at every step, minus that of ``others``. The batches are the same: what
+    makes one harder than another drops out."""
+    apart = accumulate(a - b for a, b in zip(losses, others, strict=True))
+    means = [total / steps for steps, total in enumerate(apart, 1)]
+    ax.plot(range(1, len(means) + 1), means, **look)
 
 
 def costs(ax: Any, names: Sequence[str], shares: dict[str, Sequence[float]], whose: str) -> None:
