@@ -50,15 +50,18 @@ def _lora_shrinks_kernel(
             stride_xm, stride_xk = pick(strides_xm, j, INPUTS), pick(strides_xk, j, INPUTS)
     offs_m = row + tl.arange(0, BLOCK_M)
     offs_r = first + tl.arange(0, BLOCK_R)
-    # Where the rows of A lie, each in its own projection's, and their scales.
-    a_rows = a_ptrs[0] + offs_r.to(tl.int64) * strides_ar[0]
+    # Where the rows of A lie, each in its own projection's, and their scales. Chosen as numbers: of
+    # pointers, Triton 3.8 compiles no such choice for AMD.
+    addresses = (a_ptrs[0] + offs_r.to(tl.int64) * strides_ar[0]).to(tl.int64)
     scale = tl.zeros([BLOCK_R], dtype=tl.float32) + tl.load(scale_ptrs[0])
     passed = ranks[0]
     for i in tl.static_range(1, PROJECTIONS):
         here = offs_r >= passed
-        a_rows = tl.where(here, a_ptrs[i] + (offs_r - passed).to(tl.int64) * strides_ar[i], a_rows)
+        a_rows = a_ptrs[i] + (offs_r - passed).to(tl.int64) * strides_ar[i]
+        addresses = tl.where(here, a_rows.to(tl.int64), addresses)
         scale = tl.where(here, tl.load(scale_ptrs[i]), scale)
         passed += ranks[i]
+    a_rows = addresses.to(a_ptrs[0].dtype)
 
     acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
     for step in tl.range(split, tl.cdiv(K, BLOCK_K), SPLIT_K):
