@@ -17,24 +17,27 @@
 
 namespace lora_kernels {
 
-// The product is rounded before the offset is added, as bitsandbytes does: the barrier keeps the
-// compiler from fusing them.
 void scales_of(const FourBit& w, int64_t first, int64_t count, float* out) {
   if (w.absmax) {
     std::memcpy(out, w.absmax + first, count * sizeof(float));
     return;
   }
   for (int64_t i = 0; i < count; ++i) {
-    out[i] = w.code8[w.absmax8[first + i]] * w.outer[(first + i) >> 8];
+    // The product is rounded before the offset is added, as bitsandbytes does: the barrier keeps
+    // the compiler from fusing them. One by one: what was stored so is slow to load as vectors.
+    auto bits = std::bit_cast<uint32_t>(w.code8[w.absmax8[first + i]] * w.outer[(first + i) >> 8]);
+    asm volatile("" : "+r"(bits));
+    out[i] = std::bit_cast<float>(bits) + w.offset;
   }
-  asm volatile("" : : "r"(out) : "memory");
-  for (int64_t i = 0; i < count; ++i) out[i] += w.offset;
 }
 
 namespace {
 
+// Bytes of whole vectors, on every machine.
+constexpr int64_t kVector = 16;
+
 // Decodes a format's bytes: code times the block's scale in float32, rounded once to C. Out is C,
-// or float for the same values wider.
+// or float for the same values wider. `count` is a multiple of kVector, all of one block.
 template <typename C>
 class Codes {
  public:
@@ -42,7 +45,6 @@ class Codes {
 
   C value(int q, float scale) const { return C(code_[q] * scale); }
 
-  // Of whole bytes, all of one block.
   template <typename Out>
   void decode(const uint8_t* bytes, int64_t count, float scale, Out* out) const {
     C values[16];
@@ -57,16 +59,6 @@ class Codes {
   const float* code_;
 };
 
-// Bytes too few for a vector, one after the other.
-template <typename C, typename Out>
-void decode_rest(const Codes<C>& codes, const uint8_t* bytes, int64_t count, float scale,
-                 Out* out) {
-  for (int64_t i = 0; i < count; ++i) {
-    out[2 * i] = codes.value(bytes[i] >> 4, scale);
-    out[2 * i + 1] = codes.value(bytes[i] & 15, scale);
-  }
-}
-
 #if defined(__AVX512F__)
 template <>
 class Codes<float> {
@@ -79,15 +71,13 @@ class Codes<float> {
     const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
     const __m512 values = _mm512_mul_ps(code_, _mm512_set1_ps(scale));
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16) {
+    for (int64_t i = 0; i < count; i += kVector) {
       const __m512i q = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(bytes + i)));
       const __m512 first = _mm512_permutexvar_ps(_mm512_srli_epi32(q, 4), values);
       const __m512 second = _mm512_permutexvar_ps(q, values);
       _mm512_storeu_ps(out + 2 * i, _mm512_permutex2var_ps(first, low, second));
       _mm512_storeu_ps(out + 2 * i + 16, _mm512_permutex2var_ps(first, high, second));
     }
-    decode_rest(*this, bytes + i, count - i, scale, out + 2 * i);
   }
 
  private:
@@ -102,21 +92,34 @@ class Codes<BFloat16> {
   BFloat16 value(int q, float scale) const { return BFloat16(code_[q] * scale); }
 
   void decode(const uint8_t* bytes, int64_t count, float scale, BFloat16* out) const {
-    const auto narrow = __builtin_convertvector(bfloat16_bits(code_ * scale), NarrowHalfWords);
+    const Words bits = bfloat16_bits(code_ * scale);
+    look_up((__m256i) __builtin_convertvector(bits, NarrowHalfWords), bytes, count, out);
+  }
+
+ protected:
+  static inline void look_up(__m256i sixteen, const uint8_t* bytes, int64_t count, BFloat16* out) {
     // Twice, so that the fifth bit of an index does not matter.
-    const __m512i values = _mm512_broadcast_i64x4((__m256i)narrow);
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16) {
+    const __m512i values = _mm512_broadcast_i64x4(sixteen);
+    for (int64_t i = 0; i < count; i += kVector) {
       // A byte in each word of 32 bits: its high half is the index of the lower value.
       const __m512i q = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(bytes + i)));
       const __m512i index = _mm512_or_si512(_mm512_srli_epi32(q, 4), _mm512_slli_epi32(q, 16));
       _mm512_storeu_si512(out + 2 * i, _mm512_permutexvar_epi16(index, values));
     }
-    decode_rest(*this, bytes + i, count - i, scale, out + 2 * i);
   }
 
- private:
   Vec code_;
+};
+
+// The same where AVX512-BF16 rounds.
+class DotCodes : public Codes<BFloat16> {
+ public:
+  using Codes::Codes;
+
+  __attribute__((target("avx512bf16"))) void decode(const uint8_t* bytes, int64_t count,
+                                                    float scale, BFloat16* out) const {
+    look_up((__m256i)_mm512_cvtneps_pbh((__m512)(code_ * scale)), bytes, count, out);
+  }
 };
 
 #elif defined(__AVX2__)
@@ -155,8 +158,7 @@ class Codes<float> {
 
   void decode(const uint8_t* bytes, int64_t count, float scale, float* out) const {
     const __m256 factor = _mm256_set1_ps(scale);
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16, out += 32) {
+    for (int64_t i = 0; i < count; i += kVector, out += 2 * kVector) {
       const Bytes q = nibbles(bytes + i);
       const Bytes b0 = _mm256_shuffle_epi8(tables_[0], q), b1 = _mm256_shuffle_epi8(tables_[1], q);
       const Bytes b2 = _mm256_shuffle_epi8(tables_[2], q), b3 = _mm256_shuffle_epi8(tables_[3], q);
@@ -169,7 +171,6 @@ class Codes<float> {
         store_halves(out + 8 * h + 4, (__m256i)_mm256_mul_ps(b, factor));
       }
     }
-    decode_rest(*this, bytes + i, count - i, scale, out);
   }
 
  private:
@@ -194,8 +195,7 @@ class Codes<BFloat16> {
         _mm256_packus_epi16(_mm256_and_si256(values, mask), _mm256_srli_epi16(values, 8)), 0xD8);
     const Bytes low = both_halves(_mm256_castsi256_si128(halves));
     const Bytes high = both_halves(_mm256_extracti128_si256(halves, 1));
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16, out += 32) {
+    for (int64_t i = 0; i < count; i += kVector, out += 2 * kVector) {
       const Bytes q = nibbles(bytes + i);
       const Bytes b0 = _mm256_shuffle_epi8(low, q), b1 = _mm256_shuffle_epi8(high, q);
       const Bytes pairs[2] = {_mm256_unpacklo_epi8(b0, b1), _mm256_unpackhi_epi8(b0, b1)};
@@ -209,7 +209,6 @@ class Codes<BFloat16> {
         }
       }
     }
-    decode_rest(*this, bytes + i, count - i, scale, out);
   }
 
  private:
@@ -220,22 +219,37 @@ class Codes<BFloat16> {
 constexpr int64_t kScales = 64;  // decoded at once
 
 // Values [f, end) of one block.
-template <typename C, typename Out>
-void decode_run(const uint8_t* data, int64_t f, int64_t end, const Codes<C>& codes, float scale,
+template <typename Values, typename Out>
+void decode_run(const uint8_t* data, int64_t f, int64_t end, const Values& codes, float scale,
                 Out* out) {
   if (f % 2 != 0 && f < end) *out++ = codes.value(data[f++ / 2] & 15, scale);
-  codes.decode(data + f / 2, (end - f) / 2, scale, out);
-  if ((end - f) % 2 != 0) out[end - f - 1] = codes.value(data[end / 2] >> 4, scale);
+  const int64_t whole = (end - f) / 2 / kVector * kVector;
+  codes.decode(data + f / 2, whole, scale, out);
+  for (out += 2 * whole, f += 2 * whole; f < end; ++f) {
+    *out++ = codes.value(data[f / 2] >> (f % 2 ? 0 : 4) & 15, scale);
+  }
 }
 
-}  // namespace
+// Whole blocks of `size` bytes. Those of 64 values, which most weights have, without a loop.
+template <typename Values, typename Out>
+__attribute__((always_inline)) inline void decode_blocks(const Values& codes, const uint8_t* bytes,
+                                                         int64_t count, int64_t size,
+                                                         const float* scales, Out* out) {
+  if (size == 32) {
+    for (int64_t b = 0; b < count; ++b) codes.decode(bytes + 32 * b, 32, scales[b], out + 64 * b);
+    return;
+  }
+  for (int64_t b = 0; b < count; ++b) {
+    codes.decode(bytes + size * b, size, scales[b], out + 2 * size * b);
+  }
+}
 
-template <typename C, typename Out>
-void decode(const FourBit& w, int64_t i0, int64_t i1, int64_t j0, int64_t j1, Out* out,
-            int64_t ld) {
+template <typename Values, typename Out>
+__attribute__((always_inline)) inline void decode_rows(const Values& codes, const FourBit& w,
+                                                       int64_t i0, int64_t i1, int64_t j0,
+                                                       int64_t j1, Out* out, int64_t ld) {
   if (j0 >= j1) return;
   const int shift = shift_of(w);
-  const Codes<C> codes(w.code);
   float scales[kScales];
   for (int64_t i = i0; i < i1; ++i, out += ld) {
     int64_t f = i * w.cols + j0;
@@ -244,7 +258,14 @@ void decode(const FourBit& w, int64_t i0, int64_t i1, int64_t j0, int64_t j1, Ou
     for (int64_t first = f >> shift; first <= last; first += kScales) {
       const int64_t count = std::min(kScales, last + 1 - first);
       scales_of(w, first, count, scales);
-      for (int64_t b = 0; b < count; ++b) {
+      int64_t b = 0;
+      if ((f & (w.block - 1)) == 0 && w.block >= 2 * kVector) {
+        b = std::min(count, (end - f) >> shift);
+        decode_blocks(codes, w.data + f / 2, b, w.block / 2, scales, to);
+        to += b * w.block;
+        f += b * w.block;
+      }
+      for (; b < count; ++b) {
         const int64_t stop = std::min(end, (first + b + 1) << shift);
         decode_run(w.data, f, stop, codes, scales[b], to);
         to += stop - f;
@@ -252,6 +273,29 @@ void decode(const FourBit& w, int64_t i0, int64_t i1, int64_t j0, int64_t j1, Ou
       }
     }
   }
+}
+
+#if defined(__AVX512F__)
+__attribute__((target("avx512bf16"))) void decode_by_dot(const FourBit& w, int64_t i0, int64_t i1,
+                                                         int64_t j0, int64_t j1, BFloat16* out,
+                                                         int64_t ld) {
+  decode_rows(DotCodes(w.code), w, i0, i1, j0, j1, out, ld);
+}
+#endif
+
+}  // namespace
+
+template <typename C, typename Out>
+void decode(const FourBit& w, int64_t i0, int64_t i1, int64_t j0, int64_t j1, Out* out,
+            int64_t ld) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<C, BFloat16>) {
+    if (bfloat16_product() != Bfloat16Product::kFloat) {
+      return decode_by_dot(w, i0, i1, j0, j1, out, ld);
+    }
+  }
+#endif
+  decode_rows(Codes<C>(w.code), w, i0, i1, j0, j1, out, ld);
 }
 
 template <typename C>

@@ -61,6 +61,7 @@ void product_of_few(int64_t M, int64_t cols, const C* arranged, const FourBit& w
 
 // Whether a product of M rows multiplies rows of w as they are decoded, along the inner axis: what
 // a panel of them would cost, transposed, pays for itself on more rows.
+template <typename C>
 bool multiplies_along_rows(int64_t M, const FourBit& w);
 
 // c [M, kPanel] += x w for columns [n, n + cols) of the product.

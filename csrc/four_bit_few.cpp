@@ -19,6 +19,15 @@ namespace {
 
 constexpr int kFew = 4;
 
+// Asks for the bytes of columns [k, end) of `count` rows, or as many as there are: the machine does
+// not see streams that end with every stretch.
+void ask_for(const FourBit& w, int64_t row, int64_t count, int64_t k, int64_t end) {
+  for (int64_t i = row; i < std::min(row + count, w.rows); ++i) {
+    const uint8_t* bytes = w.data + i * w.cols / 2;
+    for (int64_t at = k / 2; at < end / 2; at += 64) __builtin_prefetch(bytes + at, 0, 2);
+  }
+}
+
 #if defined(__AVX512F__)
 // Values that one step of the products below takes from a row of w: 32 bytes for bfloat16, whose
 // nibbles make 4 vectors of 16 halves, 64 bytes for float, 8 vectors of 16 words.
@@ -126,6 +135,7 @@ void few_rows(int64_t M, int64_t cols, const C* x, const FourBit& w, int64_t n, 
   int64_t j = 0;
   for (; j + 4 <= cols; j += 4) {
     read(j, 4);
+    ask_for(w, n + j + 4, 4, 0, K);
     few<kM, 4>(K, x, w, n + j, scales, blocks, c + j);
   }
   for (; j < cols; ++j) {
@@ -176,18 +186,77 @@ void product_of_few(int64_t M, int64_t cols, const C* arranged, const FourBit& w
 #endif
 }
 
-#if !defined(__AVX512F__)
 namespace {
 
-// 2048 x 2048, float32, one thread of Zen 1, in us, along rows and by panels: 16 rows 6,400 and
-// 10,600; 128 rows 37,400 and 41,400; 512 rows the same; 2048 rows 15% more along rows (2026-11).
-constexpr int64_t kAlongRows = 192;
-// Rows of x, rows of w and columns of both in one step: the sums fill the registers, decoded rows
-// and those of x stay in the first-level cache, and a lane sums as many products at a stretch as
-// kPart<float>.
-constexpr int kRowsOfX = 3, kRowsOfW = 4;
-constexpr int64_t kStretch = kPart<float> * kLanes;
+// How rows of w are multiplied as they are decoded: kValues of a row to a vector, kRowsOfX and
+// kRowsOfW rows in one step, whose sums fill the registers.
+#if defined(__AVX512F__)
+// Sums of four vectors, each its own.
+inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const auto low = (__m512)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd);
+  const __m512 all = _mm512_add_ps(low, (__m512)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
 
+template <int kM, int kN>
+inline void add_sums(const __m512 (&acc)[kM][kN], float* c) {
+  for (int i = 0; i < kM; ++i, c += kPanel) {
+    if constexpr (kN == 4) {
+      const __m128 sums = sums_of(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
+      _mm_storeu_ps(c, _mm_add_ps(_mm_loadu_ps(c), sums));
+    } else {
+      for (int j = 0; j < kN; ++j) c[j] += _mm512_reduce_add_ps(acc[i][j]);
+    }
+  }
+}
+
+template <typename C>
+struct Dots;
+
+template <>
+struct Dots<float> {
+  using Value = float;
+  static constexpr int kValues = 16, kRowsOfX = 6, kRowsOfW = 4;
+
+  template <int kM, int kN>
+  static void add(int64_t K, const float* x, int64_t ldx, const float* w, int64_t ldw, float* c) {
+    __m512 acc[kM][kN] = {};
+    for (int64_t k = 0; k < K; k += kValues) {
+      __m512 columns[kN];
+      for (int j = 0; j < kN; ++j) columns[j] = _mm512_loadu_ps(w + j * ldw + k);
+      for (int i = 0; i < kM; ++i) {
+        const __m512 row = _mm512_loadu_ps(x + i * ldx + k);
+        for (int j = 0; j < kN; ++j) acc[i][j] = _mm512_fmadd_ps(row, columns[j], acc[i][j]);
+      }
+    }
+    add_sums(acc, c);
+  }
+};
+
+template <>
+struct Dots<BFloat16> {
+  using Value = BFloat16;
+  static constexpr int kValues = 32, kRowsOfX = 6, kRowsOfW = 4;
+
+  template <int kM, int kN>
+  __attribute__((target("avx512bf16"))) static void add(int64_t K, const BFloat16* x, int64_t ldx,
+                                                        const BFloat16* w, int64_t ldw, float* c) {
+    __m512 acc[kM][kN] = {};
+    for (int64_t k = 0; k < K; k += kValues) {
+      __m512bh columns[kN];
+      for (int j = 0; j < kN; ++j) columns[j] = (__m512bh)_mm512_loadu_si512(w + j * ldw + k);
+      for (int i = 0; i < kM; ++i) {
+        const auto row = (__m512bh)_mm512_loadu_si512(x + i * ldx + k);
+        for (int j = 0; j < kN; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], row, columns[j]);
+      }
+    }
+    add_sums(acc, c);
+  }
+};
+#else
 template <int kStep, int... i>
 inline Vec turned(Vec v, std::integer_sequence<int, i...>) {
   return __builtin_shufflevector(v, v, (i ^ kStep)...);
@@ -201,80 +270,118 @@ inline float sum(Vec v) {
   return v[0];
 }
 
-template <int kM, int kN>
-void dots(int64_t K, const float* x, const float* w, float* c) {
-  Vec acc[kM][kN] = {};
-  for (int64_t k = 0; k < K; k += kLanes) {
-    Vec rows[kM];
-    for (int i = 0; i < kM; ++i) rows[i] = load<Vec>(x + i * kStretch + k);
-    for (int j = 0; j < kN; ++j) {
-      const Vec column = load<Vec>(w + j * kStretch + k);
-      for (int i = 0; i < kM; ++i) acc[i][j] += rows[i] * column;
+// A bfloat16 is multiplied as a float.
+template <typename C>
+struct Dots {
+  using Value = float;
+  static constexpr int kValues = kLanes, kRowsOfX = 3, kRowsOfW = 4;
+
+  template <int kM, int kN>
+  static void add(int64_t K, const float* x, int64_t ldx, const float* w, int64_t ldw, float* c) {
+    Vec acc[kM][kN] = {};
+    for (int64_t k = 0; k < K; k += kLanes) {
+      Vec rows[kM];
+      for (int i = 0; i < kM; ++i) rows[i] = load<Vec>(x + i * ldx + k);
+      for (int j = 0; j < kN; ++j) {
+        const Vec column = load<Vec>(w + j * ldw + k);
+        for (int i = 0; i < kM; ++i) acc[i][j] += rows[i] * column;
+      }
+    }
+    for (int i = 0; i < kM; ++i) {
+      for (int j = 0; j < kN; ++j) c[i * kPanel + j] += sum(acc[i][j]);
     }
   }
-  for (int i = 0; i < kM; ++i) {
-    for (int j = 0; j < kN; ++j) c[i * kPanel + j] += sum(acc[i][j]);
+};
+#endif
+
+// In tiles of even heights: one of few rows alone would wait for its sums.
+template <typename D, int kM, int kN>
+void all_dots(int64_t M, int64_t K, const typename D::Value* x, int64_t ldx,
+              const typename D::Value* w, int64_t ldw, float* c) {
+  if constexpr (kM > 1) {
+    if (ceil_div(M, ceil_div(M, D::kRowsOfX)) < kM) {
+      return all_dots<D, kM - 1, kN>(M, K, x, ldx, w, ldw, c);
+    }
+  }
+  for (; M >= kM; M -= kM, x += kM * ldx, c += kM * kPanel) {
+    D::template add<kM, kN>(K, x, ldx, w, ldw, c);
+  }
+  if constexpr (kM > 1) {
+    if (M > 0) all_dots<D, kM - 1, kN>(M, K, x, ldx, w, ldw, c);
   }
 }
 
-template <int kM, int kN>
-void all_dots(int64_t M, int64_t K, const float* x, const float* w, float* c) {
-  for (; M >= kM; M -= kM, x += kM * kStretch, c += kM * kPanel) dots<kM, kN>(K, x, w, c);
-  if constexpr (kM > 1) {
-    if (M > 0) all_dots<kM - 1, kN>(M, K, x, w, c);
-  }
-}
+// Rows of x up to which that was faster than by panels, and columns at a stretch: a lane then sums
+// no more products than kPart<C>.
+#if defined(__AVX512F__)
+// 2048 x 2048, one thread of Zen 5, in us, along rows and by panels: bfloat16 8 rows 332 and 499,
+// 32 rows 831 and 891, 48 rows 1,095 and 1,145, 64 rows 1,469 and 1,429; float32 8 rows 492 and
+// 904, 48 rows 2,144 and 2,241, 96 rows 3,990 and 3,911 (2026-11).
+constexpr int64_t kAlongRows = 48;
+template <typename V>
+constexpr int64_t kStretch = 1024;
+#else
+// 2048 x 2048, float32, one thread of Zen 1, in us, along rows and by panels: 16 rows 6,400 and
+// 10,600; 128 rows 37,400 and 41,400; 512 rows the same; 2048 rows 15% more along rows (2026-11).
+constexpr int64_t kAlongRows = 192;
+template <typename V>
+constexpr int64_t kStretch = kPart<float> * kLanes;
+#endif
 
 }  // namespace
-#endif
 
+template <typename C>
 bool multiplies_along_rows(int64_t M, const FourBit& w) {
-#if !defined(__AVX512F__)
-  return M <= kAlongRows && w.inner;
-#else
-  (void)M, (void)w;
-  return false;
+#if defined(__AVX512F__)
+  if (std::is_same_v<C, BFloat16> && bfloat16_product() == Bfloat16Product::kFloat) return false;
 #endif
+  return M <= kAlongRows && w.inner;
 }
 
 template <typename C>
 void product_along_rows(int64_t M, int64_t cols, const C* x, int64_t ld, const FourBit& w,
                         int64_t n, float* c) {
-#if !defined(__AVX512F__)
-  float* rows = rows_scratch.of<float>(M * kStretch);
-  float* decoded = part_scratch.of<float>(kRowsOfW * kStretch);
-  for (int64_t k = 0; k < w.cols; k += kStretch) {
-    const int64_t end = std::min(w.cols, k + kStretch);
-    const int64_t K = ceil_div(end - k, kLanes) * kLanes;
-    for (int64_t i = 0; i < M; ++i) {
-      float* row = rows + i * kStretch;
-      std::copy(x + i * ld + k, x + i * ld + end, row);
-      std::fill(row + end - k, row + K, 0.0f);
-    }
-    for (int64_t j = 0; j < cols; j += kRowsOfW) {
-      const int64_t count = std::min<int64_t>(kRowsOfW, cols - j);
-      decode<C>(w, n + j, n + j + count, k, end, decoded, kStretch);
-      for (int64_t i = 0; i < count; ++i) {
-        std::fill(decoded + i * kStretch + end - k, decoded + i * kStretch + K, 0.0f);
+  using D = Dots<C>;
+  using V = typename D::Value;
+  V* decoded = part_scratch.of<V>(D::kRowsOfW * kStretch<V>);
+  const auto pad = [](V* row, int64_t count, int64_t K) { std::fill(row + count, row + K, V(0)); };
+  for (int64_t k = 0; k < w.cols; k += kStretch<V>) {
+    const int64_t end = std::min(w.cols, k + kStretch<V>), count = end - k;
+    const int64_t K = ceil_div(count, D::kValues) * D::kValues;
+    const V* rows = nullptr;
+    int64_t ldx = ld;
+    if constexpr (std::is_same_v<C, V>) rows = x + k;
+    if (!std::is_same_v<C, V> || K != count) {
+      V* copied = rows_scratch.of<V>(M * kStretch<V>);
+      ldx = kStretch<V>;
+      for (int64_t i = 0; i < M; ++i) {
+        std::copy(x + i * ld + k, x + i * ld + end, copied + i * ldx);
+        pad(copied + i * ldx, count, K);
       }
-      if (count == kRowsOfW) {
-        all_dots<kRowsOfX, kRowsOfW>(M, K, rows, decoded, c + j);
+      rows = copied;
+    }
+    for (int64_t j = 0; j < cols; j += D::kRowsOfW) {
+      const int64_t some = std::min<int64_t>(D::kRowsOfW, cols - j);
+      decode<C>(w, n + j, n + j + some, k, end, decoded, kStretch<V>);
+      if (j + some < cols) ask_for(w, n + j + some, D::kRowsOfW, k, end);
+      for (int64_t i = 0; i < some; ++i) pad(decoded + i * kStretch<V>, count, K);
+      if (some == D::kRowsOfW) {
+        all_dots<D, D::kRowsOfX, D::kRowsOfW>(M, K, rows, ldx, decoded, kStretch<V>, c + j);
         continue;
       }
-      for (int64_t i = 0; i < count; ++i) {
-        all_dots<kRowsOfX, 1>(M, K, rows, decoded + i * kStretch, c + j + i);
+      for (int64_t i = 0; i < some; ++i) {
+        all_dots<D, D::kRowsOfX, 1>(M, K, rows, ldx, decoded + i * kStretch<V>, kStretch<V>,
+                                    c + j + i);
       }
     }
   }
-#else
-  (void)M, (void)cols, (void)x, (void)ld, (void)w, (void)n, (void)c;
-#endif
 }
 
 #define LORA_KERNELS_INSTANTIATE(C)                                                              \
   template bool decodes_in_registers<C>(int64_t, const FourBit&);                                \
   template void arrange_rows(int64_t, int64_t, const C*, int64_t, C*);                           \
   template void product_of_few(int64_t, int64_t, const C*, const FourBit&, int64_t, float*);     \
+  template bool multiplies_along_rows<C>(int64_t, const FourBit&);                               \
   template void product_along_rows(int64_t, int64_t, const C*, int64_t, const FourBit&, int64_t, \
                                    float*);
 LORA_KERNELS_INSTANTIATE(float)

@@ -140,7 +140,7 @@ class ProductTiles {
     tails_.write(first, rows, n, cols, tile);
     if (arranged_) {
       product_of_few(rows, cols, arranged_, *p.four_bit, n, tile);
-    } else if (p.four_bit && multiplies_along_rows(M, *p.four_bit)) {
+    } else if (p.four_bit && multiplies_along_rows<C>(M, *p.four_bit)) {
       product_along_rows(rows, cols, p.x.data + first * p.x.ld, p.x.ld, *p.four_bit, n, tile);
     } else {
       multiply({p.x, p.w, p.packed}, p.four_bit, first, rows, n, panel_width(cols), fresh, tile);
