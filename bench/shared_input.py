@@ -8,13 +8,17 @@ that of the medians.
 
 Saved bytes are what autograd keeps besides parameters, in multiples of x.
 
-All numbers go into shared_input.json, the table into shared_input.md. The exit status is 1 if a
-call was not answered by the native kernels.
+``--models`` measures training steps of small Llamas instead, with adapters on all linear layers,
+with and without ``share_inputs``: forward and backward of one sequence of 512 tokens.
+
+All numbers go into shared_input.json, the table into shared_input.md (with ``--models``
+shared_input_models). The exit status is 1 if a call was not answered by the native kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -56,6 +60,21 @@ CASES = [
 ]
 
 
+class Model(NamedTuple):
+    hidden: int
+    # Of k and v.
+    groups: int
+    dtype: str
+    layers: int = 2
+
+
+MODELS = [
+    Model(hidden, groups, dtype)
+    for dtype in ("bfloat16", "float32")
+    for hidden, groups in ((512, 8), (512, 2), (1024, 4), (2048, 8))
+]
+
+
 def steps_of(case: Case, rows: int) -> tuple[dict[str, Callable[[], Any]], Tensor, list[Tensor]]:
     """The forwards, which return every Y; x; and the parameters."""
     dtype, k = getattr(torch, case.dtype), case.width
@@ -90,6 +109,23 @@ def saved(forward: Callable[[], Any], x: Tensor, parameters: Sequence[Tensor]) -
     return sum(kept.values()) / x.nbytes
 
 
+def interleaved(
+    steps: dict[str, Callable[[], Any]],
+    seconds: float,
+    before: Callable[[str], Any] = lambda name: None,
+) -> dict[str, float]:
+    """The median of each step in microseconds; ``before`` is called outside the clock."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[APART]) < 4:
+        for name, step in [*steps.items()][:: 1 if len(times[APART]) % 2 else -1]:
+            before(name)
+            start = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each) * 1e6 for name, each in times.items()}
+
+
 def measure(case: Case, seconds: float, rows: int = ROWS) -> dict[str, Any]:
     forwards, x, parameters = steps_of(case, rows)
     dy = [torch.randn(rows, n, dtype=x.dtype) for n in case.widths]
@@ -102,16 +138,60 @@ def measure(case: Case, seconds: float, rows: int = ROWS) -> dict[str, Any]:
             train(forward)
     if {(a.backend, a.plan) for a in answers} != {("cpu", "native")}:
         raise SystemExit(f"not answered by the native kernels: {answers}")
-    times: dict[str, list[float]] = {name: [] for name in forwards}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[APART]) < 4:
-        for name, forward in [*forwards.items()][:: 1 if len(times[APART]) % 2 else -1]:
-            start = time.perf_counter()
-            train(forward)
-            times[name].append(time.perf_counter() - start)
+    steps = {name: functools.partial(train, forward) for name, forward in forwards.items()}
+    us = interleaved(steps, seconds)
     bytes_ = {name: saved(forward, x, parameters) for name, forward in forwards.items()}
-    us = {name: statistics.median(each) * 1e6 for name, each in times.items()}
     return {**case._asdict(), "rows": rows, "us": us, "saved": bytes_}
+
+
+def measure_model(case: Model, seconds: float, rows: int = ROWS) -> dict[str, Any]:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=512,
+        hidden_size=case.hidden,
+        intermediate_size=case.hidden * 11 // 4,
+        num_hidden_layers=case.layers,
+        num_attention_heads=8,
+        num_key_value_heads=case.groups,
+    )
+    model = transformers.LlamaForCausalLM(config).to(getattr(torch, case.dtype))
+    lk.apply_lora(model, r=RANK, init_lora_weights=False).train()
+    ids = torch.randint(config.vocab_size, (1, rows))
+
+    def train() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    def share(name: str) -> None:
+        lk.share_inputs(model, name == TOGETHER)
+        model.zero_grad()
+
+    for name in (APART, TOGETHER):
+        share(name)
+        with lk.record_plans() as answers:
+            train()
+        shared = sum(a.op == "lora_linears_fwd" for a in answers)
+        native = {(a.backend, a.plan) for a in answers} == {("cpu", "native")}
+        if shared != (2 * case.layers if name == TOGETHER else 0) or not native:
+            raise SystemExit(f"not answered by the native kernels as asked: {answers}")
+    us = interleaved({APART: train, TOGETHER: train}, seconds, share)
+    return {**case._asdict(), "rows": rows, "us": us}
+
+
+def table_of_models(content: dict[str, Any]) -> list[str]:
+    head = ["tokens", "hidden", "heads of k, v", "layers", "dtype", f"{APART} us"]
+    head += ["share_inputs us", "shared / separate"]
+    body = []
+    for row in content["rows"]:
+        apart, together = row["us"][APART], row["us"][TOGETHER]
+        line = [str(row[name]) for name in ("rows", "hidden", "groups", "layers", "dtype")]
+        body.append([*line, f"{apart:,.0f}", f"{together:,.0f}", f"{together / apart:.3f}"])
+    return [
+        f"{told(content)}. Forward and backward of a Llama of 8 heads with adapters of rank {RANK} "
+        'on all linear layers. "shared / separate": below 1 sharing is faster.',
+        "",
+        *piped((head, body)).splitlines(),
+    ]
 
 
 def table(content: dict[str, Any]) -> list[str]:
@@ -132,20 +212,31 @@ def table(content: dict[str, Any]) -> list[str]:
     ]
 
 
-def run(cases: Sequence[Case], seconds: float, rows: int = ROWS) -> dict[str, Any]:
-    found = [measure(case, seconds, rows) for case in tqdm(cases, desc="shared inputs")]
-    return origin("cpu", ("torch",)) | {"rows": found}
+def run(
+    cases: Sequence[Any],
+    seconds: float,
+    rows: int = ROWS,
+    measured: Callable[[Any, float, int], dict[str, Any]] = measure,
+) -> dict[str, Any]:
+    found = [measured(case, seconds, rows) for case in tqdm(cases, desc="shared inputs")]
+    return origin("cpu", ("torch", "transformers")) | {"rows": found}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.shared_input", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--seconds", type=float, default=5.0, help="for each row of the table")
+    parser.add_argument("--models", action="store_true", help="training steps of models instead")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args(arguments)
-    content = run(CASES, args.seconds)
-    write(content, table(content), args.out, "shared_input")
-    print("\n".join(table(content)))
+    if args.models:
+        content = run(MODELS, args.seconds, measured=measure_model)
+        name, lines = "shared_input_models", table_of_models(content)
+    else:
+        content = run(CASES, args.seconds)
+        name, lines = "shared_input", table(content)
+    write(content, lines, args.out, name)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

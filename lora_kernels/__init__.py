@@ -17,6 +17,7 @@ from .layers.four_bit import QuantizedLinear
 from .layers.four_bit_parameter import FourBitParameter
 from .layers.fused import FusedLoRALinear
 from .layers.multi import MultiLoRAEmbedding, MultiLoRALinear
+from .layers.shared_input import share_inputs
 from .layers.sliced import SlicedLoRALinear
 from .models.apply import LoRAConfig, LoRAReport, apply_lora, lora_report
 from .models.checkpoints import load_adapter, save_adapter
@@ -68,6 +69,7 @@ __all__ = [
     "segmented_linear",
     "segmented_lora",
     "segmented_shrink",
+    "share_inputs",
     "unload",
     "unmerge_adapter",
     "warmup",

@@ -40,6 +40,7 @@ from ..functional.segmented import segmented_linear
 from ..layers.foreign import is_conv1d, is_dispatched, is_falcon_linear
 from ..layers.norms import DoRANorms
 from ..layers.packed import Packing
+from ..layers.shared_input import shared_result
 from .peft_calls import Calls
 from .peft_operands import Adapter, Base, add, biases, concatenated, runs_of, stacked, table_of
 
@@ -72,6 +73,8 @@ class FusedLayer(Packing, lora.LoraLayer):
     peft_class: ClassVar[type[nn.Module]]
     kernel_calls: Calls
     _norms: DoRANorms
+    # Whether share_inputs has found siblings.
+    _shares_input = False
 
     def _adapter_operands(self, name: str, x: Tensor, base: Base) -> Adapter | str:
         """What the adapter ``name`` computes with; or why PEFT's own forward has to."""
@@ -87,7 +90,10 @@ class FusedLayer(Packing, lora.LoraLayer):
             return super().forward(x, *args, **kwargs)
         y: Tensor | str
         if not args and not kwargs:
-            y = self._forward_active(x)
+            shared = None
+            if self._shares_input and not torch.compiler.is_compiling():
+                shared = shared_result(self, x)
+            y = self._forward_active(x) if shared is None else shared
         elif args or not kwargs.keys() <= _KNOWN_ARGUMENTS:
             y = "arguments that the base layer would have to take"
         elif kwargs.get("adapter_names") is None:
@@ -117,10 +123,7 @@ class FusedLayer(Packing, lora.LoraLayer):
 
     def _forward_active(self, x: Tensor, offsets: Offsets = None) -> Tensor | str:
         """The sum of the active adapters on the base; or why not."""
-        held: Any = self._modules["lora_A"]
-        active = self._active_adapter
-        names = (active,) if isinstance(active, str) else active
-        names = [name for name in names if name in held]
+        names = self._active_names()
         if not names:
             return NOTHING
         base = self._base_operands(x)
@@ -139,6 +142,13 @@ class FusedLayer(Packing, lora.LoraLayer):
         if any(t.magnitude is not None or t.from_invocation for t in adapters):
             return "several active adapters, one of which is DoRA or aLoRA"
         return self._fused_sum(x, base, adapters)
+
+    def _active_names(self) -> list[str]:
+        """The active adapters that this layer has."""
+        held: Any = self._modules["lora_A"]
+        active = self._active_adapter
+        names = (active,) if isinstance(active, str) else active
+        return [name for name in names if name in held]
 
     def _fused(self, x: Tensor, base: Base, adapter: Adapter) -> Tensor:
         bias = base.bias
@@ -387,6 +397,22 @@ class FusedLinear(FusedLayer, lora.Linear):
         activated = type(variant) is ALoraLinearVariant
         adapter = Adapter(name, a, b, bias, self.scaling[name], dropout_p, magnitude, activated)
         return self._misfit(adapter, x, base) or adapter
+
+    def operands_to_share(self, x: Tensor) -> Operands | None:
+        """For :mod:`lora_kernels.layers.shared_input`."""
+        names = self._active_names()
+        if type(self) is not FusedLinear or self._disable_adapters or self.merged_adapters:
+            return None
+        base = self._base_operands(x)
+        if isinstance(base, str) or len(names) != 1:
+            return None
+        t = self._adapter_operands(names[0], x, base)
+        if isinstance(t, str) or t.bias is not None or t.magnitude is not None or t.from_invocation:
+            return None
+        packed = self._packed_copies(base.weight, base.transposed, base.dtype)
+        scale: Any = t.scaling
+        options = t.dropout_p, base.transposed, base.dtype, *packed
+        return Operands(x, base.weight, t.a, t.b, scale, base.bias, None, *options)
 
     def _delta(self, name: str, x: Tensor) -> Tensor:
         lora_a, lora_b = cast(Any, self.lora_A[name]), self.lora_B[name]

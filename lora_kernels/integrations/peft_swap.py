@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..layers.packed import check_pack_weight
+from ..layers.shared_input import share_inputs
 from .peft_calls import Calls, PeftReport
 
 logger = logging.getLogger("lora_kernels")
@@ -81,6 +82,7 @@ def restore_peft(model: nn.Module) -> list[str]:
     """
     from . import peft_experts, peft_kinds
 
+    share_inputs(model, False)
     restored = []
     for name, layer in peft_kinds.lora_layers(model).items():
         if isinstance(layer, peft_experts.FusedParamWrapper):

@@ -19,6 +19,7 @@ from .merging import MergeableLinear, Plain
 from .norms import DoRANorms
 from .packed import check_pack_weight
 from .replacing import holds_four_bits, share_hooks, share_linear, unsupported_reason
+from .shared_input import shared_result
 
 
 class FusedLoRALinear(MergeableLinear):
@@ -88,6 +89,8 @@ class FusedLoRALinear(MergeableLinear):
     lora_magnitude_vector: nn.Parameter
     _scale: Tensor
     _least_rank = 1
+    # Whether share_inputs has found siblings.
+    _shares_input = False
     # What stood here before.
     _plain = Plain(nn.Linear, {})
 
@@ -330,6 +333,10 @@ class FusedLoRALinear(MergeableLinear):
         return self._adapted_forward(input)
 
     def _adapted_forward(self, input: Tensor) -> Tensor:
+        if self._shares_input and not torch.compiler.is_compiling():
+            y = shared_result(self, input)
+            if y is not None:
+                return y
         (weight, bias, a, b), kn = self._tensors(), self.fan_in_fan_out
         scale: Any = self._buffers["_scale"]
         p = self.lora_dropout if self.training else 0.0
@@ -348,6 +355,23 @@ class FusedLoRALinear(MergeableLinear):
         return checked_lora_linear(
             Operands(input, weight, a, b, scale, bias, None, p, kn, dtype, *packed)
         )
+
+    def operands_to_share(self, x: Tensor) -> Operands | None:
+        """For :mod:`lora_kernels.layers.shared_input`."""
+        (weight, bias, a, b), kn = self._tensors(), self.fan_in_fan_out
+        if (
+            type(self) is not FusedLoRALinear
+            or self.use_dora
+            or self.merged
+            or self._disabled
+            or not (type(x) in PLAIN and type(weight) in PLAIN)
+        ):
+            return None
+        p = self.lora_dropout if self.training else 0.0
+        dtype = check(x, weight, a, b, bias, p, kn)
+        packed = self._packed_copies(weight, kn, dtype)
+        scale: Any = self._buffers["_scale"]
+        return Operands(x, weight, a, b, scale, bias, None, p, kn, dtype, *packed)
 
     def warmup_call(
         self, rows: int, dtype: torch.dtype | None

@@ -14,6 +14,7 @@ from ..layers.experts import FusedLoRAExperts
 from ..layers.foreign import carry_dispatch_hook
 from ..layers.fused import FusedLoRALinear
 from ..layers.replacing import replace_modules
+from ..layers.shared_input import share_inputs
 from .apply import (
     check_not_taken_off,
     forget_record,
@@ -141,6 +142,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 def _put_plain_layers(root: nn.Module, layers: Adapted) -> None:
     """Replace every layer at all its places; the record of the adapter goes."""
+    share_inputs(root, False)
     plain: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
         if isinstance(layer, FusedLoRAExperts):
