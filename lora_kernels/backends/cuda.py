@@ -19,9 +19,11 @@ from ..planning.config import (
     tiled_configs,
 )
 from ..planning.device import DeviceFacts, facts
+from ..planning.validity import has_kernels
 from ..spec import reference
 from ..spec.linears import reference_of
-from ..spec.problem import PROBLEM_OF, Problem
+from ..spec.operators import of_operator
+from ..spec.problem import PROBLEM_OF, Problem, rows_of, sizes
 from . import vendor
 
 
@@ -44,6 +46,9 @@ def run(
     op: str, config: Config, problem: Problem, known: DeviceFacts, *args: Any, **kwargs: Any
 ) -> Any:
     """Compute ``op`` by the plan of ``config``, the library's or a kernel's."""
+    if problem.four_bit and not config.decodes and has_kernels(known):
+        given = _DECODED[op](*args, **kwargs)
+        return run(op, config, problem._replace(four_bit=False), known, **given)
     if config.plan != "vendor":
         return run_kernel(op, config, problem, known, *args, **kwargs)
     if problem.slots:
@@ -56,6 +61,23 @@ def run(
             config = fill_tile_sizes(Config("skinny"), rows, known)
             options["shrinks"] = shrinks_with(config)
     return getattr(vendor, op)(*args, **kwargs, **options)
+
+
+def _decoded(op: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with a plain weight in the place of a four-bit one."""
+    from ..kernels import four_bit
+
+    rows = rows_of(given)
+    _, n, k, *_ = sizes(rows, given)
+    shape = (k, n) if given["fan_in_fan_out"] else (n, k)
+    quant, block = given["quant"], given["quant_block"]
+    weight = four_bit.lora_decode(given["weight"], quant, block, shape, rows.dtype)
+    return given | {"weight": weight, "quant": None, "quant_block": 0}
+
+
+_DECODED = {
+    op: of_operator(op, _decoded) for op in ("lora_linear_fwd", "lora_linear_dx", *MIXED_LINEAR_OPS)
+}
 
 
 def masked(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
@@ -149,7 +171,7 @@ def fill_tile_sizes(config: Config, problem: Problem, known: DeviceFacts) -> Con
     valid = [
         c
         for c in tiled_configs(problem, known)
-        if c.plan == config.plan and plan.is_valid(c, problem, known)
+        if (c.plan, c.decodes) == (config.plan, config.decodes) and plan.is_valid(c, problem, known)
     ]
     if not valid:
         raise ValueError(f"no tile of plan {config.plan!r} can compute {problem} on {known.name}")

@@ -42,48 +42,10 @@ from .common import (
     tail_tile,
     tile_order,
 )
+from .four_bit import FourBit, base_of
 from .rows import Stacks, blocks_of_slices, pick, slice_of_block, stacks_of, tails_of_tile
 from .segmented import dx_shrink, segmented_shrink
-
-
-@triton.jit
-def load_tile(
-    t,
-    row,
-    col,
-    rows,
-    cols,
-    stride_row,
-    stride_col,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-):
-    """t[row : row + ROWS, col : col + COLS], zero outside [rows, cols]; t is a pointer or a
-    descriptor."""
-    if DESCRIPTOR:
-        tile = t.load([row, col])
-    else:
-        offs_row = row + tl.arange(0, ROWS)
-        offs_col = col + tl.arange(0, COLS)
-        offsets = offs_row.to(tl.int64)[:, None] * stride_row
-        offsets += offs_col.to(tl.int64)[None, :] * stride_col
-        inside = (offs_row < rows)[:, None] & (offs_col < cols)[None, :]
-        tile = tl.load(t + offsets, mask=inside, other=0.0)
-    return tile
-
-
-@triton.jit
-def load_weight(
-    w, k, col, K, end, stride_w0, stride_w1,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, WEIGHT_NK: tl.constexpr, DESCRIPTOR: tl.constexpr,
-):  # fmt: skip
-    """The base's operand [BLOCK_K, BLOCK_N], stored [N, K] (WEIGHT_NK) or [K, N]."""
-    if WEIGHT_NK:
-        tile = load_tile(w, col, k, end, K, stride_w0, stride_w1, BLOCK_N, BLOCK_K, DESCRIPTOR).T
-    else:
-        tile = load_tile(w, k, col, K, end, stride_w0, stride_w1, BLOCK_K, BLOCK_N, DESCRIPTOR)
-    return tile
+from .tiles import decode_weight, load_tile, load_weight
 
 
 @triton.jit
@@ -113,7 +75,7 @@ def _load_rows(x_ptr, rows, inside, col, cols, stride_row, stride_col, COLS: tl.
 
 @triton.jit
 def _lora_linear_kernel(
-    x, w, a, b, s_ptr, bias_ptr, out_scale_ptr, scale_ptr, rng_ptr, table,
+    x, w, quant, a, b, s_ptr, bias_ptr, out_scale_ptr, scale_ptr, rng_ptr, table,
     y_ptr, partial_ptr, counter_ptr,
     M, N, K, R, slots, widths,
     stride_xm, stride_xk,
@@ -181,9 +143,12 @@ def _lora_linear_kernel(
                 x_tile = load_tile(
                     x, row, k, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, DESCRIPTOR
                 )
-            w_tile = load_weight(
-                w, k, col, K, end, stride_w0, stride_w1, BLOCK_K, BLOCK_N, WEIGHT_NK, DESCRIPTOR
-            )
+            if len(quant) > 0:
+                w_tile = decode_weight(w, quant, k, col, K, end, dtype, BLOCK_K, BLOCK_N, WEIGHT_NK)
+            else:
+                w_tile = load_weight(
+                    w, k, col, K, end, stride_w0, stride_w1, BLOCK_K, BLOCK_N, WEIGHT_NK, DESCRIPTOR
+                )
             acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
             if IN_LOOP:
                 a_tile = load_tile(a, 0, k, R, K, stride_ar, stride_ak, BLOCK_R, BLOCK_K, False)
@@ -322,7 +287,8 @@ def lora_linear_fwd(
     config: Config,
     shrink: Config,
 ) -> tuple[Tensor, Tensor]:
-    w = weight.t() if fan_in_fan_out else weight
+    (n, _), k = lora_b.shape, x.shape[1]
+    w = base_of(weight, quant, quant_block, n, k, fan_in_fan_out)
     s = None
     if config.plan == "tail":
         s = lora_shrink(x, lora_a, scale, rng, dropout_p, config=shrink)
@@ -347,7 +313,8 @@ def lora_linear_dx(
     shrink: Config,
 ) -> tuple[Tensor, Tensor]:
     assert out_scale is None, "config.invalid_reason leaves out_scale's dX to the other plans"
-    w = weight if fan_in_fan_out else weight.t()
+    (n, _), k = lora_b.shape, lora_a.shape[1]
+    w = base_of(weight, quant, quant_block, n, k, fan_in_fan_out).t()
     a, b = lora_b.t(), lora_a.t()
     d = None
     if config.plan == "tail":
@@ -373,9 +340,9 @@ def segmented_linear_fwd(
     config: Config,
     shrink: Config,
 ) -> tuple[Tensor, Tensor]:
-    w = weight.t() if fan_in_fan_out else weight
     s = segmented_shrink(x, lora_a, table, packed_slices, rng, dropout_p, config=shrink)
     b, widths = stacks_of(lora_b, x.dtype), [t.shape[1] for t in lora_b]
+    w = base_of(weight, quant, quant_block, sum(widths), x.shape[1], fan_in_fan_out)
     seg = Table(*table)
     # S holds the scale already; the kernel loads this one for the in-loop plan alone.
     return gemm_with_tail(
@@ -400,7 +367,8 @@ def segmented_linear_dx(
     config: Config,
     shrink: Config,
 ) -> tuple[Tensor, Tensor]:
-    w = weight if fan_in_fan_out else weight.t()
+    n, k = dy.shape[1], lora_a[0].shape[2]
+    w = base_of(weight, quant, quant_block, n, k, fan_in_fan_out).t()
     d = dx_shrink(dy, lora_b, table, dropout_p, config=shrink)
     a = stacks_of(lora_a, dy.dtype, packed_slices)
     seg = Table(*table)
@@ -410,10 +378,12 @@ def segmented_linear_dx(
 
 
 def base_operands(
-    x: Tensor, w: Tensor, config: Config, gathered: bool = False
+    x: Tensor, w: Tensor | FourBit, config: Config, gathered: bool = False
 ) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor, Tensor, bool]:
     """x [M, K] and w [N, K] as a kernel loads them; w as it lies in memory, and whether as
     [N, K]. Rows that are ``gathered`` have no descriptor."""
+    if isinstance(w, FourBit):
+        return x, w.data, w.data, not w.transposed
     # The tile of w is read along the axis that lies in memory.
     weight_nk = w.stride(1) == 1 or w.stride(0) != 1
     stored = w if weight_nk else w.t()
@@ -431,7 +401,7 @@ def base_operands(
 
 def gemm_with_tail(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | FourBit,
     a: Tensor,
     b: Tensor | Stacks,
     s: Tensor | None,
@@ -473,8 +443,9 @@ def gemm_with_tail(
     else:
         b_arg, strides_bt, packed, strides_b = b, (), False, b.stride()
         slots = 0
+    quant = w.quant if isinstance(w, FourBit) else ()
     _lora_linear_kernel[(programs,)](
-        x_arg, w_arg, a, b_arg, s, bias_arg, out_scale_arg,
+        x_arg, w_arg, quant, a, b_arg, s, bias_arg, out_scale_arg,
         scale, scale if tail_rng is None else tail_rng, table or (),
         y, partials(tiles * split_k * block_m * (block_n + rank), split_k, x.device),
         counters(x.device, tiles if split_k > 1 else 0),

@@ -65,6 +65,9 @@ class Config:
     block_r: int = 0
     # columns that one program of the decode plan expands
     chunk: int = 0
+    # whether the GEMM decodes a four-bit weight as it loads it; else one kernel decodes all of it
+    # to memory, and the plan goes on with that
+    decodes: bool = False
 
 
 def block_r(config: Config, r: int) -> int:
@@ -109,6 +112,12 @@ _HALF_TILES = {
 _UNALIGNED_TILES = ((64, 64, 32, 8, 3), (16, 64, 32, 4, 3))
 
 _FLOAT_TILES = ((32, 32, 16, 4, 1),)
+
+# Of a GEMM that decodes a four-bit weight, for half types and for float32: 16 to 32 weights a
+# thread, whose indices, values and scales are in registers together.
+_DECODING_TILES = ((128, 128, 64, 8, 4), (64, 64, 64, 4, 4), (16, 64, 128, 4, 4))
+
+_DECODING_FLOAT_TILES = ((32, 32, 32, 4, 1),)
 
 # (block_m, block_n, block_k, warps, stages) of the preload plan's kernel, which is done with bytes
 # and not with products: for half types (the last where the rank is long), for rows that are not
@@ -230,6 +239,25 @@ def tiled_configs(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:
                     processors,
                     descriptors,
                 )
+    if problem.four_bit:
+        yield from _decoding_configs(problem, facts)
+
+
+def _decoding_configs(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:
+    half, processors = ELEMENT_BYTES[problem.dtype] == 2, max(facts.processors, 1)
+    for block_m, block_n, block_k, warps, stages in (
+        _DECODING_TILES if half else _DECODING_FLOAT_TILES
+    ):
+        if facts.arch.startswith("gfx"):
+            stages = min(stages, 2)
+        tiles = -(-problem.m // block_m) * -(-problem.columns // block_n)
+        split = 1
+        if problem.m <= SMALL_M:
+            split = _split(tiles, problem.inner // block_k, processors)
+        for plan in ("tail",) if problem.op in MIXED_LINEAR_OPS else ("in_loop", "tail"):
+            yield Config(
+                plan, block_m, block_n, block_k, 8, split, warps, stages, processors, decodes=True
+            )
 
 
 def _segmented_configs(problem: Problem) -> Iterator[Config]:

@@ -134,9 +134,20 @@ _C_SHARE = 0.6
 
 _HANDOVER_US = 1.0
 
+# Of a four-bit weight: bytes with its absmax; weights that a multiprocessor decodes in a
+# microsecond, by nine instructions each (ahead-of-time report) on 128 lanes at 1.7 GHz.
+_FOUR_BIT_BYTES = 0.53
+
+_DECODED_PER_US = 24e3
+
 
 def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
     """Microseconds that a GPU should need, from bytes, FLOP, multiprocessors and whole waves."""
+    if problem.four_bit and not config.decodes:
+        # Read, and written in the rows' dtype.
+        moved = (_FOUR_BIT_BYTES + ELEMENT_BYTES[problem.dtype]) * problem.n * problem.k
+        us = moved / ((facts.bandwidth or 2e12) / 1e6 * _STREAM_SHARE) + _LAUNCH_US
+        return us + estimate_us(config, problem._replace(four_bit=False), facts)
     flops, bandwidth = (facts.half_flops or 3e14) / 1e6, (facts.bandwidth or 2e12) / 1e6
     size = ELEMENT_BYTES[problem.dtype]
     if size == 4:
@@ -163,7 +174,8 @@ def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
             launches, masks = launches + 1, masks + streamed(4 * m * columns)
         return once + masks + launches * _LAUNCH_US
 
-    base_bytes = streamed(m * k + n * k + m * n)
+    weight = n * k * (_FOUR_BIT_BYTES / size if config.decodes else 1.0)
+    base_bytes = streamed(m * k + weight + m * n)
     base_flops = 2.0 * m * n * k
     shrink = streamed(m * k + adapters * problem.slices * r * k) + _LAUNCH_US
     if config.plan == "vendor":
@@ -212,8 +224,11 @@ def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
     tile_flops = 2.0 * config.block_m * config.block_n * (depth + walked)
     per_processor = flops * share / max(facts.processors, 1)
     # Every row of tiles reads the weight and every column x, from the cache at best.
-    cache_bytes = streamed(tiles_m * n * k + tiles_n * m * k) / _CACHE_OVER_MEMORY
-    product = max(waves * tile_flops / per_processor, base_bytes, cache_bytes)
+    cache_bytes = streamed(tiles_m * weight + tiles_n * m * k) / _CACHE_OVER_MEMORY
+    tile_us = tile_flops / per_processor
+    if config.decodes:
+        tile_us += config.block_n * k / config.split_k / _DECODED_PER_US
+    product = max(waves * tile_us, base_bytes, cache_bytes)
     if config.split_k > 1:
         partial = tiles_m * tiles_n * config.block_m * (config.block_n + rank)
         product += streamed(2 * config.split_k * partial * 4 / size) / _CACHE_OVER_MEMORY

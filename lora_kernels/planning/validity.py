@@ -53,6 +53,11 @@ def shared_memory(config: Config, problem: Problem) -> int:
     return config.num_stages * (base + rank * config.block_k * adapter)
 
 
+def has_kernels(facts: DeviceFacts) -> bool:
+    """Whether Triton's kernels run on such a device."""
+    return facts.kind == "cuda" and facts.triton and sm_number(facts.arch) >= 80
+
+
 def invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str | None:
     """Why ``config`` cannot compute ``problem`` on such a device, or None if it can: the only
     statement of the constraints."""
@@ -60,6 +65,10 @@ def invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str 
         return f"no plan is called {config.plan!r}; there are {', '.join(PLANS)}"
     if problem.experts and config.plan not in ("native", "reference"):
         return "experts have C++ kernels and the reference so far"
+    if config.decodes:
+        reason = _decoding_reason(config, problem)
+        if reason is not None:
+            return reason
     if config.plan in TILED_PLANS:
         return _tiled_invalid_reason(config, problem, facts)
     if config.plan == "native" and not facts.native:
@@ -91,8 +100,9 @@ def _tiled_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) 
         return "there is no kernel for several projections"
     if config.plan == "preload" and problem.dtype == "float16":
         return "what the tail alone amounts to might not fit float16"
-    if problem.four_bit:
-        return "Triton's kernels do not decode four-bit weights"
+    if problem.four_bit and not config.decodes:
+        # The plan is that of the weight in memory.
+        return _tiled_invalid_reason(config, problem._replace(four_bit=False), facts)
     if problem.op in MIXED_LINEAR_OPS:
         if config.plan == "preload":
             return _tiled_invalid_reason(Config("grouped"), problem.adapters(), facts)
@@ -110,7 +120,11 @@ def _tiled_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) 
         return "the kernels read dY once, and out_scale would have to multiply it first"
     if config.block_m == 0:
         # A plan by its name alone; the planner fills in the numbers.
-        named = (c for c in tiled_configs(problem, facts) if c.plan == config.plan)
+        named = (
+            c
+            for c in tiled_configs(problem, facts)
+            if (c.plan, c.decodes) == (config.plan, config.decodes)
+        )
         whole = config.plan in (*WHOLE_RANK_PLANS, "preload")
         if whole and not any(is_valid(c, problem, facts) for c in named):
             return _REGISTERS
@@ -121,6 +135,8 @@ def _tiled_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) 
         return "tensor descriptors need sm_90 and 16-byte strides"
     if facts.shared_memory and shared_memory(config, problem) > facts.shared_memory - 1024:
         return f"its stages do not fit {facts.shared_memory} bytes of shared memory"
+    if config.decodes:
+        return _decoding_registers(config, problem, facts)
     return _float16_reason(config, problem, facts) or _register_reason(config, problem, facts)
 
 
@@ -170,6 +186,21 @@ def _segmented_invalid_reason(config: Config, problem: Problem, facts: DeviceFac
     # Without 16-byte rows every element loaded has an address of its own.
     if not problem.aligned and max(loaded) > 2048:
         return _REGISTERS
+    return None
+
+
+def _decoding_reason(config: Config, problem: Problem) -> str | None:
+    """Why a GEMM cannot decode its weight, of whose bytes 16 are loaded at once."""
+    if not problem.four_bit:
+        return "there is no four-bit weight to decode"
+    if config.plan not in ("in_loop", "tail"):
+        return f"{config.plan} takes its weight from memory"
+    if config.descriptors:
+        return "there is no descriptor of a weight that is decoded"
+    if (problem.n if problem.fan_in_fan_out else problem.k) % 32:
+        return "the weight's rows are no whole numbers of 16 bytes"
+    if problem.fan_in_fan_out and problem.op == "segmented_linear_fwd":
+        return "a slice might begin within 16 bytes of the weight"
     return None
 
 
@@ -265,6 +296,25 @@ def _register_reason(config: Config, problem: Problem, facts: DeviceFacts) -> st
     # Without 16-byte rows every element loaded has an address of its own.
     if nvidia and not problem.aligned and loaded > 2048:
         return _REGISTERS
+    return None
+
+
+def _decoding_registers(config: Config, problem: Problem, facts: DeviceFacts) -> str | None:
+    """Which tiles spill that decode their weight, by the same report."""
+    if config.plan == "in_loop":
+        if sm_number(facts.arch) == 1000:
+            return "its warps would repeat part of the base product"
+        if config.block_m > 16 or block_r(config, problem.r) > 32:
+            return _REGISTERS
+    if problem.slots and config.block_m > 16:
+        return _REGISTERS
+    if config.block_m > 64 and (not problem.aligned or family(facts.arch) == "sm_80"):
+        return _REGISTERS
+    if config.block_m == 16 and not problem.aligned:
+        # Every element of x has an address of its own.
+        dx = family(facts.arch) == "sm_100" and problem.op == "lora_linear_dx"
+        if dx or (config.plan == "in_loop" and problem.dtype == "float16"):
+            return _REGISTERS
     return None
 
 

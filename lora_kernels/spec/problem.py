@@ -189,6 +189,8 @@ def _expert(op: str, given: dict[str, Any]) -> Problem:
 def is_aligned(given: dict[str, Any]) -> bool:
     """Whether a call's big operands suit tensor descriptors; of a batch that mixes adapters,
     whether 16 bytes at a time can be read along the last axis of every operand."""
+    if given.get("quant") is not None:
+        return _decoded_is_aligned(given)
     if "table" not in given:
         weight = given.get("weight")
         return suits_descriptor(rows_of(given), transposed=False) and (
@@ -201,6 +203,16 @@ def is_aligned(given: dict[str, Any]) -> bool:
     # The columns of a slice begin behind those of the one before it.
     vector = 16 // rows_of(given).element_size()
     return "weight" not in given or not any(b.shape[1] % vector for b in given["lora_b"])
+
+
+def _decoded_is_aligned(given: dict[str, Any]) -> bool:
+    """The same with the weight that the bytes of ``given`` are decoded to."""
+    rows = rows_of(given)
+    _, n, k, *_ = sizes(rows, given)
+    # No memory of it is looked at, nor made.
+    shape = (k, n) if given["fan_in_fan_out"] else (n, k)
+    plain = torch.empty(shape, dtype=rows.dtype, device="meta")
+    return is_aligned(given | {"weight": plain, "quant": None})
 
 
 def _whole_vectors(t: Tensor) -> bool:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..planning.answers import record_plans
-from ..spec import reference
+from ..spec import four_bit, reference
 
 Arguments = dict[str, Any]
 
@@ -73,6 +73,8 @@ class Case:
     layout: str = "contiguous"
     zero_weight: bool = False
     out_scale: bool = False
+    # the weight is four-bit: its type, its block, and whether absmax is quantised too
+    quant: tuple[str, int, bool] | None = None
     scale: float = 0.75
     device: str = "cpu"
     seed: int = 0
@@ -88,6 +90,9 @@ class Case:
         parts += [f"p{self.dropout_p}"] * (self.dropout_p > 0) + ["KN"] * self.fan_in_fan_out
         parts += [self.layout] * (self.layout != "contiguous") + ["W0"] * self.zero_weight
         parts += ["out_scale"] * self.out_scale + ["nobias"] * (not self.bias)
+        if self.quant is not None:
+            kind, block, double = self.quant
+            parts.append(f"{kind}-{block}" + "-double" * double)
         return "-".join(parts)
 
     def draw(self) -> Inputs:
@@ -107,18 +112,30 @@ class Case:
             # Not the origin, and a seed that fills both
             # key words.
             rng = torch.tensor([-(2**61) - self.seed, 2**33 + 5, 3, 24], device=self.device)
+        stored, packed = weight.t() if self.fan_in_fan_out else weight, None
+        if self.quant is not None:
+            stored, packed = quantized(stored, self.quant)
         return Inputs(
             case=self,
             x=layout(normal(self.m, self.k).to(self.dtype)),
             dy=layout(normal(self.m, self.n).to(self.dtype)),
-            weight=layout((weight.t() if self.fan_in_fan_out else weight).to(self.dtype)),
+            weight=layout(stored.to(self.dtype)) if packed is None else stored,
             lora_a=layout((normal(self.r, self.k) / self.k**0.5).to(adapter_dtype)),
             lora_b=layout((normal(self.n, self.r) * amplify).to(adapter_dtype)),
             scale=torch.tensor(self.scale, dtype=_scale_dtype(self.dtype), device=self.device),
             bias=normal(self.n).to(self.dtype) if self.bias else None,
             rng=rng,
             out_scale=(1 + 0.5 * normal(self.n)).to(self.dtype) if self.out_scale else None,
+            packed=packed,
         )
+
+
+def quantized(weight: Tensor, quant: tuple[str, int, bool]) -> tuple[Tensor, Arguments]:
+    """``weight`` as its bytes say it, exact in float64, and the arguments that say it."""
+    kind, block, double = quant
+    data, state = four_bit.quantize(weight.float(), kind, block=block, double_quant=double)
+    exact = four_bit.dequantize(data, state, torch.float64)
+    return exact, {"weight": data, "quant": state.tensors(), "quant_block": block}
 
 
 @dataclass(frozen=True)
@@ -126,6 +143,7 @@ class Inputs:
     case: Case
     x: Tensor
     dy: Tensor
+    # of a four-bit one the values, in float64
     weight: Tensor
     lora_a: Tensor
     lora_b: Tensor
@@ -133,6 +151,8 @@ class Inputs:
     bias: Tensor | None
     rng: Tensor | None
     out_scale: Tensor | None
+    # of a four-bit weight the arguments in the place of ``weight``
+    packed: Arguments | None = None
 
     def mask(self) -> Tensor | None:
         if self.rng is None:
@@ -144,14 +164,18 @@ class Inputs:
         would hand them over."""
         case = self.case
         common: Arguments = {"rng": self.rng, "dropout_p": case.dropout_p}
-        linear = common | {
-            "weight": self.weight,
-            "lora_a": self.lora_a,
-            "lora_b": self.lora_b,
-            "scale": self.scale,
-            "fan_in_fan_out": case.fan_in_fan_out,
-            "out_scale": self.out_scale,
-        }
+        linear = (
+            common
+            | {
+                "weight": self.weight,
+                "lora_a": self.lora_a,
+                "lora_b": self.lora_b,
+                "scale": self.scale,
+                "fan_in_fan_out": case.fan_in_fan_out,
+                "out_scale": self.out_scale,
+            }
+            | (self.packed or {})
+        )
         if op == "lora_shrink":
             return common | {"x": self.x, "lora_a": self.lora_a, "scale": self.scale}
         if op == "lora_linear_fwd":

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..planning.answers import record_plans
 from ..spec import reference
 from ..spec.segments import SegmentTable
-from .linear import LAYOUTS, Arguments, assert_within_budget, poisoned_memory
+from .linear import LAYOUTS, Arguments, assert_within_budget, poisoned_memory, quantized
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class SegmentedCase:
     fan_in_fan_out: bool = False
     bias: bool = False
     weight: float = 1.0
+    # as of ``linear.Case``
+    quant: tuple[str, int, bool] | None = None
     device: str = "cpu"
     seed: int = 0
 
@@ -92,13 +94,16 @@ class SegmentedCase:
             weight = normal(total, self.k) * (self.weight / self.k**0.5)
         if self.fan_in_fan_out:
             weight = weight.t().contiguous()
+        weight, packed = weight.to(self.dtype), None
+        if self.quant is not None:
+            weight, packed = quantized(weight, self.quant)
         rng = None
         if self.dropout_p:
             rng = torch.tensor([-(2**61) - self.seed, 2**33 - 2, 3, 24], device=self.device)
         return SegmentedInputs(
             case=self,
             seg=seg,
-            weight=weight.to(self.dtype),
+            weight=weight,
             bias=normal(total).to(self.dtype) if self.bias else None,
             x=layout(normal(self.m, self.k).to(self.dtype)),
             dy=layout(normal(self.m, total).to(self.dtype)),
@@ -106,6 +111,7 @@ class SegmentedCase:
             lora_a=lora_a,
             lora_b=lora_b,
             rng=rng,
+            packed=packed,
         )
 
 
@@ -121,6 +127,7 @@ class SegmentedInputs:
     lora_a: list[Tensor]
     lora_b: list[Tensor]
     rng: Tensor | None
+    packed: Arguments | None = None
 
     @property
     def packed_slices(self) -> int:
@@ -154,6 +161,7 @@ class SegmentedInputs:
         if op == "segmented_lora_dx":
             return both | dropout | {"dy": self.dy}
         base: Arguments = {"weight": self.weight, "fan_in_fan_out": self.case.fan_in_fan_out}
+        base |= self.packed or {}
         if op == "segmented_linear_fwd":
             return both | dropout | base | {"x": self.x, "bias": self.bias}
         if op == "segmented_linear_dx":

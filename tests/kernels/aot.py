@@ -108,7 +108,7 @@ def measure(call: Call) -> Row:
     name = caught.function.__name__
     plan = (
         ""
-        if call.config.plan in ("skinny", "preload", "grouped", "decode")
+        if call.config.plan in ("skinny", "preload", "grouped", "decode", "vendor")
         else f" {call.config.plan}"
     )
     kernel = name.removeprefix("_").removesuffix("_kernel") + plan
@@ -172,6 +172,8 @@ def predicted(call: Call, kernel: str, c: dict[str, Any]) -> list[int]:
     elif kernel == "_lora_linear_dab_kernel":
         # dA, then dB
         loops = 2 * [of_tail(c["BLOCK_C"], c["BLOCK_R"], c["BLOCK_M"])]
+    elif kernel == "_lora_decode_kernel":
+        loops = []
     elif kernel not in ("_lora_linear_kernel", "_lora_linear_producer_kernel"):
         loops = [of_tail(*sizes) for sizes in aot_segmented.products(kernel, c)]
     else:

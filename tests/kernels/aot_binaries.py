@@ -22,7 +22,7 @@ import torch
 from lora_kernels import kernels
 from lora_kernels.backends import cuda
 from lora_kernels.spec.reference import tail_dtype
-from tests.kernels import aot_linears, aot_segmented
+from tests.kernels import aot_four_bit, aot_linears, aot_segmented
 from tests.kernels.aot_calls import DTYPES, FACTS, Call
 
 
@@ -110,6 +110,10 @@ def launch(call: Call) -> Caught:
     if call.problem.op in aot_linears.OPERATORS:
         with launches() as caught:
             aot_linears.shrink(call.config, call.problem, call.layout)
+        return caught[call.launch]
+    if call.problem.four_bit:
+        with launches() as caught:
+            aot_four_bit.launch(call.config, call.problem, call.layout, FACTS[call.arch])
         return caught[call.launch]
     args, kwargs = arguments(call)
     with launches() as caught:

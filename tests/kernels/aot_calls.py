@@ -20,8 +20,8 @@ covering set of it, each member there for what it costs in registers or in addre
   aligned.
 - the preload plan's kernel: each tile as the masked forward at a rank of 16, as the forward at the
   largest rank it admits, and as the masked dX there, aligned and odd; strided once; fp32.
-- the segmented operators, and the shrink of several projections: the docstrings of
-  ``aot_segmented.py`` and ``aot_linears.py``.
+- the segmented operators, the shrink of several projections, and four-bit weights: the docstrings
+  of ``aot_segmented.py``, ``aot_linears.py`` and ``aot_four_bit.py``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lora_kernels.planning.config import Config, tiled_configs
 from lora_kernels.planning.device import DeviceFacts
 from lora_kernels.planning.validity import invalid_reason
 from lora_kernels.spec.problem import Problem
-from tests.kernels import aot_linears, aot_segmented
+from tests.kernels import aot_four_bit, aot_linears, aot_segmented
 
 RANKS = (16, 32, 64, 128, 256)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -80,7 +80,11 @@ class Call(NamedTuple):
         names |= {"lora_linears_fwd": "S", "lora_linears_dx": "D"}
         flags = [names[op]] if op in names else []
         flags += [op.removeprefix("segmented_")] * (problem.slots > 0) + ["packed"] * self.packed
-        flags += ["mask"] * problem.dropout + ["Conv1D"] * problem.fan_in_fan_out
+        flags += (
+            ["4-bit"] * problem.four_bit
+            + ["mask"] * problem.dropout
+            + ["Conv1D"] * problem.fan_in_fan_out
+        )
         flags += ["out_scale"] * problem.out_scale + ["descriptors"] * config.descriptors
         dtypes = f"{SHORT[problem.dtype]}/{SHORT[problem.adapter_dtype]}"
         return tile, problem.r, dtypes, " ".join([*flags, self.layout])
@@ -91,7 +95,8 @@ def calls(arch: str) -> list[Call]:
     mixed = itertools.starmap(functools.partial(Call, arch), aot_segmented.calls(FACTS[arch]))
     several = itertools.starmap(functools.partial(Call, arch), aot_linears.calls(FACTS[arch]))
     linear = itertools.chain(_linear(arch), _preload(arch), _skinny(arch))
-    every = itertools.chain(linear, mixed, several)
+    four_bit = itertools.starmap(functools.partial(Call, arch), aot_four_bit.calls(FACTS[arch]))
+    every = itertools.chain(linear, mixed, several, four_bit)
     return list(dict.fromkeys(every))
 
 
@@ -99,7 +104,8 @@ def sample(arch: str) -> list[Call]:
     """Of these one of each operator and plan at the largest rank, aligned and odd."""
     largest: dict[tuple[object, ...], Call] = {}
     for call in calls(arch):
-        key = call.problem.op, call.config.plan, call.launch, call.layout
+        problem = call.problem
+        key = problem.op, call.config.plan, call.launch, problem.four_bit, call.layout
         if call.layout != "strided" and (
             key not in largest or call.problem.r > largest[key].problem.r
         ):

@@ -75,6 +75,8 @@ def test_the_heuristic_is_always_valid():
         for out_scale in (False, True):
             asked = Problem(op, m, n, k, r, dtype, dtype, dropout, False, out_scale, aligned)
             assert_valid(asked, facts)
+            if op in ("lora_linear_fwd", "lora_linear_dx"):
+                assert_valid(asked._replace(four_bit=True), facts)
 
 
 def test_an_unknown_device_gets_the_reference():
@@ -104,6 +106,11 @@ INVALID = [
     (Config("preload"), {"r": 1000}, HOPPER, "registers"),
     (Config("preload"), {"op": "lora_linear_dx", "out_scale": True}, HOPPER, "out_scale"),
     (Config("preload"), {}, CPU, "run on GPUs"),
+    (Config("tail", decodes=True), {}, HOPPER, "no four-bit weight"),
+    (Config("tail", decodes=True), {"four_bit": True, "k": 1000}, HOPPER, "whole numbers of 16"),
+    (Config("preload", decodes=True), {"four_bit": True}, HOPPER, "from memory"),
+    (Config("in_loop", decodes=True), {"four_bit": True, "r": 64}, HOPPER, "registers"),
+    (Config("in_loop", decodes=True), {"four_bit": True, "dropout": True}, HOPPER, "drawn again"),
     (Config("tail", 128, 128, 64, num_stages=8), {}, HOPPER, "bytes of shared memory"),
     (Config("tail", 128, 128, 64, descriptors=True), {}, AMPERE, "tensor descriptors need sm_90"),
     (Config("tail", 128, 128, 64, descriptors=True), {}, INSTINCT, "tensor descriptors need"),
@@ -115,6 +122,15 @@ INVALID = [
 def test_what_is_not_valid_says_why(chosen, changes, facts, reason):
     assert reason in invalid_reason(chosen, problem(**changes), facts)
     assert not is_valid(chosen, problem(**changes), facts)
+
+
+@pytest.mark.parametrize("facts", [HOPPER, AMPERE, INSTINCT], ids=lambda f: f.name)
+def test_few_rows_of_a_four_bit_weight_are_decoded_in_the_loop_and_many_to_memory(facts):
+    for m, decodes in ((1, True), (16, True), (64, True), (1024, False), (8192, False)):
+        asked = problem(m=m, k=4096, four_bit=True)
+        chosen = assert_valid(asked, facts)
+        assert chosen.decodes == decodes
+    assert not assert_valid(problem(m=1, k=4095, four_bit=True), facts).decodes
 
 
 @pytest.mark.parametrize("facts", [HOPPER, AMPERE, INSTINCT, TOMORROW], ids=lambda f: f.name)
