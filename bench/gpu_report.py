@@ -19,6 +19,8 @@ from .tables import Table, number, piped
 
 Line = dict[str, Any]
 _PLANS = ("vendor", "preload", "tail", "in_loop", "producer", "skinny", "decode", "grouped")
+# Of four-bit weights besides; that of bitsandbytes is the base alone.
+_PLANS += ("decoding_tail", "decoding_in_loop", "bitsandbytes")
 _BASE, _LAYERS = ("lora_linear_fwd", "lora_linear_dx"), ("plain", "addmm", "peft", "fused")
 
 
@@ -62,7 +64,8 @@ def operators(lines: list[Line]) -> list[Line]:
 def size_of(work: Line) -> str:
     size = f"{work['m']} x {work['k']} x {'+'.join(map(str, work['n']))}"
     size += f", p {work['p']:g}" * (work["p"] > 0)
-    return size + f", {work['slots']} adapters" * (work["slots"] > 0)
+    size += f", {work['slots']} adapters" * (work["slots"] > 0)
+    return size + ", 4-bit" * work.get("four_bit", False)
 
 
 def operator_table(rows: list[Line]) -> Table:
@@ -106,7 +109,7 @@ def bars(lines: list[Line]) -> Table:
             work = row["work"]
             if (work["op"], work["m"], work["k"], work["n"], work["p"]) == (
                 "lora_linear_fwd", m, k, [n], p,
-            ) and "plain" in row["best"]:  # fmt: skip
+            ) and "plain" in row["best"] and not work.get("four_bit"):  # fmt: skip
                 ours = [us for name, (us, _) in row["best"].items() if name != "plain"]
                 return min(ours) / row["best"]["plain"][0] if ours else None
         return None

@@ -22,7 +22,7 @@ from torch import Tensor
 from lora_kernels.planning import plan, tables
 from lora_kernels.planning.config import Config
 from lora_kernels.planning.device import DeviceFacts
-from lora_kernels.spec import reference
+from lora_kernels.spec import four_bit, reference
 from lora_kernels.testing.linear import Case, assert_within_budget, check, poisoned_memory
 from lora_kernels.testing.segmented import SegmentedCase, check_segmented
 
@@ -232,8 +232,8 @@ def measured(machine: Machine, work: Work, rounds: int, **more: Any) -> None:
             wrong[label] = f"{type(error).__name__}: {error}"[:300]
             print(f"WRONG {work} {label}: {wrong[label]}", flush=True)
             machine.synchronize()
-    if plain := _plain(work, arguments):
-        steps["plain"] = [machine.captured(plain)]
+    others = {"plain": _plain(work, arguments), "bitsandbytes": _bitsandbytes(work, arguments)}
+    steps |= {name: [machine.captured(step)] for name, step in others.items() if step}
     del exact, eager
     smi = _watched()
     found = _timed(machine, steps, next(iter(steps), ""), [rows_], rounds)
@@ -245,7 +245,7 @@ def measured(machine: Machine, work: Work, rounds: int, **more: Any) -> None:
     called = {
         label: _called_us(machine, work.op, config_of[label], arguments)
         for label in steps
-        if work.m <= 16 and label != "plain"
+        if work.m <= 16 and label not in others
     }
     machine.note(
         "operator",
@@ -264,7 +264,7 @@ def measured(machine: Machine, work: Work, rounds: int, **more: Any) -> None:
     for label in sorted(us, key=us.__getitem__):
         best.setdefault(label.split()[0], f"{us[label]:.1f} ({expected.get(label, 0):.0f})")
     print(f"{work}: " + ", ".join(f"{name} {text}" for name, text in best.items()), flush=True)
-    ours = [label for label in steps if label != "plain"]
+    ours = [label for label in steps if label not in others]
     if ours:
         label = min(ours, key=us.__getitem__)
         entry = {"config": config_of[label], "median_us": us[label]}
@@ -325,7 +325,8 @@ def _reference(op: str, arguments: dict[str, Any], dtype: torch.dtype | None) ->
             return value.to(dtype) if dtype else value.clone()
         return value
 
-    given = {name: cast(value) for name, value in arguments.items()}
+    # What four-bit bytes mean is decoded exactly by itself.
+    given = {name: value if name == "quant" else cast(value) for name, value in arguments.items()}
     if dtype:
         given |= {name: dtype for name in ("da_dtype", "db_dtype") if name in given}
     with torch.no_grad():
@@ -347,13 +348,39 @@ def _flat(op: str, results: Any, arguments: dict[str, Any]) -> list[Tensor]:
 
 
 def _plain(work: Work, arguments: dict[str, Any]) -> Callable[[], Any] | None:
-    """The base product alone."""
+    """The base product alone; of a four-bit weight that of the plain one."""
     if "weight" not in arguments:
         return None
-    weight = arguments["weight"]
+    weight, rows_ = arguments["weight"], arguments.get("x", arguments.get("dy"))
+    if work.four_bit:
+        quant, shape = arguments["quant"], (sum(work.n), work.k)
+        weight = four_bit.decode(weight, quant, arguments["quant_block"], shape, rows_.dtype)
     if "x" in arguments:
         return functools.partial(F.linear, arguments["x"], weight)
     return functools.partial(torch.mm, arguments["dy"], weight)
+
+
+def _bitsandbytes(work: Work, arguments: dict[str, Any]) -> Callable[[], Any] | None:
+    """The product with a four-bit base by its kernels, without an adapter."""
+    if not work.four_bit or "x" not in arguments:
+        return None
+    try:
+        from bitsandbytes import matmul_4bit
+        from bitsandbytes.functional import QuantState
+    except ImportError:
+        return None
+    x, (code, absmax, code8, outer, offset) = arguments["x"], arguments["quant"]
+    state = QuantState(
+        absmax=absmax,
+        shape=torch.Size((sum(work.n), work.k)),
+        dtype=x.dtype,
+        blocksize=arguments["quant_block"],
+        code=code,
+        quant_type="nf4",
+        offset=offset,
+        state2=QuantState(absmax=outer, blocksize=256, code=code8, dtype=torch.float32),
+    )
+    return functools.partial(matmul_4bit, x, arguments["weight"].t(), state)
 
 
 def _called_us(machine: Machine, op: str, config: Config, arguments: dict[str, Any]) -> float:

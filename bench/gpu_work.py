@@ -40,6 +40,7 @@ OF_FAMILY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "grouped": (SEGMENTED, ("grouped",)),
     "decode": (DECODE_OPS, ("decode",)),
     "mixed": (MIXED_LINEAR_OPS, ("tail", "preload", "vendor")),
+    "four_bit": (LINEAR_OPS, ("vendor", "preload", "tail", "in_loop")),
 } | {name: (LINEAR_OPS, (name,)) for name in ("preload", "tail", "in_loop", "producer")}
 
 # In a rehearsal: what a plan may ask of the device, and sizes that the interpreter is done with.
@@ -100,10 +101,12 @@ class Work(NamedTuple):
     r: int = 16
     p: float = 0.0
     slots: int = 0
+    four_bit: bool = False
 
     def __str__(self) -> str:
         size = f"{self.op} {self.m}x{self.k}x{'+'.join(map(str, self.n))} r{self.r}"
-        return size + f" p{self.p:g}" * (self.p > 0) + f" a{self.slots}" * (self.slots > 0)
+        size += f" p{self.p:g}" * (self.p > 0) + f" a{self.slots}" * (self.slots > 0)
+        return size + " 4-bit" * self.four_bit
 
     def arguments(self, dtype: torch.dtype, device: str) -> dict[str, Any]:
         common: dict[str, Any] = {
@@ -111,6 +114,7 @@ class Work(NamedTuple):
             "adapter_dtype": dtype,
             "dropout_p": self.p,
             "fan_in_fan_out": False,
+            "four_bit": self.four_bit,
             "device": torch.device(device),
         }
         sizes = (self.op, self.m, self.k)
@@ -144,7 +148,8 @@ def rows(rehearse: bool) -> list[Row]:
         shape = (40, 136, 72)
         found = _of_layer(*shape, 0.0)[1:] + _of_layer(*shape, 0.1)[:1]
         mixed = Work("segmented_linear_fwd", 40, 136, (48, 24), 16, 0.0, 3)
-        return [*found, mixed, Far("vendor"), Far("preload")]
+        four_bit = Work("lora_linear_fwd", *shape[:2], (shape[2],), four_bit=True)
+        return [*found, mixed, four_bit, Far("vendor"), Far("preload")]
     sizes = [(m, 4096, 4096) for m in (8192, 4096, 2048, 16384)]
     wide = [(8192, 8192, 8192), (8192, 4096, 14336), (8192, 14336, 4096)]
     plain = [row for shape in (*sizes, *wide) for row in _of_layer(*shape, 0.0)]
@@ -159,8 +164,13 @@ def rows(rehearse: bool) -> list[Row]:
         for m in (32, 8, 128, 4096)
         for op in ("segmented_lora_", "segmented_linear_fwd")
     ]
+    four_bit = [
+        Work("lora_linear_fwd", m, 4096, (4096,), four_bit=True) for m in (1, 16, 64, 256, 4096)
+    ]
+    four_bit.append(Work("lora_linear_dx", 4096, 4096, (4096,), four_bit=True))
+    four_bit.append(Work("segmented_linear_fwd", 32, 4096, (12288, 12288), 32, 0.0, 8, True))
     far = [Far(name) for name in ("preload", "vendor", "tail", "in_loop", "producer")]
-    return [*plain, *masked[:5], *decode, *mixed_rows, *masked[5:], *far]
+    return [*plain, *masked[:5], *decode, *four_bit, *mixed_rows, *masked[5:], *far]
 
 
 def _of_layer(m: int, k: int, n: int, p: float) -> list[Row]:
@@ -208,11 +218,17 @@ def checks_of(machine: Machine, family: str) -> Iterator[tuple[str, Case | Segme
             cases += [replace(two, m=70, dtype=dtype) for dtype in (torch.float16, torch.float32)]
         if family in ("grouped", "mixed"):
             cases.append(replace(two, m=70, dropout_p=0.1))
+        if family == "mixed":
+            cases.append(replace(two, m=70, quant=("nf4", 64, True)))
     else:
         odd = Case(300, 530, 200, 40, half, device=device)
         even = Case(512, 1024, 640, 16, half, device=device)
         if machine.rehearse:
             odd, even = replace(odd, m=40, n=69, k=43), replace(even, m=40, n=72, k=136)
+        if family == "four_bit":
+            # Rows of whole units, and such as begin within a byte.
+            odd = replace(odd, k=odd.k | 1, quant=("nf4", 64, True))
+            even = replace(even, k=even.k // 32 * 32, quant=("fp4", 128, False))
         every, cases = even, [odd, even, replace(even, m=5)]
         if not machine.rehearse:
             cases += [replace(even, dtype=dtype) for dtype in (torch.float16, torch.float32)]
@@ -303,7 +319,11 @@ def counting() -> Iterator[dict[str, int]]:
 def label_of(config: Config) -> str:
     """The plan first, then what tells it from its siblings."""
     tile = "x".join(str(s) for s in (config.block_m, config.block_n, config.block_k) if s)
-    parts = [config.plan, tile, f"w{config.num_warps}s{config.num_stages}" * (config.block_m > 0)]
+    parts = [
+        "decoding_" * config.decodes + config.plan,
+        tile,
+        f"w{config.num_warps}s{config.num_stages}" * (config.block_m > 0),
+    ]
     parts += [f"r{config.block_r}"] * (config.block_r > 0) + [f"c{config.chunk}"] * (
         config.chunk > 0
     )

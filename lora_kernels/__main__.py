@@ -137,12 +137,14 @@ def _tune(arguments: argparse.Namespace) -> None:
         adapter_dtype=arguments.adapter_dtype,
         dropout_p=arguments.dropout,
         fan_in_fan_out=arguments.fan_in_fan_out,
+        four_bit=arguments.four_bit,
         device=device,
         seconds=arguments.seconds,
     ):
         problem = measurement.problem
         times = ", ".join(
-            f"{config.plan} {us:.1f} us" for config, us in measurement.medians_us.items()
+            f"{'decoding ' * config.decodes}{config.plan} {us:.1f} us"
+            for config, us in measurement.medians_us.items()
         )
         slots = f" slots {problem.slots} slices {problem.slices}" * (problem.slots > 0)
         sizes = f"M {problem.m} K {problem.k} N {problem.n}{slots}"
@@ -174,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     tuning.add_argument(
         "--fan-in-fan-out", action="store_true", help="the weight is stored as [K, N]"
     )
+    tuning.add_argument("--four-bit", action="store_true", help="the weight is NF4 (QLoRA)")
     tuning.add_argument("--device", default=None, help="default: the GPU, else the CPU")
     tuning.add_argument("--seconds", type=float, default=2.0, help="per operator and shape")
     arguments = parser.parse_args(argv)

@@ -23,6 +23,7 @@ from ..planning import plan, tables
 from ..planning.config import Config
 from ..planning.device import facts
 from ..planning.validity import candidates
+from ..spec.four_bit import quantize
 from ..spec.problem import PROBLEM_OF, Problem
 from ..spec.reference import tail_dtype
 from ..spec.segments import SegmentTable
@@ -61,6 +62,7 @@ def arguments_for(
     dropout_p: float,
     fan_in_fan_out: bool,
     device: torch.device,
+    four_bit: bool = False,
 ) -> dict[str, Any]:
     """Random inputs of one operator (zeros would run faster)."""
 
@@ -81,16 +83,23 @@ def arguments_for(
             "db_dtype": adapter_dtype,
         }
         return common | tails | {"dy": normal(m, n), "x": normal(m, k)}
-    weight = normal(k, n) if fan_in_fan_out else normal(n, k)
+    weight = _weight(normal(k, n) if fan_in_fan_out else normal(n, k), four_bit)
     rows = {"x": normal(m, k)} if op == "lora_linear_fwd" else {"dy": normal(m, n)}
     adapter = {
-        "weight": weight,
         "lora_a": lora_a,
         "lora_b": lora_b,
         "scale": scale,
         "fan_in_fan_out": fan_in_fan_out,
     }
-    return common | rows | adapter
+    return common | rows | weight | adapter
+
+
+def _weight(weight: Tensor, four_bit: bool) -> dict[str, Any]:
+    """The arguments that say it; of a four-bit one in the most usual format."""
+    if not four_bit:
+        return {"weight": weight}
+    data, state = quantize(weight.float(), "nf4", block=64, double_quant=True)
+    return {"weight": data, "quant": state.tensors(), "quant_block": state.block}
 
 
 def mixed_arguments_for(
@@ -106,6 +115,7 @@ def mixed_arguments_for(
     dropout_p: float,
     fan_in_fan_out: bool,
     device: torch.device,
+    four_bit: bool = False,
 ) -> dict[str, Any]:
     """The same for an operator of a batch that mixes adapters, whose rows take turns among the
     slots."""
@@ -128,7 +138,6 @@ def mixed_arguments_for(
         "d": tails[1],
         "lora_a": a,
         "lora_b": b,
-        "weight": normal(k, total) if fan_in_fan_out else normal(total, k),
         "fan_in_fan_out": fan_in_fan_out,
         "table": seg.tensors(),
         "widths": list(widths),
@@ -136,6 +145,7 @@ def mixed_arguments_for(
         "da_dtype": adapter_dtype,
         "db_dtype": adapter_dtype,
     }
+    given |= _weight(normal(k, total) if fan_in_fan_out else normal(total, k), four_bit)
     if dropout_p:
         given |= {"rng": torch.tensor([1, 2, 0, 0], device=device), "dropout_p": dropout_p}
     names = set(inspect.signature(PROBLEM_OF[op]).parameters)
@@ -241,11 +251,13 @@ def tune(
     adapter_dtype: torch.dtype | None = None,
     dropout_p: float = 0.0,
     fan_in_fan_out: bool = False,
+    four_bit: bool = False,
     device: torch.device | str = "cpu",
     seconds: float = 2.0,
 ) -> Iterator[Measurement]:
     """Measure each operator at each shape (M, K, N); yields, and writes the table, as it goes. With
-    ``slots`` the operators are those of a batch that mixes so many adapters.
+    ``slots`` the operators are those of a batch that mixes so many adapters; with ``four_bit`` the
+    base weight is NF4.
 
     Raises:
         ValueError: a device without a backend, whose calls the reference alone can answer.
@@ -261,6 +273,7 @@ def tune(
                 "adapter_dtype": adapter_dtype or dtype,
                 "dropout_p": dropout_p,
                 "fan_in_fan_out": fan_in_fan_out,
+                "four_bit": four_bit,
                 "device": device,
             }
             if slots:

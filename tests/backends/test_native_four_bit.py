@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.backends import cpu
+from lora_kernels.backends import cpu, tune
+from lora_kernels.planning import plan
 from lora_kernels.spec import four_bit, native
 from lora_kernels.testing.linear import Case, assert_within_budget, naive, poisoned_memory
 
@@ -196,3 +197,15 @@ def test_a_call_that_does_not_fit_is_refused_before_anything_is_written():
     parameter.requires_grad_(False)
     with pytest.raises(ValueError, match="do not fit"):
         lk.lora_linear(x[:, :32], parameter, given["lora_a"], given["lora_b"])
+
+
+@pytest.mark.parametrize("slots", [0, 3])
+def test_a_four_bit_weight_is_tuned(slots, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
+    shape = (3, 64, (32, 32)) if slots else (3, 64, 64)
+    op = "segmented_linear_fwd" if slots else "lora_linear_fwd"
+    options = {"r": 4, "slots": slots, "dtype": torch.float32, "seconds": 0.01}
+    (measured,) = tune.tune([shape], [op], four_bit=True, **options)
+    assert measured.problem.four_bit and {"native"} <= {c.plan for c in measured.medians_us}
+    assert "four_bit" in measured.problem.bucketed().key()
+    plan.forget_tables()

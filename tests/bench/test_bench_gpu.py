@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_a_smoke_against_a_stand_in(tmp_path):
     kinds = [line["kind"] for line in lines]
     assert kinds.count("operator") == 2 and {"device", "floors", "replay"} <= {*kinds}
     families = {line["family"]: line for line in lines if line["kind"] == "family"}
-    assert {*families} == {"vendor", "preload", "mixed"}
+    assert {*families} == {"vendor", "preload", "mixed", "four_bit"}
     assert all(line["right"] >= 6 and not line["wrong"] for line in families.values())
     (compiled,) = (line for line in lines if line["kind"] == "compiled")
     assert compiled["hits"] + compiled["misses"] > 0 and not compiled["failed"]
@@ -56,6 +57,9 @@ def test_a_run_against_a_stand_in_and_its_page(tmp_path, capsys):
     assert [line["row"] for line in lines if "row" in line] == [*range(len(expected))]
     kinds = {line["kind"] for line in lines}
     assert {"operator", "layer", "far"} <= kinds and not kinds & {"failed", "step"}
+    (four_bit,) = [line for line in lines if line.get("work", {}).get("four_bit")]
+    assert four_bit["us"].keys() >= {"plain", "vendor"} and not four_bit["wrong"]
+    assert (find_spec("bitsandbytes") is None) == ("bitsandbytes" not in four_bit["us"])
     gpu_report.main([tmp_path])
     printed = capsys.readouterr().out
     for heading in ("## Bars", "## lora_linear_dx", "## Layers", "## Predictions", "Floors:"):

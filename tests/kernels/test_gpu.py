@@ -41,6 +41,23 @@ def test_every_candidate_of_the_planner(op, sizes, dropout_p, dtype):
     assert tried & {"tail", "skinny"}
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("quant", [("nf4", 64, True), ("fp4", 256, False)])
+@pytest.mark.parametrize("sizes", [(300, 530, 201, 40), (5, 512, 1024, 16), (260, 514, 640, 8)])
+@pytest.mark.parametrize("op", ["lora_linear_fwd", "lora_linear_dx"])
+def test_every_candidate_of_the_planner_for_four_bits(op, sizes, quant, dtype):
+    case = Case(*sizes, dtype=dtype, quant=quant, device="cuda")
+    problem = PROBLEM_OF[op](**case.draw().arguments(op))
+    tried = set()
+    for config in candidates(problem, facts("cuda")):
+        backend = "reference" if config.plan == "reference" else "cuda"
+        with lk.force_plan(config):
+            check(op, getattr(ops, op), case, backend=backend)
+        tried.add((config.plan, config.decodes))
+    assert ("tail", False) in tried
+    assert (("tail", True) in tried) == (sizes[2] % 32 == 0)
+
+
 def leaves_of(inputs):
     return [t.requires_grad_() for t in (inputs.x, inputs.lora_a, inputs.lora_b)]
 

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 import segmented_kernels
 from segmented_kernels import DEVICE, DTYPES, INTERPRETED, SHRINK
 
+import lora_kernels as lk
 from lora_kernels.backends import cuda, vendor
 from lora_kernels.kernels import four_bit as kernels
 from lora_kernels.kernels import linear_fwd
@@ -218,3 +219,40 @@ def test_without_triton_the_library_decodes(monkeypatch):
     run = functools.partial(cuda.run, FWD, Config("vendor"), problem, known)
     check(FWD, run, case)
     assert vendor.base_weight is four_bit.base_weight
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU test_gpu.py shows it with the real backend")
+@pytest.mark.parametrize(
+    "config", [Config("tail", decodes=True), Config("tail"), Config("preload")], ids=str
+)
+def test_a_layer_trains_through_the_kernels(config, monkeypatch):
+    """As the test of that name in ``test_kernels.py``: what is above the backend knows no kernel,
+    and hands it the bytes and what they mean."""
+    known = known_of("sm_90")
+    torch.manual_seed(0)
+    base = lk.QuantizedLinear.from_linear(torch.nn.Linear(64, 72))
+    layer = lk.FusedLoRALinear.from_linear(base, r=6, init_lora_weights=False, lora_dropout=0.3)
+    x = torch.randn(3, 11, 64, requires_grad=True)
+
+    def step():
+        torch.manual_seed(1)
+        y = layer(x)
+        return [y.detach(), *torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), y.detach())]
+
+    with lk.force_plan("vendor"):
+        expected = step()
+    launched = []
+
+    def through_the_kernel(op, *args, masked, **kwargs):
+        problem = PROBLEM_OF[op](*args, **kwargs)
+        launched.append((op, problem.four_bit))
+        chosen = config if problem.four_bit else Config("skinny")
+        return cuda.run(op, chosen, problem, known, *args, **kwargs)
+
+    for op in (FWD, DX, "lora_linear_dab"):
+        monkeypatch.setattr(vendor, op, functools.partial(through_the_kernel, op))
+    with lk.force_plan("vendor"):
+        results = step()
+    for ours, theirs in zip(results, expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert launched == [(FWD, True), (DX, True), ("lora_linear_dab", False)]
