@@ -146,7 +146,7 @@ class Command:
 
 # Those of gpu_work.OF_FAMILY; here since this process does without torch.
 FAMILIES = ["vendor", "preload", "tail", "in_loop", "skinny", "grouped", "decode", "mixed"]
-FAMILIES += ["four_bit", _LAST]
+FAMILIES += ["four_bit", "experts", _LAST]
 
 
 def main() -> None:

@@ -65,7 +65,8 @@ def size_of(work: Line) -> str:
     size = f"{work['m']} x {work['k']} x {'+'.join(map(str, work['n']))}"
     size += f", p {work['p']:g}" * (work["p"] > 0)
     size += f", {work['slots']} adapters" * (work["slots"] > 0)
-    return size + ", 4-bit" * work.get("four_bit", False)
+    size += ", 4-bit" * work.get("four_bit", False)
+    return size + f", {work.get('experts')} experts" * (work.get("experts", 0) > 0)
 
 
 def operator_table(rows: list[Line]) -> Table:

@@ -23,6 +23,7 @@ from lora_kernels.planning import plan, tables
 from lora_kernels.planning.config import Config
 from lora_kernels.planning.device import DeviceFacts
 from lora_kernels.spec import four_bit, reference
+from lora_kernels.testing.experts import ExpertCase, check_experts
 from lora_kernels.testing.linear import Case, assert_within_budget, check, poisoned_memory
 from lora_kernels.testing.segmented import SegmentedCase, check_segmented
 
@@ -135,6 +136,8 @@ def _is_right(machine: Machine, name: str) -> bool:
             run, holds = operator(machine, op, config), check
             if isinstance(case, SegmentedCase):
                 holds = check_segmented  # type: ignore[assignment]
+            elif isinstance(case, ExpertCase):
+                holds = check_experts  # type: ignore[assignment]
             error = None
             try:
                 holds(op, run, case)  # type: ignore[arg-type]
@@ -355,6 +358,9 @@ def _plain(work: Work, arguments: dict[str, Any]) -> Callable[[], Any] | None:
     if work.four_bit:
         quant, shape = arguments["quant"], (sum(work.n), work.k)
         weight = four_bit.decode(weight, quant, arguments["quant_block"], shape, rows_.dtype)
+    if work.experts:
+        weight = weight.transpose(1, 2) if "x" in arguments else weight
+        return functools.partial(F.grouped_mm, rows_, weight, offs=arguments["offs"])
     if "x" in arguments:
         return functools.partial(F.linear, arguments["x"], weight)
     return functools.partial(torch.mm, arguments["dy"], weight)

@@ -20,10 +20,12 @@ import torch
 from lora_kernels.backends import cuda, tune
 from lora_kernels.backends.tune import CapturedCall
 from lora_kernels.planning import plan
-from lora_kernels.planning.config import DECODE_OPS, MIXED_LINEAR_OPS, PLANS, SKINNY_OPS, Config
+from lora_kernels.planning.config import DECODE_OPS, MIXED_LINEAR_OPS, PLANS, Config
 from lora_kernels.planning.device import DeviceFacts, facts
 from lora_kernels.planning.validity import candidates
+from lora_kernels.spec.operators import EXPERT_OPERATORS
 from lora_kernels.spec.problem import PROBLEM_OF, Problem, is_aligned
+from lora_kernels.testing.experts import ExpertCase
 from lora_kernels.testing.linear import Case
 from lora_kernels.testing.segmented import SegmentedCase
 
@@ -31,6 +33,7 @@ from .gpu import ROWS
 from .measure import CpuClock, CudaClock
 
 LINEAR_OPS = ("lora_linear_fwd", "lora_linear_dx")
+SKINNY_OPS = ("lora_shrink", "lora_linear_dab")
 SEGMENTED = ("segmented_lora", "segmented_lora_", "segmented_lora_dx", "segmented_lora_dab")
 
 # Of each family the operators and plans.
@@ -41,6 +44,7 @@ OF_FAMILY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "decode": (DECODE_OPS, ("decode",)),
     "mixed": (MIXED_LINEAR_OPS, ("tail", "preload", "vendor")),
     "four_bit": (LINEAR_OPS, ("vendor", "preload", "tail", "in_loop")),
+    "experts": (EXPERT_OPERATORS, ("tail", "skinny", "vendor")),
 } | {name: (LINEAR_OPS, (name,)) for name in ("preload", "tail", "in_loop", "producer")}
 
 # In a rehearsal: what a plan may ask of the device, and sizes that the interpreter is done with.
@@ -92,7 +96,8 @@ class Machine:
 
 
 class Work(NamedTuple):
-    """One operator at one size; ``n`` are the widths of the slices where ``slots`` mix."""
+    """One operator at one size; ``n`` are the widths of the slices where ``slots`` mix. Of
+    ``experts`` each has the same rows but for one more of some."""
 
     op: str
     m: int
@@ -102,11 +107,13 @@ class Work(NamedTuple):
     p: float = 0.0
     slots: int = 0
     four_bit: bool = False
+    experts: int = 0
 
     def __str__(self) -> str:
         size = f"{self.op} {self.m}x{self.k}x{'+'.join(map(str, self.n))} r{self.r}"
         size += f" p{self.p:g}" * (self.p > 0) + f" a{self.slots}" * (self.slots > 0)
-        return size + " 4-bit" * self.four_bit
+        size += " 4-bit" * self.four_bit
+        return size + f" e{self.experts}" * (self.experts > 0)
 
     def arguments(self, dtype: torch.dtype, device: str) -> dict[str, Any]:
         common: dict[str, Any] = {
@@ -118,9 +125,27 @@ class Work(NamedTuple):
             "device": torch.device(device),
         }
         sizes = (self.op, self.m, self.k)
+        if self.experts:
+            return self._of_experts(dtype, device)
         if self.slots:
             return tune.mixed_arguments_for(*sizes, self.n, self.r, slots=self.slots, **common)
         return tune.arguments_for(*sizes, self.n[0], self.r, **common)
+
+    def _of_experts(self, dtype: torch.dtype, device: str) -> dict[str, Any]:
+        m, k, (n,), r, experts = self.m, self.k, self.n, self.r, self.experts
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, dtype=dtype, device=device)
+
+        ends = [(e + 1) * m // experts for e in range(experts)]
+        offs = torch.tensor(ends, dtype=torch.int32, device=device)
+        if self.op == "expert_linear_dab":
+            rows = {"dy": normal(m, n), "x": normal(m, k), "s": normal(m, r), "d": normal(m, r)}
+            return rows | {"offs": offs, "da_dtype": dtype, "db_dtype": dtype}
+        rows = {"dy": normal(m, n)} if self.op == "expert_linear_dx" else {"x": normal(m, k)}
+        adapter = {"lora_a": normal(experts, r, k), "lora_b": normal(experts, n, r)}
+        scale = torch.ones((), device=device)
+        return rows | adapter | {"weight": normal(experts, n, k), "scale": scale, "offs": offs}
 
 
 class Layer(NamedTuple):
@@ -140,6 +165,7 @@ class Far(NamedTuple):
 
 
 Row = Work | Layer | Far
+AnyCase = Case | SegmentedCase | ExpertCase
 
 
 def rows(rehearse: bool) -> list[Row]:
@@ -149,7 +175,8 @@ def rows(rehearse: bool) -> list[Row]:
         found = _of_layer(*shape, 0.0)[1:] + _of_layer(*shape, 0.1)[:1]
         mixed = Work("segmented_linear_fwd", 40, 136, (48, 24), 16, 0.0, 3)
         four_bit = Work("lora_linear_fwd", *shape[:2], (shape[2],), four_bit=True)
-        return [*found, mixed, four_bit, Far("vendor"), Far("preload")]
+        experts = Work("expert_linear_fwd", 40, 72, (48,), 16, experts=3)
+        return [*found, mixed, four_bit, experts, Far("vendor"), Far("preload")]
     sizes = [(m, 4096, 4096) for m in (8192, 4096, 2048, 16384)]
     wide = [(8192, 8192, 8192), (8192, 4096, 14336), (8192, 14336, 4096)]
     plain = [row for shape in (*sizes, *wide) for row in _of_layer(*shape, 0.0)]
@@ -169,8 +196,15 @@ def rows(rehearse: bool) -> list[Row]:
     ]
     four_bit.append(Work("lora_linear_dx", 4096, 4096, (4096,), four_bit=True))
     four_bit.append(Work("segmented_linear_fwd", 32, 4096, (12288, 12288), 32, 0.0, 8, True))
+    # Qwen3-30B-A3B's gate_up_proj: 2048 tokens of a step, and 16 sequences that decode; top 8.
+    of_experts = [
+        Work(f"expert_linear_{op}", m, 2048, (1536,), 16, experts=128)
+        for m in (16384, 128)
+        for op in ("fwd", "dx", "dab")[: 3 if m > 128 else 1]
+    ]
+    rest = [*four_bit, *of_experts, *mixed_rows, *masked[5:]]
     far = [Far(name) for name in ("preload", "vendor", "tail", "in_loop", "producer")]
-    return [*plain, *masked[:5], *decode, *four_bit, *mixed_rows, *masked[5:], *far]
+    return [*plain, *masked[:5], *decode, *rest, *far]
 
 
 def _of_layer(m: int, k: int, n: int, p: float) -> list[Row]:
@@ -199,13 +233,13 @@ def configs(machine: Machine, problem: Problem, *, most: float = _HOPELESS) -> l
     return [c for c in found if estimates[c] <= most * min(estimates.values())]
 
 
-def checks_of(machine: Machine, family: str) -> Iterator[tuple[str, Case | SegmentedCase, Config]]:
+def checks_of(machine: Machine, family: str) -> Iterator[tuple[str, AnyCase, Config]]:
     """The calls of a family that are held against float64: odd sizes, two tiles and remainders, few
     rows; both half types, float32, dropout."""
     ops, plans = OF_FAMILY[family]
     half, device = machine.dtype, machine.device
-    every: Case | SegmentedCase
-    cases: list[Case | SegmentedCase]
+    every: AnyCase
+    cases: list[AnyCase]
     if ops[0].startswith("segmented"):
         wide, few = (530, 64, 200), (1024, 256)
         ranks = (33, 0, 1, 8, 64, 16)
@@ -220,6 +254,14 @@ def checks_of(machine: Machine, family: str) -> Iterator[tuple[str, Case | Segme
             cases.append(replace(two, m=70, dropout_p=0.1))
         if family == "mixed":
             cases.append(replace(two, m=70, quant=("nf4", 64, True)))
+    elif family == "experts":
+        many = ExpertCase((3, 290, 0, 64), 530, 200, 40, 5, half, bias=True, device=device)
+        even_ = ExpertCase((70, 0, 130), 1024, 640, 16, 0, half, device=device)
+        if machine.rehearse:
+            many, even_ = replace(many, n=69, k=43), replace(even_, n=72, k=136)
+        every, cases = even_, [many, even_]
+        if not machine.rehearse:
+            cases += [replace(even_, dtype=dtype) for dtype in (torch.float16, torch.float32)]
     else:
         odd = Case(300, 530, 200, 40, half, device=device)
         even = Case(512, 1024, 640, 16, half, device=device)
@@ -236,10 +278,11 @@ def checks_of(machine: Machine, family: str) -> Iterator[tuple[str, Case | Segme
             cases += [replace(even, dropout_p=0.1), replace(odd, dropout_p=0.1)]
     for case in cases:
         for op in ops:
-            if isinstance(case, SegmentedCase) and case.dropout_p and op in DECODE_OPS:
+            dropout_p = 0.0 if isinstance(case, ExpertCase) else case.dropout_p
+            if dropout_p and op in DECODE_OPS:
                 continue
             problem = problem_of(op, drawn(case).arguments(op))
-            if case.dropout_p and not problem.dropout:
+            if dropout_p and not problem.dropout:
                 continue
             found = machine.candidates(problem, plans)
             # All tiles once; of the other formats and sizes the largest and the smallest.
@@ -248,7 +291,7 @@ def checks_of(machine: Machine, family: str) -> Iterator[tuple[str, Case | Segme
 
 
 @functools.lru_cache(maxsize=4)
-def drawn(case: Case | SegmentedCase) -> Any:
+def drawn(case: AnyCase) -> Any:
     return case.draw()
 
 

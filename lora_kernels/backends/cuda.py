@@ -54,6 +54,8 @@ def run(
     if problem.slots:
         onto = adapters_onto(problem.adapters(), known)
         return getattr(vendor, op)(*args, **kwargs, onto=onto)
+    if problem.experts:
+        return getattr(vendor, op)(*args, **kwargs)
     options: dict[str, Any] = {"masked": masked}
     if op in ("lora_linears_fwd", "lora_linears_dx"):
         rows = shrink_problem(problem)._replace(aligned=problem.aligned)
@@ -114,7 +116,7 @@ def shrinks_with(config: Config) -> Callable[..., Tensor]:
 def shrink_problem(problem: Problem) -> Problem:
     """Of the shrink that makes S or D for a product with a base."""
     return Problem(
-        "lora_shrink",
+        "expert_shrink" if problem.experts else "lora_shrink",
         problem.m,
         problem.r,
         problem.inner,
@@ -123,6 +125,7 @@ def shrink_problem(problem: Problem) -> Problem:
         problem.adapter_dtype,
         problem.dropout and problem.op in ("lora_linear_fwd", "lora_linears_fwd"),
         slices=problem.slices,
+        experts=problem.experts,
     )
 
 
@@ -133,6 +136,7 @@ def run_kernel(
     numbers."""
     # Triton is imported by the first launch, not by importing the package.
     from ..kernels import (
+        experts,
         linear_bwd,
         linear_fwd,
         linear_preload,
@@ -152,6 +156,12 @@ def run_kernel(
         module = segmented_decode if config.plan == "decode" else segmented
         module = segmented_bwd if op == "segmented_lora_dab" else module
         return getattr(module, op)(*args, **kwargs, config=config)
+    if problem.experts:
+        options = {"config": config}
+        if op not in SKINNY_OPS:
+            rows = shrink_problem(problem)._replace(aligned=problem.aligned)
+            options["shrink"] = fill_tile_sizes(Config("skinny"), rows, known)
+        return getattr(experts, op)(*args, **kwargs, **options)
     if op in SKINNY_OPS:
         kernel = linear_fwd.lora_shrink if op == "lora_shrink" else linear_bwd.lora_linear_dab
         return kernel(*args, **kwargs, config=config)

@@ -6,7 +6,8 @@ single one: the base product is rounded before the tail is added, and S before i
 tail of float16 rows is float32 (``reference.tail_dtype``), and so is what it is added to.
 ``masked`` is the device's dropout kernel. For a batch that mixes adapters the library has the base
 alone; ``onto`` is the device's kernel that adds the rest, and S is rounded once. A
-four-bit weight is decoded to memory first.
+four-bit weight is decoded to memory first. Of experts the library has a grouped GEMM where
+``_groups`` says so, else a GEMM for each.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..spec.experts import rows_of_experts
 from ..spec.four_bit import base_weight
 from ..spec.linears import dab_by_projection, rng_of
 from ..spec.reference import scaled_rows, tail_dtype
@@ -296,3 +298,127 @@ def segmented_linear_dx(
     w = base_weight(weight, quant, quant_block, dy.shape[1], k, fan_in_fan_out, dy.dtype)
     dx = torch.mm(dy, w)
     return dx, onto(dx, dy, lora_a, lora_b, table, packed_slices, rng, dropout_p)
+
+
+def _groups(rows: Tensor, *operands: Tensor) -> bool:
+    """Whether the library's grouped GEMM takes these matrices, or stacks of them: bfloat16, whose
+    rows or columns lie 16 bytes apart or a multiple of that."""
+    return rows.dtype == torch.bfloat16 and all(
+        t.numel() > 0
+        and t.data_ptr() % 16 == 0
+        and min(t.stride()[-2:]) == 1
+        and not any(step * t.element_size() % 16 for step in t.stride() if step != 1)
+        for t in (rows, *operands)
+    )
+
+
+def _of_experts(rows: Tensor, matrices: Tensor, offs: Tensor) -> Tensor:
+    """rows [M, K] by the matrix [K, N] of each one's expert; zero where it has none. The rows of
+    the result may lie 16 bytes apart."""
+    if _groups(rows, matrices):
+        y = F.grouped_mm(rows, matrices, offs=offs)
+        # The library does not write them.
+        none = torch.arange(len(rows), device=rows.device) >= offs[-1]
+        return y.masked_fill_(none[:, None], 0.0)
+    y = rows.new_zeros(len(rows), matrices.shape[2])
+    for e, own in rows_of_experts(offs):
+        torch.mm(rows[own], matrices[e], out=y[own])
+    return y
+
+
+def expert_shrink(x: Tensor, lora_a: Tensor, scale: Tensor, offs: Tensor) -> Tensor:
+    return _shrink_of_experts(x, lora_a, scale, offs).contiguous()
+
+
+def _shrink_of_experts(x: Tensor, lora_a: Tensor, scale: Tensor, offs: Tensor) -> Tensor:
+    tail = tail_dtype(x.dtype)
+    a = _as_matrices(lora_a.transpose(1, 2), tail)
+    return _of_experts(x.to(tail), a, offs).mul_(scale)
+
+
+def _as_matrices(stack: Tensor, dtype: torch.dtype) -> Tensor:
+    """``stack`` in ``dtype``, as matrices whose rows or columns are neighbours: PEFT's B is none,
+    its experts are."""
+    stack = stack.to(dtype)
+    return stack if 1 in stack.stride()[1:] else stack.contiguous()
+
+
+def expert_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scale: Tensor,
+    offs: Tensor,
+    bias: Tensor | None = None,
+    fan_in_fan_out: bool = False,
+) -> tuple[Tensor, Tensor]:
+    w = weight if fan_in_fan_out else weight.transpose(1, 2)
+    y, s = _product_of_experts(x, w, lora_a, lora_b, scale, offs)
+    if bias is not None:
+        # Of the rows that belong to none the bias is zero, too.
+        padded = F.pad(bias.to(y.dtype), (0, 0, 0, 1))
+        rows = torch.arange(len(x), dtype=offs.dtype, device=x.device)
+        y.add_(padded[torch.searchsorted(offs, rows, right=True)])
+    return y.to(x.dtype).contiguous(), s
+
+
+def expert_linear_dx(
+    dy: Tensor,
+    weight: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scale: Tensor,
+    offs: Tensor,
+    fan_in_fan_out: bool = False,
+) -> tuple[Tensor, Tensor]:
+    w = weight.transpose(1, 2) if fan_in_fan_out else weight
+    a, b = (None if t is None else t.transpose(1, 2) for t in (lora_b, lora_a))
+    dx, d = _product_of_experts(dy, w, a, b, scale, offs)
+    return dx.to(dy.dtype).contiguous(), d
+
+
+def _product_of_experts(
+    x: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None, scale: Tensor, offs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Base and tail in the tail's dtype, and S; w is [E, in, out]."""
+    tail = tail_dtype(x.dtype)
+    y = _of_experts(x, _as_matrices(w, x.dtype), offs).to(tail)
+    if a is None or b is None:
+        return y, x.new_empty(len(x), 0, dtype=tail)
+    s = _shrink_of_experts(x, a, scale, offs)
+    y.add_(_of_experts(s, _as_matrices(b.transpose(1, 2), tail), offs))
+    return y, s.contiguous()
+
+
+def expert_linear_dab(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    d: Tensor | None,
+    offs: Tensor,
+    da_dtype: torch.dtype | None = None,
+    db_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    da, db, tail = dy.new_empty(0), dy.new_empty(0), tail_dtype(dy.dtype)
+    if da_dtype is not None:
+        assert x is not None and d is not None
+        da = _sums_of_experts(d, x.to(tail), offs).to(da_dtype).contiguous()
+    if db_dtype is not None:
+        assert s is not None
+        # As PEFT stores it.
+        db = _sums_of_experts(dy.to(tail), s, offs).to(db_dtype)
+        db = db.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return da, db
+
+
+def _sums_of_experts(left: Tensor, right: Tensor, offs: Tensor) -> Tensor:
+    """left^T right over the rows of each expert: [E, columns of left, columns of right]."""
+    if _groups(left, right):
+        unused = offs.diff(prepend=offs.new_zeros(1)) == 0
+        sums = F.grouped_mm(left.t(), right, offs=offs)
+        return sums.masked_fill_(unused[:, None, None], 0.0)
+    sums = left.new_zeros(len(offs), left.shape[1], right.shape[1])
+    for e, own in rows_of_experts(offs):
+        torch.mm(left[own].t(), right[own], out=sums[e])
+    return sums

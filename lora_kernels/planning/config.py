@@ -33,7 +33,11 @@ WHOLE_RANK_PLANS = ("in_loop", "producer")
 
 SEGMENTED_PLANS = ("decode", "grouped")
 
-SKINNY_OPS = ("lora_shrink", "lora_linear_dab")
+SHRINK_OPS = ("lora_shrink", "expert_shrink")
+
+DAB_OPS = ("lora_linear_dab", "expert_linear_dab")
+
+SKINNY_OPS = (*SHRINK_OPS, *DAB_OPS)
 
 DECODE_OPS = ("segmented_lora", "segmented_lora_")
 
@@ -191,22 +195,22 @@ def tiled_configs(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:
     if problem.slots and not mixed_linear:
         yield from _segmented_configs(problem)
         return
-    if problem.op == "lora_shrink":
+    if problem.op in SHRINK_OPS:
         for block_m, block_k, rank, warps, stages in _SHRINK_TILES if half else _SHRINK_TILES[-1:]:
             blocks = -(-problem.m // block_m) * -(-problem.r // rank)
-            split = _split(blocks, problem.k // block_k, processors)
+            split = _split(blocks, problem.k // block_k, processors) if not problem.experts else 1
             yield Config("skinny", block_m, 0, block_k, 0, split, warps, stages, block_r=rank)
         return
-    if problem.op == "lora_linear_dab":
+    if problem.op in DAB_OPS:
         for block_m, block_n, rank, warps, stages in _DAB_TILES if half else _DAB_TILES[-1:]:
             blocks = (-(-problem.k // block_n) + -(-problem.n // block_n)) * -(-problem.r // rank)
-            split = _split(blocks, problem.m // block_m, processors)
+            split = _split(blocks, problem.m // block_m, processors) if not problem.experts else 1
             yield Config("skinny", block_m, block_n, 0, 0, split, warps, stages, block_r=rank)
         return
     if mixed_linear:
         # Its numbers are those of the adapters alone.
         yield Config("preload")
-    else:
+    elif not problem.experts:
         found = _PRELOAD_TILES[:-1] if half else _PRELOAD_TILES[-1:]
         for block_m, block_n, block_k, warps, stages in found:
             yield Config("preload", block_m, block_n, block_k, 0, 1, warps, stages)
@@ -220,9 +224,10 @@ def tiled_configs(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:
     for block_m, block_n, block_k, warps, stages in shipped:
         tiles = -(-problem.m // block_m) * -(-problem.columns // block_n)
         split = 1
-        if problem.m <= SMALL_M:
+        if problem.m <= SMALL_M and not problem.experts:
             split = _split(tiles, problem.inner // block_k, processors)
-        for plan in ("tail",) if mixed_linear else ("in_loop", "tail", "producer"):
+        tail_only = mixed_linear or problem.experts > 0
+        for plan in ("tail",) if tail_only else ("in_loop", "tail", "producer"):
             if plan == "producer" and block_m == 16:
                 # Tiles of few rows are there to be split along K.
                 continue

@@ -33,10 +33,12 @@ from .config import (
     MANY_ROWS,
     MIXED_LINEAR_OPS,
     PLANS,
+    SHRINK_OPS,
     SKINNY_OPS,
     SMALL_M,
     Config,
     block_r,
+    sm_number,
     tiled_configs,
 )
 from .device import DeviceFacts
@@ -95,8 +97,6 @@ def heuristic(problem: Problem, facts: DeviceFacts) -> Config:
     # The baseline is for machines of which the library knows more than 128-bit vectors (a guess).
     if is_valid(native, problem, facts) and facts.native != "baseline":
         return native
-    if problem.experts:
-        return Config("reference")
     if problem.slots and problem.op not in MIXED_LINEAR_OPS:
         # In their order: nothing is measured that an estimate could weigh.
         shipped = (c for c in tiled_configs(problem, facts) if is_valid(c, problem, facts))
@@ -110,7 +110,11 @@ def heuristic(problem: Problem, facts: DeviceFacts) -> Config:
         for c in tiled_configs(problem, facts)
         if c.plan != "producer" and is_valid(c, problem, facts)
     ]
-    return min([vendor, *tiled], key=lambda config: estimate_us(config, problem, facts))
+    # Where the weights of experts are all that counts, the smallest tile leaves the most room.
+    return min(
+        [vendor, *tiled],
+        key=lambda c: (estimate_us(c, problem, facts), c.block_m * (problem.experts > 0)),
+    )
 
 
 # What the estimate takes for granted, none of it measured by us yet: a launch in a graph; the share
@@ -159,13 +163,16 @@ def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
 
     m, n, k, r = problem.m, problem.columns, problem.inner, problem.r
     mixed = problem.slots > 0
-    adapters = max(min(problem.slots, m), 1)
+    adapters = max(min(problem.slots or problem.experts, m), 1)
+    weights = adapters if problem.experts else 1
     # The library computes float16's tail in float32, for which it copies x and Y.
     copies = config.plan == "vendor" and problem.dtype == "float16" and not mixed
     if problem.op in SKINNY_OPS:
-        columns = k if problem.op == "lora_shrink" else problem.n + problem.k
-        once = streamed(m * columns + r * columns)
+        columns = k if problem.op in SHRINK_OPS else problem.n + problem.k
+        once = streamed(m * columns + weights * r * columns)
         launches = 1 if config.plan == "skinny" else 2
+        if config.plan == "vendor" and problem.experts:
+            launches = _library_launches(problem, facts)
         masks = 0.0
         if problem.dropout and config.plan == "vendor":
             # A masked copy of x, written and read.
@@ -175,7 +182,7 @@ def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
         return once + masks + launches * _LAUNCH_US
 
     weight = n * k * (_FOUR_BIT_BYTES / size if config.decodes else 1.0)
-    base_bytes = streamed(m * k + weight + m * n)
+    base_bytes = streamed(m * k + weights * weight + m * n)
     base_flops = 2.0 * m * n * k
     shrink = streamed(m * k + adapters * problem.slices * r * k) + _LAUNCH_US
     if config.plan == "vendor":
@@ -190,6 +197,13 @@ def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
         if copies:
             tail += 3 * _LAUNCH_US + streamed(4 * m * k + 8 * m * n)
         product = max(base_flops / (flops * _LIBRARY_SHARE), base_bytes)
+        if problem.experts:
+            # Half a tile of 128 rows an expert is lost (a guess). Results and tails are filled up
+            # with zeros, and the tail's product is written first.
+            lost = 1 + 64 * (weights - 1) / max(m, 1)
+            product = max(lost * base_flops / (flops * _LIBRARY_SHARE), base_bytes)
+            passes = streamed(6 * m * n + 2 * m * r + adapters * r * (n + k))
+            return product + shrink + passes + 3 * _library_launches(problem, facts) * _LAUNCH_US
         # The scale is a launch of its own where the library makes S.
         return product + shrink + tail + masks + (1 if mixed else 2) * _LAUNCH_US
     if config.plan == "preload":
@@ -205,7 +219,7 @@ def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
         product = max(base_flops / (flops * _LIBRARY_SHARE), base_bytes)
         return product + first + streamed(m * n) * _C_SHARE + launches * _LAUNCH_US
     rank = block_r(config, problem.r)
-    tiles_m, tiles_n = -(-m // config.block_m), -(-n // config.block_n)
+    tiles_m, tiles_n = -(-m // config.block_m) + weights - 1, -(-n // config.block_n)
     waves = -(-tiles_m * tiles_n * config.split_k // max(facts.processors, 1))
     share = _TILE_SHARE.get(config.block_m * config.block_n, 0.4)
     # How many tiles in a row make S: all, or one.
@@ -236,6 +250,13 @@ def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
     product *= 1.0 if config.descriptors else 1.05
     product += waves * _HANDOVER_US * (config.plan == "producer")
     return product + _LAUNCH_US + (shrink if config.plan == "tail" else 0.0)
+
+
+def _library_launches(problem: Problem, facts: DeviceFacts) -> int:
+    """Of a product of experts: the grouped GEMM, which the library has for bfloat16 from sm_90 on,
+    and what fills up its result; else one for each expert that may have rows."""
+    grouped = problem.dtype == "bfloat16" and problem.aligned and problem.r % 8 == 0
+    return 3 if grouped and sm_number(facts.arch) >= 90 else min(problem.experts, problem.m)
 
 
 @contextlib.contextmanager

@@ -13,12 +13,14 @@ from ..spec.operators import LINEARS_OPERATORS
 from ..spec.problem import ELEMENT_BYTES, Problem
 from ..spec.segments import BLOCK_ROWS
 from .config import (
+    DAB_OPS,
     DECODE_OPS,
     MIXED_LINEAR_OPS,
     MOST_DECODE_ROOM,
     MOST_DECODE_ROWS,
     PLANS,
     SEGMENTED_PLANS,
+    SHRINK_OPS,
     SKINNY_OPS,
     TILED_PLANS,
     WHOLE_RANK_PLANS,
@@ -40,7 +42,7 @@ def shared_memory(config: Config, problem: Problem) -> int:
     if problem.slots and problem.op not in MIXED_LINEAR_OPS:
         shrink = config.block_k * (config.block_m * size + rank * adapter)
         return config.num_stages * max(shrink, expand)
-    if problem.op == "lora_linear_dab":
+    if problem.op in DAB_OPS:
         # In float32 the transposed tile has a place of its own.
         stages = config.num_stages + (tail == 4)
         return stages * config.block_m * (config.block_n * size + rank * tail)
@@ -63,8 +65,6 @@ def invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str 
     statement of the constraints."""
     if config.plan not in PLANS:
         return f"no plan is called {config.plan!r}; there are {', '.join(PLANS)}"
-    if problem.experts and config.plan not in ("native", "reference"):
-        return "experts have C++ kernels and the reference so far"
     if config.decodes:
         reason = _decoding_reason(config, problem)
         if reason is not None:
@@ -98,6 +98,8 @@ def _tiled_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) 
         return "float64 is computed by the reference"
     if problem.op in LINEARS_OPERATORS:
         return "there is no kernel for several projections"
+    if problem.experts and config.plan not in ("tail", "skinny"):
+        return "the tail of experts comes from a shrink"
     if config.plan == "preload" and problem.dtype == "float16":
         return "what the tail alone amounts to might not fit float16"
     if problem.four_bit and not config.decodes:
@@ -225,16 +227,16 @@ def _float16_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str
     arch, tile = family(facts.arch), (config.block_m, config.block_n, config.block_k)
     # Rows of a product whose left operand is converted on its way, in a loop.
     converted = 0
-    if config.plan in WHOLE_RANK_PLANS or problem.op == "lora_shrink":
+    if config.plan in WHOLE_RANK_PLANS or problem.op in SHRINK_OPS:
         converted = config.block_m
-    elif problem.op in ("lora_linear_dab", _DAB):
+    elif problem.op in (*DAB_OPS, _DAB):
         converted = config.block_n
     if arch == "sm_90" and converted >= 64 and config.num_stages > 1:
         return "pipelined, warp groups misread what comes from registers (ptxas before 13.3)"
     if arch == "sm_90" and problem.op == _DAB and config.block_n == 32 and not problem.aligned:
         return _REGISTERS
     if arch == "sm_100":
-        spills = tile[:2] == (64, 64) and problem.op == "lora_linear_dab"
+        spills = tile[:2] == (64, 64) and problem.op in DAB_OPS
         if spills or (problem.op == _DAB and config.block_n == 64):
             return _REGISTERS
     narrow = tile == (32, 32, 16)
@@ -254,7 +256,7 @@ def _register_reason(config: Config, problem: Problem, facts: DeviceFacts) -> st
     """Which tiles spill, by the ahead-of-time report (sm_80, sm_90, sm_100; 2026-11)."""
     rank, nvidia = block_r(config, problem.r), sm_number(facts.arch) < 1000
     if config.plan == "skinny":
-        shrink = problem.op == "lora_shrink"
+        shrink = problem.op in SHRINK_OPS
         if shrink and problem.slices > 1 and config.block_m == 16:
             # Where each row of A lies takes registers, too.
             return _REGISTERS

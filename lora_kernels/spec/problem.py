@@ -182,6 +182,7 @@ def _expert(op: str, given: dict[str, Any]) -> Problem:
         dtype_name(rows.dtype),
         dtype_name(adapter),
         fan_in_fan_out=given.get("fan_in_fan_out", False),
+        aligned=not rows.is_cuda or is_aligned(given),
         experts=experts,
     )
 
@@ -193,6 +194,8 @@ def is_aligned(given: dict[str, Any]) -> bool:
         return _decoded_is_aligned(given)
     if "table" not in given:
         weight = given.get("weight")
+        if "offs" in given and weight is not None:
+            return suits_descriptor(rows_of(given), False) and _stack_suits(weight, rows_of(given))
         return suits_descriptor(rows_of(given), transposed=False) and (
             weight is None or suits_descriptor(weight, transposed=True)
         )
@@ -213,6 +216,16 @@ def _decoded_is_aligned(given: dict[str, Any]) -> bool:
     shape = (k, n) if given["fan_in_fan_out"] else (n, k)
     plain = torch.empty(shape, dtype=rows.dtype, device="meta")
     return is_aligned(given | {"weight": plain, "quant": None})
+
+
+def _stack_suits(stack: Tensor, rows: Tensor) -> bool:
+    """:func:`suits_descriptor` of the matrices of ``stack``, once they are in the rows' dtype."""
+    outer, row, col = stack.stride()
+    if col != 1:
+        row, col = col, row
+    vector = 16 // rows.element_size()
+    whole = col == 1 and row > 0 and not (outer % vector or row % vector)
+    return whole and stack.data_ptr() % 16 == 0
 
 
 def _whole_vectors(t: Tensor) -> bool:

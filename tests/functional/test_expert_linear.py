@@ -1,5 +1,6 @@
 """``expert_linear`` and its operators against float64, within the one budget."""
 
+import contextlib
 import itertools
 from dataclasses import replace
 
@@ -49,9 +50,7 @@ def cases():
 @pytest.mark.parametrize("op", ops.EXPERT_OPERATORS)
 @pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_expert_operator_keeps_the_budget(op, case, device):
-    check_experts(
-        op, operator(op), replace(case, device=device), backend=device if has_kernels() else None
-    )
+    check_experts(op, operator(op), replace(case, device=device), backend=device)
 
 
 def has_kernels():
@@ -65,11 +64,54 @@ def test_the_reference_keeps_the_budget(op, case, device):
         check_experts(op, operator(op), replace(case, device=device), backend="reference")
 
 
+@pytest.mark.parametrize("op", ops.EXPERT_OPERATORS)
+@pytest.mark.parametrize("case", list(cases()), ids=str)
+def test_the_library_keeps_the_budget(op, case, device):
+    with lk.force_plan("vendor"):
+        check_experts(op, operator(op), replace(case, device=device), backend=device)
+
+
+# Of each operator the products, and the cases in which the library's grouped GEMM makes all.
+PRODUCTS = {
+    "expert_shrink": 1, "expert_linear_fwd": 3, "expert_linear_dx": 3, "expert_linear_dab": 2
+}  # fmt: skip
+GROUPED = [
+    ({}, PRODUCTS),
+    ({"fan_in_fan_out": True, "peft_layout": False}, PRODUCTS),
+    ({"adapter_dtype": torch.float32, "weight_dtype": torch.float32}, PRODUCTS),
+    ({"r": 12}, {"expert_shrink", "expert_linear_fwd"}),
+    ({"k": 60}, ()),
+    ({"dtype": torch.float16}, ()),
+]
+
+
+@pytest.mark.parametrize("op", PRODUCTS)
+@pytest.mark.parametrize(("changes", "grouped"), GROUPED, ids=str)
+def test_the_library_has_a_grouped_product(op, changes, grouped, device, monkeypatch):
+    case = ExpertCase((3, 40, 0, 9), 64, 48, 8, spare=2, dtype=torch.bfloat16, bias=True)
+    product, counted = torch.nn.functional.grouped_mm, []
+
+    def counting(*args, **kwargs):
+        counted.append(op)
+        return product(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", counting)
+    case = replace(case, device=device, **changes)
+    with lk.force_plan("vendor"):
+        results = check_experts(op, operator(op), case, backend=device)
+    if op == "expert_linear_dab":
+        results[1] = results[1].permute(1, 2, 0)
+    assert all(result.is_contiguous() for result in results)
+    assert (len(counted) == PRODUCTS[op]) == (op in grouped)
+
+
 @pytest.mark.parametrize("op", ["expert_linear_fwd", "expert_linear_dx"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_without_an_adapter(op, dtype, device):
+@pytest.mark.parametrize("plan", ["vendor", "reference", None])
+def test_without_an_adapter(op, dtype, plan, device):
     case = ExpertCase((3, 40, 0, 9), 70, 48, 0, dtype=dtype, bias=True, spare=1, device=device)
-    check_experts(op, operator(op), case)
+    with lk.force_plan(plan) if plan else contextlib.nullcontext():
+        check_experts(op, operator(op), case)
 
 
 @pytest.mark.parametrize("op", ops.EXPERT_OPERATORS)

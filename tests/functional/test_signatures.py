@@ -16,9 +16,11 @@ from lora_kernels.spec import native
 from lora_kernels.spec.linears import reference_of
 from lora_kernels.spec.problem import PROBLEM_OF
 
-EVERY = (*ops.OPERATORS, *ops.SEGMENTED_OPERATORS, *ops.LINEARS_OPERATORS)
+EVERY = (
+    *ops.OPERATORS, *ops.SEGMENTED_OPERATORS, *ops.LINEARS_OPERATORS, *ops.EXPERT_OPERATORS
+)  # fmt: skip
 # The library has the GEMMs of several projections on a GPU.
-KERNELS = (*ops.OPERATORS, *ops.SEGMENTED_OPERATORS)
+KERNELS = (*ops.OPERATORS, *ops.SEGMENTED_OPERATORS, *ops.EXPERT_OPERATORS)
 REQUIRED = inspect.Parameter.empty
 
 
@@ -51,7 +53,7 @@ def test_reference_problem_and_fake(op):
 
 def test_vendor():
     found = [op for op in EVERY if hasattr(vendor, op)]
-    assert len(found) == 9
+    assert len(found) == 13
     for op in found:
         assert of_function(getattr(vendor, op)) == schema_of(op), op
 

@@ -164,17 +164,17 @@ def predicted(call: Call, kernel: str, c: dict[str, Any]) -> list[int]:
         tail = "tf32" if dtype == "float16" else dtype
         return instructions(arch, rows, columns, depth, warps, tail)
 
-    if kernel in ("_lora_shrink_kernel", "_lora_shrinks_kernel"):
+    if kernel in ("_lora_shrink_kernel", "_lora_shrinks_kernel", "_expert_shrink_kernel"):
         loops = [of_tail(c["BLOCK_M"], c["BLOCK_R"], c["BLOCK_K"])]
     elif kernel == "_lora_preload_kernel":
         loops = [of_tail(c["BLOCK_M"], c["BLOCK_R"], c["BLOCK_K"])]
         loops.append(of_tail(c["BLOCK_M"], c["BLOCK_N"], c["BLOCK_R"]))
-    elif kernel == "_lora_linear_dab_kernel":
+    elif kernel in ("_lora_linear_dab_kernel", "_expert_linear_dab_kernel"):
         # dA, then dB
         loops = 2 * [of_tail(c["BLOCK_C"], c["BLOCK_R"], c["BLOCK_M"])]
     elif kernel == "_lora_decode_kernel":
         loops = []
-    elif kernel not in ("_lora_linear_kernel", "_lora_linear_producer_kernel"):
+    elif kernel.startswith("_segmented"):
         loops = [of_tail(*sizes) for sizes in aot_segmented.products(kernel, c)]
     else:
         base = product(c["BLOCK_M"], c["BLOCK_N"], c["BLOCK_K"])
@@ -182,7 +182,7 @@ def predicted(call: Call, kernel: str, c: dict[str, Any]) -> list[int]:
         if kernel == "_lora_linear_producer_kernel":
             # the other tiles' loop, then the owners'
             loops = [base, side_by_side]
-        elif c["IN_LOOP"]:
+        elif c.get("IN_LOOP"):
             loops = [side_by_side]
         else:
             loops = [of_tail(c["BLOCK_M"], c["BLOCK_N"], c["BLOCK_R"]), base]

@@ -22,7 +22,7 @@ import torch
 from lora_kernels import kernels
 from lora_kernels.backends import cuda
 from lora_kernels.spec.reference import tail_dtype
-from tests.kernels import aot_four_bit, aot_linears, aot_segmented
+from tests.kernels import aot_experts, aot_four_bit, aot_linears, aot_segmented
 from tests.kernels.aot_calls import DTYPES, FACTS, Call
 
 
@@ -31,6 +31,8 @@ def arguments(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
     problem, layout = call.problem, call.layout
     if problem.slots:
         return (), aot_segmented.arguments(problem, layout, call.packed)
+    if problem.experts:
+        return (), aot_experts.arguments(problem, layout)
     dtype, adapters = DTYPES[problem.dtype], DTYPES[problem.adapter_dtype]
     m, n, k, r = problem.m, problem.n, problem.k, problem.r
 
@@ -94,7 +96,7 @@ def launches() -> Iterator[list[Caught]]:
         (module, name, function)
         for module in modules
         for name, function in vars(module).items()
-        if name.startswith(("_lora", "_segmented")) and name.endswith("_kernel")
+        if name.startswith(("_lora", "_segmented", "_expert")) and name.endswith("_kernel")
     ]
     for module, name, function in kept:
         setattr(module, name, Catcher(function))

@@ -20,8 +20,9 @@ covering set of it, each member there for what it costs in registers or in addre
   aligned.
 - the preload plan's kernel: each tile as the masked forward at a rank of 16, as the forward at the
   largest rank it admits, and as the masked dX there, aligned and odd; strided once; fp32.
-- the segmented operators, the shrink of several projections, and four-bit weights: the docstrings
-  of ``aot_segmented.py``, ``aot_linears.py`` and ``aot_four_bit.py``.
+- the segmented operators, the shrink of several projections, four-bit weights, and experts: the
+  docstrings of ``aot_segmented.py``, ``aot_linears.py``, ``aot_four_bit.py`` and
+  ``aot_experts.py``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from lora_kernels.planning.config import Config, tiled_configs
 from lora_kernels.planning.device import DeviceFacts
 from lora_kernels.planning.validity import invalid_reason
 from lora_kernels.spec.problem import Problem
-from tests.kernels import aot_four_bit, aot_linears, aot_segmented
+from tests.kernels import aot_experts, aot_four_bit, aot_linears, aot_segmented
 
 RANKS = (16, 32, 64, 128, 256)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -78,6 +79,7 @@ class Call(NamedTuple):
         tile += f" split {config.split_k}" * (config.split_k > 1)
         names = {"lora_linear_fwd": "fwd", "lora_linear_dx": "dx"}
         names |= {"lora_linears_fwd": "S", "lora_linears_dx": "D"}
+        names |= {"expert_linear_fwd": "fwd", "expert_linear_dx": "dx"}
         flags = [names[op]] if op in names else []
         flags += [op.removeprefix("segmented_")] * (problem.slots > 0) + ["packed"] * self.packed
         flags += (
@@ -94,9 +96,10 @@ def calls(arch: str) -> list[Call]:
     """The covering set of the module's docstring for one architecture, without repetitions."""
     mixed = itertools.starmap(functools.partial(Call, arch), aot_segmented.calls(FACTS[arch]))
     several = itertools.starmap(functools.partial(Call, arch), aot_linears.calls(FACTS[arch]))
+    experts = itertools.starmap(functools.partial(Call, arch), aot_experts.calls(FACTS[arch]))
     linear = itertools.chain(_linear(arch), _preload(arch), _skinny(arch))
     four_bit = itertools.starmap(functools.partial(Call, arch), aot_four_bit.calls(FACTS[arch]))
-    every = itertools.chain(linear, mixed, several, four_bit)
+    every = itertools.chain(linear, mixed, several, four_bit, experts)
     return list(dict.fromkeys(every))
 
 

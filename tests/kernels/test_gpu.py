@@ -14,6 +14,8 @@ from lora_kernels.planning.device import facts
 from lora_kernels.planning.validity import candidates
 from lora_kernels.spec.problem import PROBLEM_OF
 from lora_kernels.spec.segments import SegmentTable
+from lora_kernels.testing.experts import ExpertCase, check_experts
+from lora_kernels.testing.experts import naive as naive_experts
 from lora_kernels.testing.linear import Case, assert_within_budget, check, naive
 from lora_kernels.testing.segmented import SegmentedCase, check_segmented
 from lora_kernels.testing.segmented import naive as naive_segmented
@@ -385,3 +387,48 @@ def test_stacks_of_more_than_two_to_the_31_elements(plan):
     exact = naive_segmented(small, "segmented_lora", torch.float64)
     eager = naive_segmented(small, "segmented_lora", torch.bfloat16)
     assert_within_budget("the last slot", y, eager[0], exact[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("changes", [{}, {"n": 512, "k": 640, "r": 16, "fan_in_fan_out": True}])
+@pytest.mark.parametrize("op", ops.EXPERT_OPERATORS)
+def test_every_candidate_for_experts(op, changes, dtype):
+    case = ExpertCase((3, 290, 0, 64), 530, 200, 40, 5, dtype, bias=True, device="cuda")
+    for odd in (replace(case, **changes), replace(case, spare=0, counts=(357,), **changes)):
+        problem, tried = PROBLEM_OF[op](**odd.draw().arguments(op)), set()
+        for config in candidates(problem, facts("cuda")):
+            backend = "reference" if config.plan == "reference" else "cuda"
+            with lk.force_plan(config):
+                check_experts(op, getattr(ops, op), odd, backend=backend)
+            tried.add(config.plan)
+        assert tried >= {"vendor", "reference"} and tried & {"tail", "skinny"}
+
+
+def test_graph_replay_takes_other_rows_of_experts():
+    """Nothing waits for the device: how many rows each expert has may change from replay to
+    replay."""
+    case = ExpertCase((8, 0, 30, 2), 512, 256, 16, 4, torch.bfloat16, device="cuda")
+    inputs = case.draw()
+    arguments = inputs.arguments("expert_linear_fwd")
+
+    def run():
+        with lk.force_plan("tail"):
+            return ops.expert_linear_fwd(**arguments)[0]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    for counts, spare in (((0, 44, 0, 0), 0), ((10, 10, 10, 10), 4)):
+        fresh = replace(case, counts=counts, spare=spare, seed=1).draw()
+        inputs.x.copy_(fresh.x)
+        inputs.offs.copy_(fresh.offs)
+        graph.replay()
+        fresh = replace(fresh, **{n: getattr(inputs, n) for n in ("weight", "lora_a", "lora_b")})
+        dtypes = torch.float64, torch.bfloat16
+        exact, eager = (naive_experts(fresh, "expert_linear_fwd", t)[0] for t in dtypes)
+        assert_within_budget("y", y, eager, exact)
