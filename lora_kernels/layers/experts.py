@@ -10,8 +10,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ..functional import ops
 from ..functional.experts import expert_linear
-from ..functional.ops import PLAIN
+from ..functional.segmented import segmented_lora
+from ..spec.segments import SegmentTable
 from .foreign import expert_matrices, is_dispatched
 from .fused import check_lora_arguments, default_scaling
 from .merging import is_offloaded, write_obstacle
@@ -26,6 +28,36 @@ class Factors(NamedTuple):
     scale: float | Tensor
 
 
+class SlotFactors(NamedTuple):
+    """The adapters of many slots: A [S*E, r_max, in] and B [S*E, out, r_max], the experts of a slot
+    one after the other; ``table`` has the slot of each row of hidden_states."""
+
+    a: Tensor
+    b: Tensor
+    table: SegmentTable
+
+    def routed(self, expert: Tensor, token: Tensor, experts: int) -> SegmentTable:
+        """The table of rows that were dealt out: of which expert, and of which row before that.
+        Nothing waits for the device."""
+        seg = self.table
+        slot = seg.slot_of_row[token]
+        own = torch.where((slot >= 0) & (expert < experts), slot * experts + expert, -1)
+        ranks, scales = (
+            t.repeat_interleave(experts, output_size=len(self.a))
+            for t in (seg.rank_of_slot, seg.scale_of_slot)
+        )
+        return SegmentTable.from_token_mapping(
+            own, len(self.a), seg.max_rank, rank_of_slot=ranks, scale_of_slot=scales
+        )
+
+    def onto(self, y: Tensor, rows: Tensor, table: SegmentTable) -> Tensor:
+        """y and what the adapters make of ``rows``; in y's place where no gradient is wanted."""
+        rows = rows.to(y.dtype)
+        if ops.records_gradients():
+            return y + segmented_lora(rows, self.a, self.b, table)
+        return segmented_lora(rows, self.a, self.b, table, out=y)
+
+
 def unsupported_reason(module: nn.Module) -> str | None:
     """Why ``module`` cannot be adapted as experts, or None if it can."""
     names = expert_matrices(module)
@@ -37,7 +69,7 @@ def unsupported_reason(module: nn.Module) -> str | None:
         weight = module._parameters.get(name)
         if weight is None or weight.dim() != 3:
             return f"its {name} is no 3-D Parameter (parametrised or sharded)"
-        if type(weight) not in PLAIN or not weight.is_floating_point() or weight.itemsize < 2:
+        if type(weight) not in ops.PLAIN or not weight.is_floating_point() or weight.itemsize < 2:
             return f"its {name} is a {type(weight).__name__} of {weight.dtype}"
     if is_offloaded(module):
         return "its weights are offloaded by accelerate"
@@ -60,7 +92,7 @@ def stored_factors(lora_a: Tensor, lora_b: Tensor, experts: int) -> tuple[Tensor
 
 def experts_forward(
     experts: Any,
-    adapters: Mapping[str, Factors],
+    adapters: Mapping[str, Factors | SlotFactors],
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
@@ -78,15 +110,24 @@ def experts_forward(
     offs = torch.searchsorted(expert, every, right=True).int()
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
+    # Of a batch's tables; usually both Parameters have the same.
+    tables: dict[int, SegmentTable] = {}
 
     def product(rows: Tensor, name: str) -> Tensor:
         weight = getattr(experts, name)
         bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
         if not torch.is_autocast_enabled(rows.device.type):
             rows = rows.to(weight.dtype)
-        a, b, scale = adapters.get(name, (None, None, 1.0))
-        kn = experts.is_transposed
-        return expert_linear(rows, weight, a, b, offs, scale, bias, fan_in_fan_out=kn)
+        own, kn = adapters.get(name), experts.is_transposed
+        if isinstance(own, Factors):
+            a, b, scale = own
+            return expert_linear(rows, weight, a, b, offs, scale, bias, fan_in_fan_out=kn)
+        y = expert_linear(rows, weight, None, None, offs, bias=bias, fan_in_fan_out=kn)
+        if own is None:
+            return y
+        if id(own.table) not in tables:
+            tables[id(own.table)] = own.routed(expert, order // k, len(every))
+        return own.onto(y, rows, tables[id(own.table)])
 
     rows: Tensor = _Sorted.apply(hidden_states, order, place, k)
     if experts.has_gate:
@@ -231,7 +272,7 @@ class FusedLoRAExperts(nn.Module):
             }
         )
         module.requires_grad_(False)
-        _set_class(module, _class_of(type(module)))
+        become(module, FusedLoRAExperts)
         self = cast(FusedLoRAExperts, module)
         self.merged, self._base = False, {}
         self.lora = lora.train(module.training)
@@ -246,8 +287,7 @@ class FusedLoRAExperts(nn.Module):
             if hook is _merge_again:
                 del self._load_state_dict_post_hooks[handle]
         self._modules.pop("lora", None)
-        _set_class(self, self._kind)
-        return self
+        return put_back(self)
 
     @property
     def is_exported(self) -> bool:
@@ -362,9 +402,6 @@ class FusedLoRAExperts(nn.Module):
         with self._with_pristine():
             super()._save_to_state_dict(*args, **kwargs)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _blank, (self._kind,), self.__dict__
-
 
 def _merge_again(module: FusedLoRAExperts, _: Any) -> None:
     if module._was_merged:
@@ -377,18 +414,30 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-_classes: dict[type[nn.Module], type[FusedLoRAExperts]] = {}
+_classes: dict[tuple[type, type[nn.Module]], type[nn.Module]] = {}
 
 
-def _class_of(kind: type[nn.Module]) -> type[FusedLoRAExperts]:
-    if kind not in _classes:
-        made = type(f"FusedLoRA{kind.__name__}", (FusedLoRAExperts, kind), {"_kind": kind})
-        _classes[kind] = made
-    return _classes[kind]
+def become(module: nn.Module, family: type[nn.Module]) -> None:
+    """Give ``module`` the subclass of ``family`` and its own class, whose ``_kind`` that is."""
+    _set_class(module, _class_of(family, type(module)))
 
 
-def _blank(kind: type[nn.Module]) -> FusedLoRAExperts:
-    made = _class_of(kind)
+def put_back(module: Any) -> nn.Module:
+    """Give the module the class back that it had before :func:`become`."""
+    _set_class(module, module._kind)
+    return cast(nn.Module, module)
+
+
+def _class_of(family: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    if (family, kind) not in _classes:
+        name = family.__name__.removesuffix("Experts") + kind.__name__
+        own = {"_kind": kind, "__reduce__": lambda self: (_blank, (family, kind), self.__dict__)}
+        _classes[family, kind] = type(name, (family, kind), own)
+    return _classes[family, kind]
+
+
+def _blank(family: type[nn.Module], kind: type[nn.Module]) -> nn.Module:
+    made = _class_of(family, kind)
     return made.__new__(made)
 
 

@@ -44,9 +44,8 @@ class SlottedLayer(nn.Module):
         shape_b: tuple[int, ...],
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        weight: Tensor,
     ) -> None:
-        weight = self.weight
-        assert isinstance(weight, Tensor)
         self.path, self._owner = path, owner
         # The adapters train also if a store is made while nothing may: not an inference tensor.
         with torch.inference_mode(False):
@@ -204,7 +203,8 @@ class MultiLoRALinear(SlottedLayer, PackedLinear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         shapes = (slots, max_rank, self.in_features), (slots, self.out_features, max_rank)
-        self._add_slots(path, owner or Owner(), *shapes, device, dtype or self.weight_dtype())
+        dtype = dtype or self.weight_dtype()
+        self._add_slots(path, owner or Owner(), *shapes, device, dtype, self.weight)
         self._ratio, self._slot_panels = None, SlotPanels()
         carry_dispatch_hook(module, self)
         return self.train(module.training)
@@ -366,7 +366,7 @@ class MultiLoRAEmbedding(SlottedLayer, nn.Embedding):
             (slots, self.num_embeddings, max_rank),
             (slots, self.embedding_dim, max_rank),
         )
-        self._add_slots(path, owner or Owner(), *shapes, device, dtype)
+        self._add_slots(path, owner or Owner(), *shapes, device, dtype, self.weight)
         carry_dispatch_hook(module, self)
         self.train(module.training)
         return self

@@ -16,10 +16,14 @@ from torch import Tensor, nn
 
 from ..functional.dora import dora_norm
 from ..layers.batches import Adapter
+from ..layers.experts import stored_factors
+from ..layers.experts import unsupported_reason as unsupported_experts_reason
 from ..layers.multi import MultiLoRALinear, unsupported_embedding_reason
+from ..layers.multi_experts import ExpertSlots, MultiLoRAExperts
 from ..layers.replacing import features, unsupported_reason, weight_dtype
 from ..models.checkpoints import write_adapter
 from ..models.config import LoRAConfig
+from ..models.experts import file_prefixes, wanted_layers
 from ..models.on_disk import (
     MAGNITUDE,
     AdapterFiles,
@@ -36,8 +40,8 @@ Source = str | os.PathLike[str] | Mapping[str, Tensor]
 @dataclass
 class Weights:
     """A and B of one layer as its slots hold them: a [r, in] and b [out, r]; of an embedding a is
-    [V, r]. With DoRA the magnitude [out], and over the lengths of the rows of ``W + scale * B A``
-    the ratio [out]."""
+    [V, r], of experts they are [E, r, in] and [E, out, r]. With DoRA the magnitude [out], and over
+    the lengths of the rows of ``W + scale * B A`` the ratio [out]."""
 
     a: Tensor
     b: Tensor
@@ -47,7 +51,7 @@ class Weights:
 
     @property
     def rank(self) -> int:
-        return self.b.shape[1]
+        return self.b.shape[-1]
 
 
 @dataclass(eq=False)
@@ -71,6 +75,10 @@ def check_trainable(adapters: Sequence[HostAdapter]) -> None:
     """Raise RuntimeError where one cannot train in its slot."""
     if any(adapter.config.use_dora for adapter in adapters):
         raise RuntimeError("a store serves DoRA adapters and does not train them: unload them")
+    if any(adapter.config.target_parameters for adapter in adapters):
+        raise RuntimeError(
+            "a store serves adapters of experts and does not train them: unload them"
+        )
 
 
 def read(name: str, source: Source, config: Any, model: nn.Module) -> AdapterFiles:
@@ -115,10 +123,13 @@ class LayerIndex:
         layers: Mapping[str, nn.Module],
         open: bool,
         refused: Mapping[str, str],
+        experts: Mapping[str, nn.Module],
     ) -> None:
         """``layers``: those that have slots already; ``open``: others may get them, but for those
-        in ``refused``, by path with the reason."""
+        in ``refused``, by path with the reason; ``experts``: the modules of the 3-D Parameters of
+        experts, by the Parameters' paths."""
         self.model, self.layers, self.open, self._refused = model, layers, open, refused
+        self._experts = experts
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._first = {module: path for path, module in model.named_modules()}
 
@@ -140,6 +151,28 @@ class LayerIndex:
         if reason is not None:
             raise ValueError(f"{path!r} {reason}")
         return first, module
+
+    def experts_named_by(self, config: LoRAConfig) -> dict[str, tuple[nn.Module, list[str]]]:
+        """The experts whose Parameters ``config`` names in ``target_parameters``, by path, and
+        these Parameters in the module's own order.
+
+        Raises:
+            ValueError: one of them has no slots and cannot get them.
+        """
+        found: dict[str, tuple[nn.Module, list[str]]] = {}
+        for parameter, module in self._experts.items():
+            if not config.is_target_parameter(parameter):
+                continue
+            if parameter not in self.layers:
+                reason: str | None = "is not among the store's target_modules"
+                if self.open:
+                    held = isinstance(module, MultiLoRAExperts)
+                    reason = None if held else unsupported_experts_reason(module)
+                if reason is not None:
+                    raise ValueError(f"{parameter!r} {reason}")
+            path, _, name = parameter.rpartition(".")
+            found.setdefault(path, (module, []))[1].append(name)
+        return found
 
     def named_by(self, config: LoRAConfig) -> set[str]:
         """The layers with slots, and those that could get them, that ``config`` names."""
@@ -170,10 +203,12 @@ class SlotLimits(NamedTuple):
     dtypes: Mapping[str, torch.dtype]
     pinned: bool
 
-    def weights(self, path: str, module: nn.Module, a: Tensor, b: Tensor, scale: float) -> Weights:
+    def weights(
+        self, path: str, default: torch.dtype, a: Tensor, b: Tensor, scale: float
+    ) -> Weights:
         """In memory of their own: the caller's tensors, or a file that is mapped, may be written
-        again."""
-        dtype = self.dtypes.get(path, weight_dtype(module))
+        again. ``default``: of slots that are not there yet."""
+        dtype = self.dtypes.get(path, default)
         own = [
             torch.empty(t.shape, dtype=dtype, device="cpu", pin_memory=self.pinned) for t in (a, b)
         ]
@@ -204,13 +239,21 @@ def match(
             above ``max_rank`` or not the configuration's.
     """
     config, label = files.config, files.label
-    if config.target_parameters:
-        raise ValueError(f"{label} adapts Parameters of experts, which a store does not serve")
     names = names_of(index.model)
     found: dict[str, str] = {}
     wanted: dict[str, Layer] = {}
+    # Parameter of experts -> the prefix of its keys
+    prefixes: dict[str, str] = {}
     try:
+        experts = index.experts_named_by(config)
+        for path, (module, own) in experts.items():
+            ranks = {name: config.rank(f"{path}.{name}") for name in own}
+            for name, (prefix, layer) in wanted_layers(path, module, ranks).items():
+                _check_rank(f"{path}.{name}", ranks[name], limits.max_rank)
+                prefixes[f"{path}.{name}"], wanted[prefix] = prefix, layer
         for path in files.paths(names):
+            if path in wanted:
+                continue
             first, module = index.resolve(path)
             if first in found:
                 raise ValueError(
@@ -227,7 +270,15 @@ def match(
     if not wanted:
         raise ValueError(f"{label} holds no lora_A and lora_B")
     layers = {}
-    for path, (a, b, *others) in files.take_pairs(index.model, wanted).items():
+    pairs = files.take_pairs(index.model, wanted)
+    for parameter, prefix in prefixes.items():
+        a, b = pairs.pop(prefix)
+        path, _, name = parameter.rpartition(".")
+        weight: Any = getattr(experts[path][0], name)
+        a, b = stored_factors(a, b, len(weight))
+        scale = config.scaling(parameter, b.shape[2])
+        layers[parameter] = limits.weights(parameter, weight.dtype, a, b, scale)
+    for path, (a, b, *others) in pairs.items():
         first, module = index.resolve(path)
         if b.shape[1] == 0:
             # AdaLoRA's allocator took it whole.
@@ -236,7 +287,7 @@ def match(
         if config.adalora is not None:
             a = a * others[0]
         a = a.t() if wanted[path].is_embedding else a
-        layers[first] = limits.weights(first, module, a, b, scale)
+        layers[first] = limits.weights(first, weight_dtype(module), a, b, scale)
         if config.use_dora:
             layers[first] = limits.with_magnitude(layers[first], module, others[0])
     files.match_rest(
@@ -246,7 +297,8 @@ def match(
         load_embedding_layers=load_embedding_layers,
         shared_base=True,
     )
-    config.warn_of_unmatched(wanted.keys(), names)
+    adapted = wanted.keys() - set(prefixes.values()) | prefixes.keys()
+    config.warn_of_unmatched(adapted, names)
     return HostAdapter(replace(config, adalora=None), layers)
 
 
@@ -307,7 +359,8 @@ def draw(
         if config.init_lora_weights is False:
             nn.init.kaiming_uniform_(a if embedding else b, a=math.sqrt(5))
         scale = config.scaling(path, rank)
-        layers[path] = limits.weights(path, module, a.t() if embedding else a, b, scale)
+        a = a.t() if embedding else a
+        layers[path] = limits.weights(path, weight_dtype(module), a, b, scale)
     config.warn_of_unmatched(layers, names_of(index.model))
     return HostAdapter(config, layers)
 
@@ -315,7 +368,14 @@ def draw(
 def peft_tensors(adapter: HostAdapter, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Copies by PEFT's keys, without ``base_model.model.``."""
     tensors = {}
+    for prefix, weights in _experts_of(adapter, layers).items():
+        experts, r, _ = weights.a.shape
+        tensors[f"{prefix}.lora_A.weight"] = weights.a.reshape(experts * r, -1).clone()
+        stored = weights.b.permute(1, 2, 0).reshape(-1, r * experts)
+        tensors[f"{prefix}.lora_B.weight"] = stored.contiguous()
     for path, weights in adapter.layers.items():
+        if isinstance(layers[path], ExpertSlots):
+            continue
         embedding = isinstance(layers[path], nn.Embedding)
         key_a, key_b = Layer(weights.rank, *features(layers[path]), embedding).shapes(path)
         if weights.magnitude is not None:
@@ -326,10 +386,26 @@ def peft_tensors(adapter: HostAdapter, layers: Mapping[str, nn.Module]) -> dict[
     return tensors
 
 
+def _experts_of(adapter: HostAdapter, layers: Mapping[str, nn.Module]) -> dict[str, Weights]:
+    """The adapter's parts on Parameters of experts, by the prefixes of their keys."""
+    names: dict[str, list[str]] = {}
+    for parameter in adapter.layers:
+        if isinstance(layers[parameter], ExpertSlots):
+            path, _, name = parameter.rpartition(".")
+            names.setdefault(path, []).append(name)
+    return {
+        prefix: adapter.layers[f"{path}.{name}"]
+        for path, own in names.items()
+        for name, prefix in file_prefixes(path, own).items()
+    }
+
+
 def write(
     model: nn.Module, adapter: HostAdapter, layers: Mapping[str, nn.Module], folder: Path
 ) -> None:
     """Write ``adapter`` as PEFT does."""
+    every = adapter.ranks_and_scales
+    experts = {path: own for path, own in every.items() if isinstance(layers[path], ExpertSlots)}
     write_adapter(
         folder,
         model,
@@ -342,9 +418,10 @@ def write(
             layers_pattern=None,
             bias="none",
         ),
-        adapter.ranks_and_scales,
+        {path: own for path, own in every.items() if path not in experts},
         peft_tensors(adapter, layers),
         fan_in_fan_out=all(
             getattr(layers[path], "fan_in_fan_out", False) for path in adapter.layers
         ),
+        experts=experts,
     )

@@ -10,19 +10,21 @@ import torch
 from torch import nn
 
 from ..layers.batches import Owner
+from ..layers.foreign import expert_matrices
 from ..layers.multi import MultiLoRAEmbedding, MultiLoRALinear, unsupported_embedding_reason
+from ..layers.multi_experts import ExpertSlots, MultiLoRAExperts
 from ..models.config import LoRAConfig
 from ..models.selection import select
 from .adapters import HostAdapter, LayerIndex, SlotLimits, Weights
 
-Layer = MultiLoRALinear | MultiLoRAEmbedding
+Layer = MultiLoRALinear | MultiLoRAEmbedding | ExpertSlots
 
 # Reasons for which a layer has no slots at first, and may get them.
 _GROW = frozenset(["output head", "classifier head", "in exclude_modules", "not in target_modules"])
 
 
 class SlottedModel:
-    """The layers of ``model`` that have slots, by their first path.
+    """The layers of ``model`` that have slots, by their first path; of experts, by the Parameter's.
 
     The arguments are :class:`lora_kernels.AdapterStore`'s.
     """
@@ -46,6 +48,13 @@ class SlottedModel:
         if not (target_modules is None or isinstance(target_modules, str)):
             target_modules = list(target_modules)
         self._open = target_modules is None
+        # Looked for while they are of their own class.
+        self._experts = {
+            f"{path}.{name}": module
+            for path, module in model.named_modules()
+            for name, _ in module.named_parameters(recurse=False)
+            if name in expert_matrices(module)
+        }
         targets, self.skipped = _select(model, LoRAConfig(target_modules=target_modules))
         self._refused = {
             path: reason for path, reason in self.skipped.items() if reason not in _GROW
@@ -56,7 +65,7 @@ class SlottedModel:
         )
 
     def index(self) -> LayerIndex:
-        return LayerIndex(self.model, self.layers, self._open, self._refused)
+        return LayerIndex(self.model, self.layers, self._open, self._refused, self._experts)
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Of the slots that there are and, if one was given, of those that may come."""
@@ -76,7 +85,9 @@ class SlottedModel:
     def add(self, paths: Collection[str]) -> list[str]:
         """Give slots to the layers at ``paths`` that have none; these paths."""
         new = [path for path in paths if path not in self.layers]
-        self._insert({self.model.get_submodule(path): self._paths_of(path) for path in new})
+        linear = [path for path in new if path not in self._experts]
+        self._insert({self.model.get_submodule(path): self._paths_of(path) for path in linear})
+        self._insert_experts([path for path in new if path in self._experts])
         return new
 
     def _paths_of(self, path: str) -> list[str]:
@@ -97,6 +108,23 @@ class SlottedModel:
                     parameter.requires_grad_(False)
                 self.layers[paths[0]] = layer = self._new_layer(module, paths[0])
                 self._put(layer, paths)
+        except BaseException:
+            self.take_out(done)
+            raise
+
+    def _insert_experts(self, parameters: Sequence[str]) -> None:
+        """Give slots to Parameters of experts; to all of them or none."""
+        done: list[str] = []
+        try:
+            for path in parameters:
+                module, name = self._experts[path], path.rpartition(".")[2]
+                weight = module.get_parameter(name)
+                self._before[path] = module, [path], [weight] if weight.requires_grad else []
+                done.append(path)
+                self.layers[path] = MultiLoRAExperts.add(
+                    module, name, self._slots, self._max_rank,
+                    path=path, owner=self.owner, device=self._device, dtype=self._dtype,
+                )  # fmt: skip
         except BaseException:
             self.take_out(done)
             raise
@@ -141,9 +169,13 @@ class SlottedModel:
         """Put the layers that were at ``paths`` back, trainable as they were."""
         for path in paths:
             module, places, trained = self._before[path]
-            if path in self.layers:
-                module.train(self.layers[path].training)
-            self._put(module, places)
+            if path in self._experts:
+                if isinstance(module, MultiLoRAExperts):
+                    module.remove(path.rpartition(".")[2])
+            else:
+                if path in self.layers:
+                    module.train(self.layers[path].training)
+                self._put(module, places)
             for parameter in trained:
                 parameter.requires_grad_(True)
             # Last, so that it can be done again if it is interrupted.
@@ -189,7 +221,15 @@ def _select(
         selection = select(model, LoRAConfig(exclude_modules=excluded))
         targets = embeddings
     else:
-        selection = select(model, replace(config, exclude_modules=excluded or None))
+        # Experts can have slots later.
+        config = replace(config, exclude_modules=excluded or None, experts=True)
+        selection = select(model, config)
         selection.warn_of_missed(stacklevel=5)
         targets = selection.targets | embeddings
-    return targets, selection.skipped | routed
+    reason = "gets slots when an adapter has it" if config.all_linear else "not in target_modules"
+    later = {
+        f"{path}.{name}": reason
+        for path, names in selection.experts.targets.values()
+        for name in names
+    }
+    return targets, selection.skipped | routed | later

@@ -56,7 +56,8 @@ class AdapterStore:
     raises without it where it cannot tell.
 
     Layers tell sequences apart by the first dimension of their input, or by equal shares of its
-    rows; experts, whose rows a router chooses, have no slots.
+    rows. Of experts the 3-D Parameters that transformers knows get slots when an adapter has them
+    (to be served, not trained); linear layers, whose rows a router chooses, do not.
 
     Args:
         model: with layers of ``nn.Linear`` or transformers' Conv1D; their weights are frozen.
@@ -216,8 +217,9 @@ class AdapterStore:
             target_modules = list(target_modules)
         config = LoRAConfig(r=r, lora_alpha=lora_alpha, target_modules=target_modules, **options)
         config.check()
-        if config.bias != "none" or config.modules_to_save or config.use_dora:
-            raise ValueError("new adapters of a store have no biases, modules_to_save or DoRA")
+        more = config.modules_to_save or config.experts or config.target_parameters
+        if config.bias != "none" or config.use_dora or more:
+            raise ValueError("new adapters of a store: no biases, modules_to_save, DoRA or experts")
         index = self._slotted.index()
         paths = self._slotted.linear if config.all_linear else index.named_by(config)
         host = draw(index, config, paths, self._slotted.limits())
