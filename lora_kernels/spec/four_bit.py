@@ -73,14 +73,24 @@ class QuantState(NamedTuple):
         return self.absmax.nbytes + sum(t.nbytes for t in self.nested or ())
 
 
-@functools.cache
+# No functools.cache: Dynamo looks through one, with a warning, and makes the values in every call.
+_codes: dict[tuple[str, torch.device], Tensor] = {}
+
+
 def code_of(quant_type: str, device: torch.device | str) -> Tensor:
     """The sixteen values of a type, float32."""
-    fp4 = [v / 12.0 for v in _FP4_TWELFTHS]
-    values = list(_NF4) if quant_type == "nf4" else fp4 + [-v if v else 0.0 for v in fp4]
-    # One made in inference mode could not be saved for a backward later.
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.float32, device=device)
+    key = quant_type, torch.device(device)
+    if key not in _codes:
+        fp4 = [v / 12.0 for v in _FP4_TWELFTHS]
+        values = list(_NF4) if quant_type == "nf4" else fp4 + [-v if v else 0.0 for v in fp4]
+        # One made in inference mode could not be saved for a backward later.
+        with torch.inference_mode(False):
+            code = torch.tensor(values, dtype=torch.float32, device=device)
+        if type(code) is not Tensor:
+            # Fake, while somebody exports a model.
+            return code
+        _codes[key] = code
+    return _codes[key]
 
 
 @functools.cache

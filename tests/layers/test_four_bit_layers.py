@@ -7,8 +7,10 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_kernels as lk
+from lora_kernels.spec import four_bit
 from lora_kernels.spec.four_bit import dequantize, quant_state_of, quantize
 
 
@@ -210,3 +212,27 @@ def test_quantising_keeps_the_bytes_of_the_quantiser():
     assert torch.equal(layer.weight.data, data)
     assert torch.equal(layer.weight.quant_state.absmax, state.absmax)
     assert layer.bias is plain.bias
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_compiled_layer_holds_its_code(known, monkeypatch, recwarn):
+    """Dynamo warns of a functools.cache that it looks through."""
+    torch.compiler.reset()
+    base = lk.QuantizedLinear.from_linear(nn.Linear(64, 72))
+    layer = lk.FusedLoRALinear.from_linear(base, r=4, init_lora_weights=False)
+    if not known:
+        monkeypatch.setattr(four_bit, "_codes", {})
+    x = torch.randn(5, 64)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(x), layer(x))
+    with torch.inference_mode():
+        assert torch.equal(compiled(x[:3]), layer(x[:3]))
+    assert {type(code) for code in four_bit._codes.values()} == {torch.Tensor}
+    assert not [w for w in recwarn if "lru_cache" in str(w.message)]
+
+
+def test_a_code_of_a_fake_mode_is_not_kept(monkeypatch):
+    monkeypatch.setattr(four_bit, "_codes", {})
+    with FakeTensorMode():
+        assert type(four_bit.code_of("fp4", "cpu")) is not torch.Tensor
+    assert type(four_bit.code_of("fp4", "cpu")) is torch.Tensor
