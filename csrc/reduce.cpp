@@ -19,8 +19,6 @@ void reduce(const Reduction<C>* reductions, int64_t count) {
     int64_t rows, ld;
   };
   std::unique_ptr<Plan[]> plans(new Plan[count]);
-  // Fewer multiplications than this are done sooner than another thread is called (a guess).
-  constexpr int64_t kFewProducts = 16384;
   int64_t products = 0;
   for (int64_t i = 0; i < count; ++i) {
     const auto& reduction = reductions[i];
@@ -73,8 +71,8 @@ void reduce(const Reduction<C>* reductions, int64_t count) {
   };
   // Every thread has its share of each reduction: those with a mask take twice as long. Of single
   // panels the shares go around.
-  const int64_t threads = at::get_num_threads(), grain = products < kFewProducts ? threads : 1;
-  at::parallel_for(0, threads, grain, [&](int64_t begin, int64_t end) {
+  const int64_t threads = at::get_num_threads();
+  at::parallel_for(0, threads, grain_of(threads, products), [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t share = (thread + i) % threads, all = panels(reductions[i].x.cols);

@@ -94,7 +94,7 @@ void shrink(const Shrink<C>* jobs, int64_t count) {
   if (count == 0) return;
   const int64_t threads = at::get_num_threads();
   std::unique_ptr<ShrinkPlan[]> plans(new ShrinkPlan[count]);
-  int64_t pieces = 0, blocks = 0, packed_total = 0, sums_total = 0;
+  int64_t pieces = 0, blocks = 0, packed_total = 0, sums_total = 0, products = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t M = jobs[i].x.M, K = jobs[i].x.K, r = jobs[i].a.rows;
     ShrinkPlan& plan = plans[i];
@@ -108,6 +108,7 @@ void shrink(const Shrink<C>* jobs, int64_t count) {
     plan.first_block = blocks;
     if (plan.few || !jobs[i].packed) pieces += plan.panels * plan.parts;
     blocks += plan.blocks;
+    products += M * K * r;
     int64_t& total = plan.few ? sums_total : packed_total;
     plan.offset = total;
     if (plan.few) {
@@ -120,7 +121,7 @@ void shrink(const Shrink<C>* jobs, int64_t count) {
   auto sums = allocate<float>(sums_total);
 
   // Pieces of the adapters are packed, and with few rows multiplied at once.
-  at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, pieces, grain_of(pieces, products), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const auto& plan =
           plan_of(plans.get(), count, t, [](const ShrinkPlan& p) { return p.first_piece; });
@@ -143,7 +144,7 @@ void shrink(const Shrink<C>* jobs, int64_t count) {
     release_products();
   });
 
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, blocks, grain_of(blocks, products), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const auto& plan =
           plan_of(plans.get(), count, t, [](const ShrinkPlan& p) { return p.first_block; });

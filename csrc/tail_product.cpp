@@ -205,7 +205,7 @@ void tail_products(const TailProduct<C>* products, int64_t count) {
   std::unique_ptr<TilePlan[]> plans(new TilePlan[count]);
   std::unique_ptr<std::unique_ptr<C, FreeAligned>[]> arranged(
       new std::unique_ptr<C, FreeAligned>[count]);
-  int64_t tiles = 0;
+  int64_t tiles = 0, multiplications = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t M = products[i].x.M, P = panels(products[i].y.cols);
     plans[i] = {0, 0, tiles, 0};
@@ -215,13 +215,14 @@ void tail_products(const TailProduct<C>* products, int64_t count) {
                  std::min(ceil_div(M, kLeastRows), ceil_div(4 * threads, P * count)));
     plans[i] = {blocks, ceil_div(M, blocks), tiles, P * blocks};
     tiles += P * blocks;
+    multiplications += M * products[i].x.K * products[i].y.cols;
     if (products[i].four_bit && decodes_in_registers<C>(M, *products[i].four_bit)) {
       // M is below kLeastRows: there is one block of rows.
       arranged[i] = allocate<C>(M * products[i].x.K);
       arrange_rows(M, products[i].x.K, products[i].x.data, products[i].x.ld, arranged[i].get());
     }
   }
-  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, tiles, grain_of(tiles, multiplications), [&](int64_t begin, int64_t end) {
     for (int64_t i = 0; i < count && begin < end; ++i) {
       const int64_t last = std::min(end, plans[i].first + plans[i].count);
       if (last <= begin) continue;
