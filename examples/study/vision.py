@@ -73,7 +73,7 @@ def adapted(base: Any, method: str, seed: int) -> Any:
     model.classifier.reset_parameters()
     if method in LORA:
         rank = LORA[method]
-        return lk.apply_lora(model, r=rank, lora_alpha=2 * rank, modules_to_save=["classifier"])
+        return lk.apply_lora(model, r=rank, lora_alpha=rank, modules_to_save=["classifier"])
     model.requires_grad_(method == FULL)
     model.classifier.requires_grad_(True)
     return model
