@@ -14,7 +14,7 @@ def test_rows(tiny):
         if row["library"] == OURS:
             assert row["changed"] == 0 and not any(row["drift"])
         if row["dtype"] == "float32":
-            assert row["layer"] < merging.LIMIT
+            assert row["layer"] < 1e-6
 
 
 def test_finding_follows_the_rows(tiny):
@@ -24,7 +24,7 @@ def test_finding_follows_the_rows(tiny):
     for row in theirs:
         row |= {"changed": 0.5, "drift": [*row["drift"][:-1], 0.25]}
     said = merging.finding(content)
-    assert "changes by 3e-07" in said and ", within 1e-06" in said
+    assert "changes by 3.0e-07" in said and "(3 times the type's precision)" in said
     assert f"of {OURS} are the base's bit for bit" in said
     assert "those of PEFT have drifted by 2e-01 in float32" in said
     for one, other in zip(ours, theirs, strict=True):
@@ -32,4 +32,6 @@ def test_finding_follows_the_rows(tiny):
     swapped = merging.finding(content)
     assert f"of {OURS} have drifted" in swapped and "those of PEFT are the base's" in swapped
     theirs[0]["layer"] = 2e-6
-    assert "NOT within 1e-06" in merging.finding(content)
+    assert "(17 times the type's precision)" in merging.finding(content)
+    ours[0]["layer"] = 4e-6
+    assert "and by 4.0e-06 when PEFT does" in merging.finding(content)
