@@ -79,7 +79,7 @@ GROUPED = [
     ({}, PRODUCTS),
     ({"fan_in_fan_out": True, "peft_layout": False}, PRODUCTS),
     ({"adapter_dtype": torch.float32, "weight_dtype": torch.float32}, PRODUCTS),
-    ({"r": 12}, {"expert_shrink", "expert_linear_fwd"}),
+    ({"r": 12}, ("expert_shrink", "expert_linear_fwd")),
     ({"k": 60}, ()),
     ({"dtype": torch.float16}, ()),
 ]
