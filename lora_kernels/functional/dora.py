@@ -21,13 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..backends import cpu
 from ..spec import reference
 from . import ops
 from .checks import check_rng, compute_dtype, scale_tensor
 from .linear import NOT_PACKED, Packed, draw_rng, result_of, rows_of
 
-# Rows of W that are converted at once, so that no wider copy of W exists.
-_ROWS = 256
+# Rows of W that are converted at once, so that no wider copy of W exists. A norm of 2048 x 2048 in
+# bfloat16 takes 0.8 ms with 256 and 0.7 ms with 512 (AVX-512, 2 threads, 2026-11-30).
+_ROWS = 512
 
 
 @torch.no_grad()
@@ -59,9 +61,17 @@ def dora_norm(
     a, b, s = lora_a.to(acc), lora_b.to(acc), scale.to(acc)
     if weight_squared is None:
         weight_squared = squared_rows(weight, fan_in_fan_out)
-    wa = torch.cat([part.to(acc) @ a.t() for part in w.split(_ROWS)])
-    cross = (2 * wa + s * (b @ (a @ a.t()))).mul_(b).sum(1).mul_(s)
+    with ops.without_autocast(weight.device.type):
+        wa = torch.cat([_narrow_product(part.to(acc), a) for part in w.split(_ROWS)])
+        cross = (2 * wa + s * (b @ (a @ a.t()))).mul_(b).sum(1).mul_(s)
     return (weight_squared + cross).clamp_(min=0).sqrt_()
+
+
+def _narrow_product(x: Tensor, a: Tensor) -> Tensor:
+    plain = type(x) in ops.PLAIN and type(a) in ops.PLAIN and not ops.is_observed()
+    if plain and x.is_cpu and a.is_cpu and x.dtype == torch.float32:
+        return cpu.narrow_product(x, a)
+    return x @ a.t()
 
 
 def dora_linear(

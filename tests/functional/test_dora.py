@@ -144,3 +144,19 @@ def test_the_norm_of_a_row_that_the_adapter_cancels_is_not_nan():
     norm = dora_norm(weight, torch.eye(4), -weight, torch.tensor(1.0))
     assert not norm.isnan().any() and norm.max() < 1e-2
     assert reference.accumulate_dtype(torch.float32) == norm.dtype
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_norm_is_computed_in_float32(dtype, transposed, autocast):
+    """Of more rows than are converted at once, whatever autocast says."""
+    n, k, r = 1100, 70, 5
+    weight, a, b = torch.randn(n, k).to(dtype), torch.randn(r, k), torch.randn(n, r)
+    scale = torch.tensor(0.75)
+    exact = (weight.double() + 0.75 * b.double() @ a.double()).norm(dim=1)
+    weight = weight.t().contiguous() if transposed else weight
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        norm = dora_norm(weight, a, b, scale, transposed)
+    assert norm.dtype == torch.float32
+    torch.testing.assert_close(norm.double(), exact, rtol=2e-6, atol=0)
