@@ -2,8 +2,9 @@
 
 ``make test-peft`` runs it. PEFT's source distribution of the installed
 version is downloaded by pip into build/ (its tests are in it), together with what only its tests
-import; ``--source`` names a checkout of the same version instead. Nothing is asked of the hub:
-tests that need a model from it fail in both runs.
+import; ``--source`` names a checkout of the same version instead. Nothing is asked of the hub: the
+tiny mixtures of test_target_parameters.py are drawn here, from transformers' configurations of
+:data:`MODELS`; tests that need another model from it fail in both runs.
 
 It fails if a test passes with PEFT's layers and not with ours, unless :data:`EXPECTED` says why; if
 our forward answered nothing; or if less than 90% of the calls that have an adapter to compute were
@@ -50,7 +51,7 @@ FILES = (
     "test_bdlora.py",
     "test_velora.py",
 )
-SELECTION = "lora" + "".join(
+SELECTION = "(lora or TestTargetParameters or target_parameters)" + "".join(
     f" and not {other}"
     for other in ("randlora", "vblora", "gralora", "tinylora", "unilora", "delora")
     + ("gloraconfig",)
@@ -69,6 +70,31 @@ IMPORTED = {
 EXPECTED: dict[str, str] = {
     # Of 10 x 1000 x 1000 in float32 ours is 6.0e-7 from float64, the library's 7.4e-7 (2026-11-29).
     "test_adalora_default_init_identity": "it asks for the library's order of sums",
+    "test_target_parameter_result_caching_works": "it counts PEFT's deltas, and ours makes none",
+}
+
+# The hub's name of a model -> the class of its configuration, and sizes like that model's.
+_SIZES = {
+    "vocab_size": 1000,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODELS = {
+    "trl-internal-testing/tiny-GptOssForCausalLM": ("GptOssConfig", _SIZES),
+    "trl-internal-testing/tiny-Llama4ForCausalLM": (
+        "Llama4TextConfig",
+        _SIZES | {"intermediate_size_mlp": 24, "num_experts_per_tok": 1},
+    ),
+    "hf-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaConfig", _SIZES),
 }
 
 # Where the plugin writes its account; set for the second run only.
@@ -84,6 +110,7 @@ def main() -> int:
     parser.add_argument("files", nargs="*", default=FILES, help="of PEFT's tests/")
     options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
+    _draw_models()
     source = (options.source or _download()).resolve()
     _install_imports()
     files = [f"tests/{name}" for name in options.files if (source / "tests" / name).is_file()]
@@ -109,6 +136,20 @@ def _download() -> Path:
     # Its tests import each other relatively, and the distribution leaves this file out.
     (source / "tests" / "__init__.py").touch()
     return source
+
+
+def _draw_models() -> None:
+    import torch
+    import transformers
+
+    for name, (config, sizes) in MODELS.items():
+        torch.manual_seed(0)
+        built = getattr(transformers, config)(**sizes, initializer_range=0.2)
+        transformers.AutoModelForCausalLM.from_config(built).save_pretrained(_folder_of(name))
+
+
+def _folder_of(model: str) -> Path:
+    return FOLDER / "models" / model
 
 
 def _install_imports() -> None:
@@ -194,6 +235,15 @@ def pytest_configure(config):
     from huggingface_hub.utils import _http
 
     _http.time = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
+
+    import transformers
+
+    from_hub = transformers.AutoModelForCausalLM.from_pretrained
+
+    def from_here(name, *args, **kwargs):
+        return from_hub(_folder_of(name) if name in MODELS else name, *args, **kwargs)
+
+    transformers.AutoModelForCausalLM.from_pretrained = from_here
 
 
 if os.environ.get(_ACCOUNT):
