@@ -110,20 +110,20 @@ def rows(count, length=12, seed=7):
 class Recorder(TrainerCallback):
     """The gradients that the first optimizer step finds."""
 
-    def __init__(self):
-        self.gradients = None
+    def __init__(self, of):
+        self.gradients, self.of = None, of
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self.gradients is None:
-            self.gradients = gradients(model)
+            self.gradients = self.of(model)
 
 
 class Run:
     """One training: ``losses`` [steps, micro-batches], the ``gradients`` before the first step, and
-    who answered."""
+    who answered. ``of`` names a model's gradients."""
 
-    def __init__(self, model, directory, *, sft=False, resume=None, **arguments):
-        self.model, recorder, losses = model, Recorder(), {}
+    def __init__(self, model, directory, *, sft=False, resume=None, of=gradients, **arguments):
+        self.model, recorder, losses = model, Recorder(of), {}
         trainer, config_of, data, extra = _for_trl() if sft else _for_transformers()
 
         class Recording(trainer):
