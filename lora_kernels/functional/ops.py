@@ -26,7 +26,7 @@ from ..spec.operators import LINEARS_OPERATORS as LINEARS_OPERATORS
 from ..spec.operators import OPERATORS as OPERATORS
 from ..spec.operators import SCHEMAS, of_operator
 from ..spec.operators import SEGMENTED_OPERATORS as SEGMENTED_OPERATORS
-from ..spec.problem import PROBLEM_OF, rows_of, sizes, sizes_of_linears
+from ..spec.problem import PROBLEM_OF, rows_of, sizes, sizes_of_experts, sizes_of_linears
 
 # Tensors that no subclass gives another meaning.
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -243,14 +243,15 @@ def _fake_linears(op: str, given: dict[str, Any]) -> Any:
 
 
 def _fake_expert(op: str, given: dict[str, Any]) -> Any:
-    rows, problem = rows_of(given), PROBLEM_OF[op](**given)
-    tail = rows.new_empty(problem.m, problem.r, dtype=reference.tail_dtype(rows.dtype))
-    return tail if op == "expert_shrink" else (rows.new_empty(problem.m, problem.columns), tail)
+    rows, (m, n, k, r, _) = rows_of(given), sizes_of_experts(given)
+    tail = rows.new_empty(m, r, dtype=reference.tail_dtype(rows.dtype))
+    columns = k if op == "expert_linear_dx" else n
+    return tail if op == "expert_shrink" else (rows.new_empty(m, columns), tail)
 
 
 def _fake_expert_linear_dab(op: str, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    dy, p = given["dy"], PROBLEM_OF[op](**given)
-    shapes = {"da_dtype": (p.experts, p.r, p.k), "db_dtype": (p.n, p.r, p.experts)}
+    dy, (_, n, k, r, experts) = given["dy"], sizes_of_experts(given)
+    shapes = {"da_dtype": (experts, r, k), "db_dtype": (n, r, experts)}
     da, db = (
         dy.new_empty(shape if given[name] else 0, dtype=given[name])
         for name, shape in shapes.items()

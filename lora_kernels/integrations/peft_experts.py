@@ -10,6 +10,7 @@ active, or the call is traced by torch.jit or transformed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,17 @@ class FusedParamWrapper(ParamWrapper):
         if counts:
             self.kernel_calls.fused += 1
         return experts.experts_forward(self.get_base_layer(), found, x, *args, **kwargs)
+
+    def warmup_call(
+        self, rows: int, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """For :func:`lora_kernels.warmup`; counts as no call."""
+        base, found = self.get_base_layer(), self._factors({})
+        if isinstance(found, str):
+            # PEFT's forward answers: there is nothing to compile.
+            return torch.zeros(0), lambda x: x.detach()
+        x, *routing = experts.warmup_inputs(base, rows, dtype)
+        return x, lambda x: experts.experts_forward(base, found, x, *routing)
 
     def _factors(self, kwargs: dict[str, Any]) -> dict[str, experts.Factors] | str:
         """The active adapters of this wrapper and of those inside it; or why PEFT's forward has to

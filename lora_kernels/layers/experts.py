@@ -39,6 +39,12 @@ class SlotFactors(NamedTuple):
     def routed(self, expert: Tensor, token: Tensor, experts: int) -> SegmentTable:
         """The table of rows that were dealt out: of which expert, and of which row before that.
         Nothing waits for the device."""
+        if torch.compiler.is_dynamo_compiling():
+            # A table is made by the host, and no graph has one.
+            return torch.compiler.disable(SlotFactors._routed)(self, expert, token, experts)
+        return self._routed(expert, token, experts)
+
+    def _routed(self, expert: Tensor, token: Tensor, experts: int) -> SegmentTable:
         seg = self.table
         slot = seg.slot_of_row[token]
         own = torch.where((slot >= 0) & (expert < experts), slot * experts + expert, -1)
@@ -139,6 +145,17 @@ def experts_forward(
         rows = experts.post_expert_norm(rows)
     rows = _Unsorted.apply(rows, order, place).view(*top_k_index.shape, -1)
     return (rows * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+
+
+def warmup_inputs(experts: Any, rows: int, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    """For :func:`lora_kernels.warmup`: hidden_states of zeros, and a router that deals them out to
+    as many experts a row as the model's does, in turns."""
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    weight, (count, in_features, _) = getattr(experts, first), sizes(experts, first)
+    x = weight.new_zeros(rows, in_features, dtype=dtype)
+    k = getattr(getattr(experts, "config", None), "num_experts_per_tok", None) or 1
+    index = torch.arange(rows * k, device=x.device).view(rows, k) % count
+    return x, index, x.new_ones(rows, k)
 
 
 class _Sorted(torch.autograd.Function):
@@ -305,6 +322,16 @@ class FusedLoRAExperts(nn.Module):
                 return plain(*args, **kwargs)
         factors = {name: adapter.factors() for name, adapter in self.adapters().items()}
         return experts_forward(self, factors, *args, **kwargs)
+
+    def warmup_call(
+        self, rows: int, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """For :func:`lora_kernels.warmup`; merged or disabled they have nothing to compile."""
+        x, *routing = warmup_inputs(self, rows, dtype)
+        if self.merged or self._disabled:
+            return x, Tensor.detach
+        factors = {name: adapter.factors() for name, adapter in self.adapters().items()}
+        return x, lambda x: experts_forward(self, factors, x, *routing)
 
     @contextmanager
     def _with_pristine(self) -> Iterator[None]:

@@ -9,10 +9,17 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..functional.segmented import segmented_lora
 from ..spec.segments import SegmentTable
 from .batches import Owner
-from .experts import SlotFactors, become, experts_forward, put_back, sizes, unsupported_reason
+from .experts import (
+    SlotFactors,
+    become,
+    experts_forward,
+    put_back,
+    sizes,
+    unsupported_reason,
+    warmup_inputs,
+)
 from .multi import SlottedLayer
 
 
@@ -50,16 +57,15 @@ class ExpertSlots(SlottedLayer):
         found = self._table(hidden_states.shape[:-1], hidden_states.device)
         return None if found is None else SlotFactors(self.lora_A, self.lora_B, found[0])
 
-    def warmup_call(
-        self, rows: int, dtype: torch.dtype | None
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Of the adapters alone; the slots and their experts take turns."""
-        slots, max_rank, in_features = self.lora_A.shape
-        turns = [i % slots for i in range(rows)]
-        ranks, device = [max_rank] * slots, self.lora_A.device
-        table = SegmentTable.from_rows(turns, ranks, [1.0] * slots, device=device)
-        x = self.lora_A.new_zeros(rows, in_features, dtype=dtype or self.lora_A.dtype)
-        return x, lambda x: segmented_lora(x, self.lora_A, self.lora_B, table)
+    def turns(self, rows: int) -> SlotFactors:
+        """As if the slots took turns among the rows, with adapters of the largest rank."""
+        slots, max_rank = len(self.lora_A) // self.experts, self.lora_A.shape[1]
+        of_row, device = [i % slots for i in range(rows)], self.lora_A.device
+        table = SegmentTable.from_rows(of_row, [max_rank] * slots, [1.0] * slots, device=device)
+        return SlotFactors(self.lora_A, self.lora_B, table)
+
+    # The whole module's is MultiLoRAExperts'.
+    warmup_call = None  # type: ignore[assignment]
 
     def extra_repr(self) -> str:
         slots, max_rank = self.lora_A.shape[0] // self.experts, self.lora_A.shape[1]
@@ -129,3 +135,11 @@ class MultiLoRAExperts(nn.Module):
             y: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
             return y
         return experts_forward(self, factors, hidden_states, top_k_index, top_k_weights)
+
+    def warmup_call(
+        self, rows: int, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """For :func:`lora_kernels.warmup`: the slots take turns."""
+        x, *routing = warmup_inputs(self, rows, dtype)
+        every = {name: cast(ExpertSlots, own).turns(rows) for name, own in self.slots.items()}
+        return x, lambda x: experts_forward(self, every, x, *routing)

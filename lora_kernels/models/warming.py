@@ -53,7 +53,8 @@ def warmup(
     """
     if any(count < 0 for count in rows):
         raise ValueError(f"rows must be numbers of tokens, not {list(rows)}")
-    layers = [cast(_Layer, m) for m in unwrap(model).modules() if hasattr(type(m), "warmup_call")]
+    modules = unwrap(model).modules()
+    layers = [cast(_Layer, m) for m in modules if getattr(type(m), "warmup_call", None)]
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no LoRA layers of lora_kernels: call apply_lora or "

@@ -160,10 +160,10 @@ def _segmented(op: str, given: dict[str, Any]) -> Problem:
     )
 
 
-def _expert(op: str, given: dict[str, Any]) -> Problem:
-    rows, a, b = rows_of(given), given.get("lora_a"), given.get("lora_b")
-    m, experts = rows.shape[0], given["offs"].shape[0]
-    weight, adapter = given.get("weight"), rows.dtype if a is None else a.dtype
+def sizes_of_experts(given: dict[str, Any]) -> tuple[int, int, int, int, int]:
+    """M, N, K, r and E of a call for experts."""
+    rows, weight = rows_of(given), given.get("weight")
+    a, b = given.get("lora_a"), given.get("lora_b")
     if weight is not None:
         n, k = weight.shape[:0:-1] if given["fan_in_fan_out"] else weight.shape[1:]
         r = 0 if b is None else b.shape[2]
@@ -172,7 +172,13 @@ def _expert(op: str, given: dict[str, Any]) -> Problem:
     else:
         n, k = rows.shape[1], _width(given["x"])
         r = _width(given["d"] if given["s"] is None else given["s"])
-        adapter = given["da_dtype"] or given["db_dtype"] or adapter
+    return rows.shape[0], n, k, r, given["offs"].shape[0]
+
+
+def _expert(op: str, given: dict[str, Any]) -> Problem:
+    rows, a = rows_of(given), given.get("lora_a")
+    m, n, k, r, experts = sizes_of_experts(given)
+    adapter = given.get("da_dtype") or given.get("db_dtype") or rows.dtype
     return Problem(
         op,
         m,
@@ -180,7 +186,7 @@ def _expert(op: str, given: dict[str, Any]) -> Problem:
         k,
         r,
         dtype_name(rows.dtype),
-        dtype_name(adapter),
+        dtype_name(adapter if a is None else a.dtype),
         fan_in_fan_out=given.get("fan_in_fan_out", False),
         aligned=not rows.is_cuda or is_aligned(given),
         experts=experts,

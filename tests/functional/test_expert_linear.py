@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_kernels as lk
 from lora_kernels.backends import cpu
@@ -203,6 +204,24 @@ def test_opcheck(op, requires_grad, device):
         for name in arguments.keys() & {"x", "dy", "lora_a", "lora_b", "weight"}:
             arguments[name] = arguments[name].clone().requires_grad_()
     torch.library.opcheck(operator(op), (), arguments)
+
+
+@pytest.mark.parametrize("op", ops.EXPERT_OPERATORS)
+def test_what_a_compiler_for_a_gpu_is_told(op):
+    """The results' shapes, dtypes and strides, of tensors that have no memory to look at."""
+    case = ExpertCase((2, 0, 3), 6, 8, 2, spare=1, bias=True)
+    results, given = check_experts(op, operator(op), case), case.draw().arguments(op)
+    with FakeTensorMode():
+        arguments = {
+            name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
+            if isinstance(t, torch.Tensor)
+            else t
+            for name, t in given.items()
+        }
+        fakes = operator(op)(**arguments)
+    for fake, real in zip([fakes] if op == "expert_shrink" else fakes, results, strict=True):
+        assert fake.is_cuda and fake.dtype == real.dtype
+        assert (fake.shape, fake.stride()) == (real.shape, real.stride())
 
 
 def test_under_autocast_weights_are_rounded_not_copied(device):

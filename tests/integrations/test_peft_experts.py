@@ -100,6 +100,15 @@ def test_a_hook_on_the_experts_is_called():
     assert list(report.calls.fallen_back) == ["a hook, or a forward of its own, on the experts"]
 
 
+def test_warmup_runs_the_wrapped_experts_and_counts_no_call():
+    _, ours, report = pair()
+    with lk.record_plans() as answers:
+        lk.warmup(ours, [3], training=False)
+    # Of each module twice: as the outer wrapper has it, and the inner one.
+    assert [(a.op, a.problem.m) for a in answers] == [("expert_linear_fwd", 3 * 2)] * 8
+    assert report.calls.fused == 0
+
+
 def test_linear_layers_beside_the_experts():
     theirs, ours, report = pair("qwen2_moe", target_modules=["q_proj", "shared_expert.down_proj"])
     assert len(report.fused) == 8

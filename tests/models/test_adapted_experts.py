@@ -302,6 +302,20 @@ def test_entries_that_match_nothing_are_warned_of():
         )
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_warmup_runs_the_experts(pair, merged):
+    _, ours = pair
+    if merged:
+        lk.merge_adapter(ours)
+    with lk.record_plans() as answers:
+        lk.warmup(ours, [5], training=not merged)
+    experts = [(a.op, a.problem.m) for a in answers if a.op.startswith("expert")]
+    m = 5 * mixtures.SIZES["num_experts_per_tok"]
+    step = [(f"expert_linear_{op}", m) for op in ("fwd", "fwd", "dx", "dab", "dx", "dab")]
+    assert experts == ([] if merged else 2 * step)
+    assert all(p.grad is None for p in ours.parameters())
+
+
 def test_checkpointing_computes_the_same_gradients(pair):
     _, ours = pair
     ours.train()

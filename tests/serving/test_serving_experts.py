@@ -170,6 +170,25 @@ def test_slots_come_with_the_first_adapter_that_has_experts(zoo):
     check_logits(zoo, store, ["a", "b", "c"])
 
 
+def test_warmup_runs_base_and_adapters(zoo):
+    store = open_store(zoo)
+    k = store.model.config.num_experts_per_tok
+    with lk.record_plans() as answers:
+        lk.warmup(store.model, [5])
+    mixed = [a.problem.m for a in answers if a.op == "segmented_lora_"]
+    assert mixed == [5 * k] * 4
+    assert [a.problem.r for a in answers if a.op == "expert_linear_fwd"] == [0] * 4
+
+
+def test_a_compiled_model_serves_the_same(zoo):
+    store = open_store(zoo)
+    compiled = torch.compile(store.model, backend="aot_eager")
+    for names in (["a", None], ["d", "b"]):
+        with torch.no_grad(), store.batch(names):
+            expected = store.model(PROMPTS[:2]).logits
+            assert small.relative_difference(compiled(PROMPTS[:2]).logits, expected) < 1e-5
+
+
 def with_config(zoo, name, tmp_path, **changes):
     """The adapter's files, with another configuration."""
     target = tmp_path / "changed"
