@@ -102,7 +102,9 @@ def costs(ax: Any, names: Sequence[str], shares: dict[str, Sequence[float]], who
         ax.bar(at, values, 0.25, color=(BLUE, ORANGE, GREEN)[place], label=label)
     ax.axhline(1, color="black", linewidth=0.8)
     ax.set_xticks(
-        range(len(names)), [fill(name, 11, break_on_hyphens=False) for name in names], fontsize=7
+        range(len(names)),
+        [fill(name, 10, break_on_hyphens=False, break_long_words=False) for name in names],
+        fontsize=7,
     )
     ax.set_ylabel(f"beside {whose}")
     ax.margins(y=0.15)
