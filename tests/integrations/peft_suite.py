@@ -9,6 +9,9 @@ tiny mixtures of test_target_parameters.py are drawn here, from transformers' co
 It fails if a test passes with PEFT's layers and not with ours, unless :data:`EXPECTED` says why; if
 our forward answered nothing; or if less than 90% of the calls that have an adapter to compute were
 fused. The file is the plugin of both runs as well.
+
+PEFT's matrix of methods and quantisations leaves LoRA to tests that need a GPU. Here it runs with
+LoRA over bitsandbytes' four bits.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ FILES = (
     "test_low_level_api.py",
     "test_mixed.py",
     "test_other.py",
+    "test_quantization.py",
     "test_target_parameters.py",
     "test_trainable_tokens.py",
     "test_tuners_utils.py",
@@ -95,6 +99,11 @@ MODELS = {
         _SIZES | {"intermediate_size_mlp": 24, "num_experts_per_tok": 1},
     ),
     "hf-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaConfig", _SIZES),
+    # Of no name that other tests ask for.
+    "four-bits/tiny-opt": (
+        "OPTConfig",
+        _SIZES | {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128},
+    ),
 }
 
 # Where the plugin writes its account; set for the second run only.
@@ -244,6 +253,21 @@ def pytest_configure(config):
         return from_hub(_folder_of(name) if name in MODELS else name, *args, **kwargs)
 
     transformers.AutoModelForCausalLM.from_pretrained = from_here
+    if (Path.cwd() / "tests" / "test_quantization.py").is_file():
+        _test_lora_over_four_bits()
+
+
+def _test_lora_over_four_bits():
+    """In the lists that PEFT's tests take their parameters from, before they are collected."""
+    from peft import LoraConfig
+
+    from tests import test_quantization as matrix  # type: ignore[attr-defined]
+
+    matrix.Bnb4bitLoader.model_id = "four-bits/tiny-opt"
+    matrix.QUANTIZATION_BACKENDS[:] = [matrix.Bnb4bitLoader()]
+    every = {"target_modules": "all-linear", "lora_dropout": 0.1}
+    options = ({}, {"r": 5, "use_rslora": True}, every, {"lora_bias": True})
+    matrix.TEST_CASES[:] = [(LoraConfig, chosen) for chosen in options]
 
 
 if os.environ.get(_ACCOUNT):
