@@ -139,9 +139,8 @@ def test_refused_linears_count_and_small_kinds_do_not():
 
 
 def test_a_store_says_what_has_no_slots():
-    model = small.build("mixtral")
-    (message,) = warned(lk.AdapterStore, model, max_adapters=1, max_rank=2)
-    assert "MixtralExperts" in message
+    # Those of experts come with the first adapter that has any.
+    assert not warned(lk.AdapterStore, small.build("mixtral"), max_adapters=1, max_rank=2)
     model = small.build("wavlm")
     (message,) = warned(lk.AdapterStore, model, max_adapters=1, max_rank=2)
     assert "WavLMAttention" in message
