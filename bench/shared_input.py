@@ -195,6 +195,9 @@ def table_of_models(content: dict[str, Any]) -> list[str]:
 
 
 def table(content: dict[str, Any]) -> list[str]:
+    """Of layers, or of the models that ``--models`` measured."""
+    if "layers" in content["rows"][0]:
+        return table_of_models(content)
     head = ["rows x width", "widths", "dtype", "dropout", f"{APART} us", f"{TOGETHER} us"]
     head += ["together / separate", "saved, in x", "separate"]
     body = []
@@ -231,12 +234,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.models:
         content = run(MODELS, args.seconds, measured=measure_model)
-        name, lines = "shared_input_models", table_of_models(content)
+        name = "shared_input_models"
     else:
-        content = run(CASES, args.seconds)
-        name, lines = "shared_input", table(content)
-    write(content, lines, args.out, name)
-    print("\n".join(lines))
+        content, name = run(CASES, args.seconds), "shared_input"
+    write(content, table(content), args.out, name)
+    print("\n".join(table(content)))
 
 
 if __name__ == "__main__":

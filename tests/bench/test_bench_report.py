@@ -165,7 +165,7 @@ def test_a_long_table_is_left_to_the_file():
 def test_committed_results_are_what_their_reports_say(path):
     """Every committed table is today's report of the JSON beside it."""
     found = json.loads(path.read_text())
-    modules = {"memory": "training_memory"}
+    modules = {"memory": "training_memory", "shared_input_models": "shared_input"}
     markdown = path.with_name("report.md" if path.stem == "results" else f"{path.stem}.md")
     if path.stem not in ("results", "segmented"):
         module = importlib.import_module(f"bench.{modules.get(path.stem, path.stem)}")
