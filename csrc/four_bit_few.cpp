@@ -318,13 +318,11 @@ void all_dots(int64_t M, int64_t K, const typename D::Value* x, int64_t ldx,
 // 32 rows 831 and 891, 48 rows 1,095 and 1,145, 64 rows 1,469 and 1,429; float32 8 rows 492 and
 // 904, 48 rows 2,144 and 2,241, 96 rows 3,990 and 3,911 (2026-11).
 constexpr int64_t kAlongRows = 48;
-template <typename V>
 constexpr int64_t kStretch = 1024;
 #else
 // 2048 x 2048, float32, one thread of Zen 1, in us, along rows and by panels: 16 rows 6,400 and
 // 10,600; 128 rows 37,400 and 41,400; 512 rows the same; 2048 rows 15% more along rows (2026-11).
 constexpr int64_t kAlongRows = 192;
-template <typename V>
 constexpr int64_t kStretch = kPart<float> * kLanes;
 #endif
 
@@ -343,17 +341,17 @@ void product_along_rows(int64_t M, int64_t cols, const C* x, int64_t ld, const F
                         int64_t n, float* c) {
   using D = Dots<C>;
   using V = typename D::Value;
-  V* decoded = part_scratch.of<V>(D::kRowsOfW * kStretch<V>);
+  V* decoded = part_scratch.of<V>(D::kRowsOfW * kStretch);
   const auto pad = [](V* row, int64_t count, int64_t K) { std::fill(row + count, row + K, V(0)); };
-  for (int64_t k = 0; k < w.cols; k += kStretch<V>) {
-    const int64_t end = std::min(w.cols, k + kStretch<V>), count = end - k;
+  for (int64_t k = 0; k < w.cols; k += kStretch) {
+    const int64_t end = std::min(w.cols, k + kStretch), count = end - k;
     const int64_t K = ceil_div(count, D::kValues) * D::kValues;
     const V* rows = nullptr;
     int64_t ldx = ld;
     if constexpr (std::is_same_v<C, V>) rows = x + k;
     if (!std::is_same_v<C, V> || K != count) {
-      V* copied = rows_scratch.of<V>(M * kStretch<V>);
-      ldx = kStretch<V>;
+      V* copied = rows_scratch.of<V>(M * kStretch);
+      ldx = kStretch;
       for (int64_t i = 0; i < M; ++i) {
         std::copy(x + i * ld + k, x + i * ld + end, copied + i * ldx);
         pad(copied + i * ldx, count, K);
@@ -362,16 +360,15 @@ void product_along_rows(int64_t M, int64_t cols, const C* x, int64_t ld, const F
     }
     for (int64_t j = 0; j < cols; j += D::kRowsOfW) {
       const int64_t some = std::min<int64_t>(D::kRowsOfW, cols - j);
-      decode<C>(w, n + j, n + j + some, k, end, decoded, kStretch<V>);
+      decode<C>(w, n + j, n + j + some, k, end, decoded, kStretch);
       if (j + some < cols) ask_for(w, n + j + some, D::kRowsOfW, k, end);
-      for (int64_t i = 0; i < some; ++i) pad(decoded + i * kStretch<V>, count, K);
+      for (int64_t i = 0; i < some; ++i) pad(decoded + i * kStretch, count, K);
       if (some == D::kRowsOfW) {
-        all_dots<D, D::kRowsOfX, D::kRowsOfW>(M, K, rows, ldx, decoded, kStretch<V>, c + j);
+        all_dots<D, D::kRowsOfX, D::kRowsOfW>(M, K, rows, ldx, decoded, kStretch, c + j);
         continue;
       }
       for (int64_t i = 0; i < some; ++i) {
-        all_dots<D, D::kRowsOfX, 1>(M, K, rows, ldx, decoded + i * kStretch<V>, kStretch<V>,
-                                    c + j + i);
+        all_dots<D, D::kRowsOfX, 1>(M, K, rows, ldx, decoded + i * kStretch, kStretch, c + j + i);
       }
     }
   }

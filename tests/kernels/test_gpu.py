@@ -27,19 +27,24 @@ CASE = Case(300, 530, 200, 40, device="cuda")
 MIXED = SegmentedCase(150, 520, (530, 64, 200), (33, 0, 1, 8, 64, 16), device="cuda")
 
 
+def tried_candidates(op, case):
+    """The planner's candidates for ``case``, each of which has kept the budget."""
+    problem = PROBLEM_OF[op](**case.draw().arguments(op))
+    tried = list(candidates(problem, facts("cuda")))
+    for config in tried:
+        backend = "reference" if config.plan == "reference" else "cuda"
+        with lk.force_plan(config):
+            check(op, getattr(ops, op), case, backend=backend)
+    return tried
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("sizes", [(300, 530, 200, 40), (5, 512, 1024, 16), (260, 512, 640, 8)])
 @pytest.mark.parametrize("op", ops.OPERATORS)
 def test_every_candidate_of_the_planner(op, sizes, dropout_p, dtype):
     case = Case(*sizes, dtype=dtype, dropout_p=dropout_p, device="cuda")
-    problem = PROBLEM_OF[op](**case.draw().arguments(op))
-    tried = set()
-    for config in candidates(problem, facts("cuda")):
-        backend = "reference" if config.plan == "reference" else "cuda"
-        with lk.force_plan(config):
-            check(op, getattr(ops, op), case, backend=backend)
-        tried.add(config.plan)
+    tried = {config.plan for config in tried_candidates(op, case)}
     assert tried & {"tail", "skinny"}
 
 
@@ -49,13 +54,7 @@ def test_every_candidate_of_the_planner(op, sizes, dropout_p, dtype):
 @pytest.mark.parametrize("op", ["lora_linear_fwd", "lora_linear_dx"])
 def test_every_candidate_of_the_planner_for_four_bits(op, sizes, quant, dtype):
     case = Case(*sizes, dtype=dtype, quant=quant, device="cuda")
-    problem = PROBLEM_OF[op](**case.draw().arguments(op))
-    tried = set()
-    for config in candidates(problem, facts("cuda")):
-        backend = "reference" if config.plan == "reference" else "cuda"
-        with lk.force_plan(config):
-            check(op, getattr(ops, op), case, backend=backend)
-        tried.add((config.plan, config.decodes))
+    tried = {(config.plan, config.decodes) for config in tried_candidates(op, case)}
     assert ("tail", False) in tried
     assert (("tail", True) in tried) == (sizes[2] % 32 == 0)
 
