@@ -1,19 +1,17 @@
 """Tokens per second of whole engines with many adapters: vLLM on a CPU without LoRA, with its own
 and with ours, and transformers' continuous batching. ``python -m bench.engines``.
 
-Every measurement is a process of its own, and those that are compared take turns: no LoRA, vLLM's,
-ours, and again. The model is a small Llama with random weights in bfloat16; the adapters are of
-ranks 8, 16 and 32 on all linear layers, and the requests of a batch use them in turn. Timed is one
-batch of requests from its first to its last token, after a short one of the same kind. Numbers go
-into engines.json, the table into engines.md, the picture into engines.png. A row that our kernels
-did not compute is a failure, and so is the exit status then; a bar that is missed is shown.
-
-vLLM runs in the environment of `make vllm`, transformers and PEFT in that of `make test`.
+Every measurement is a process of its own, and those that are compared take turns. The model is a
+small Llama with random weights in bfloat16; the requests of a batch use the adapters in turn. Timed
+is one batch of requests from its first to its last token, after a short one of the same kind. A row
+that our kernels did not compute is a failure, and so is the exit status then; a bar that is missed
+is shown. vLLM runs in the environment of `make vllm`, transformers and PEFT in that of `make test`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -27,10 +25,10 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from .command import Content, finish, parser_of
 from .tables import piped, write
 
 ROOT = Path(__file__).resolve().parents[1]
-OUT = Path(__file__).parent / "out" / "engines"
 # tokens in, tokens out
 WORKLOADS = {"decode": (32, 128), "prefill": (512, 16)}
 RANKS = (8, 16, 32)
@@ -74,27 +72,12 @@ BARS = (
 
 # Tokens per second by mode.
 Rates = dict[str, "float | None"]
+# Engine, mode, number of the run, and what its process is asked.
+Task = tuple[str, str, int, dict[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(arguments)
-    if args.report:
-        args.out = args.report.parent
-        content = json.loads(args.report.read_text())
-    else:
-        content = run(args)
-    lines = table(content)
-    write(content, lines, args.out, "engines")
-    picture(content, args.out / "engines.png")
-    print("\n".join(lines))
-    for failure in content["failures"]:
-        print(f"FAILED: {failure}", file=sys.stderr)
-    return 1 if content["failures"] else 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.engines", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = parser_of("engines", __doc__)
     add = parser.add_argument
     add("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     add("--hidden", nargs="+", type=int, default=[512, 1024, 2048])
@@ -107,50 +90,34 @@ def _parser() -> argparse.ArgumentParser:
     add("--runs", type=int, default=3, help="processes of each kind")
     add("--quick", action="store_true", help="a tiny model, to see that all of it works")
     add("--profile", action="store_true", help="instead: what the time of one batch goes to")
-    add("--out", type=Path, default=OUT, metavar="DIR", help="where the results go")
     add("--report", type=Path, metavar="JSON", help="write the table and the picture again")
-    return parser
+    args = parser.parse_args(arguments)
+    if args.report:
+        args.out = args.report.parent
+        content = json.loads(args.report.read_text())
+    else:
+        content = run(args)
+    picture(content, args.out / "engines.png")
+    return finish("engines", content, table(content), args.out, content["failures"])
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> Content:
     if args.quick:
         args.hidden, args.adapters, args.layers, args.requests = [128], [1, 3], 2, 4
         args.runs, args.vocabulary = 1, 512
     workloads = {name: (8, 4) if args.quick else WORKLOADS[name] for name in args.workloads}
-    content: dict[str, Any] = {
+    settings = {key: getattr(args, key) for key in ("layers", "requests", "vocabulary", "runs")}
+    content: Content = {
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",
-        "settings": {
-            key: getattr(args, key) for key in ("layers", "requests", "vocabulary", "runs")
-        }
-        | {"ranks": RANKS, "workloads": workloads},
+        "settings": settings | {"ranks": RANKS, "workloads": workloads},
         "engines": {},
         "rows": [],
         "profiles": [],
         "failures": [],
     }
     with tempfile.TemporaryDirectory() as work:
-        tasks = list(_tasks(args, workloads, Path(work)))
-        for engine, mode, number, task in tqdm(tasks):
-            name = f"{engine}, {mode}, hidden {task['hidden']}"
-            try:
-                result = _process(ENGINES[engine], mode, task)
-            except RuntimeError as error:
-                content["failures"].append(f"{name}: {error}")
-                continue
-            where = {"engine": engine, "mode": mode, "hidden": task["hidden"], "run": number}
-            surroundings = {key: result[key] for key in ("device", "threads", "versions")}
-            content["engines"].setdefault(engine, surroundings)
-            if "profile" in result:
-                content["profiles"].append(where | {"profile": result["profile"]})
-                continue
-            answered = result["answers"]
-            wrong = [answer for answer in answered if not answer.endswith(" cpu native")]
-            if mode == "ours" and (wrong or not answered):
-                content["failures"].append(f"{name}: answered by {wrong or 'none of ours'}")
-            for row in result["rows"]:
-                tokens = sum(workloads[row["workload"]][row["workload"] == "decode" :])
-                rate = args.requests * tokens / row["seconds"]
-                content["rows"].append(where | row | {"tokens_per_s": rate})
+        for task in tqdm(list(_tasks(args, workloads, Path(work)))):
+            _take(content, task)
             # A run that is cut short keeps what it has.
             write(content, table(content), args.out, "engines")
     return content
@@ -158,28 +125,42 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _tasks(
     args: argparse.Namespace, workloads: dict[str, tuple[int, int]], work: Path
-) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
-    """(engine, mode, run, task) in the order in which they are measured: by turns."""
+) -> Iterator[Task]:
+    """In the order in which they are measured: by turns."""
     models = {hidden: _model(args, work / f"{hidden}", hidden) for hidden in args.hidden}
-    for number in range(1 if args.profile else args.runs):
-        for hidden in args.hidden:
-            for engine in args.engines:
-                for mode in ENGINES[engine].modes:
-                    if args.modes and mode not in args.modes:
-                        continue
-                    adapters = [8] if args.profile else args.adapters
-                    task = {
-                        "mode": mode,
-                        "hidden": hidden,
-                        "adapters": adapters,
-                        "requests": args.requests,
-                        "vocabulary": args.vocabulary,
-                        "ranks": RANKS,
-                        "workloads": workloads,
-                        "profile": args.profile,
-                        **models[hidden],
-                    }
-                    yield engine, mode, number, task
+    runs = range(1 if args.profile else args.runs)
+    for number, hidden, engine in itertools.product(runs, args.hidden, args.engines):
+        for mode in ENGINES[engine].modes:
+            if not args.modes or mode in args.modes:
+                task = {"mode": mode, "hidden": hidden, "ranks": RANKS, "workloads": workloads}
+                task |= {key: getattr(args, key) for key in ("requests", "vocabulary", "profile")}
+                task |= {"adapters": [8] if args.profile else args.adapters, **models[hidden]}
+                yield engine, mode, number, task
+
+
+def _take(content: Content, task: Task) -> None:
+    """Measure, and add what was found."""
+    engine, mode, number, asked = task
+    where = {"engine": engine, "mode": mode, "hidden": asked["hidden"], "run": number}
+    name = f"{engine}, {mode}, hidden {asked['hidden']}"
+    try:
+        result = _process(ENGINES[engine], mode, asked)
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        content["failures"].append(f"{name}: {error}")
+        return
+    surroundings = {key: result[key] for key in ("device", "threads", "versions")}
+    content["engines"].setdefault(engine, surroundings)
+    if "profile" in result:
+        content["profiles"].append(where | {"profile": result["profile"]})
+        return
+    answered = result["answers"]
+    wrong = [answer for answer in answered if not answer.endswith(" cpu native")]
+    if mode == "ours" and (wrong or not answered):
+        content["failures"].append(f"{name}: answered by {wrong or 'none of ours'}")
+    for row in result["rows"]:
+        tokens = sum(asked["workloads"][row["workload"]][row["workload"] == "decode" :])
+        rate = asked["requests"] * tokens / row["seconds"]
+        content["rows"].append(where | row | {"tokens_per_s": rate})
 
 
 def _model(args: argparse.Namespace, folder: Path, hidden: int) -> dict[str, Any]:
@@ -214,37 +195,26 @@ def _process(engine: Engine, mode: str, task: dict[str, Any]) -> dict[str, Any]:
     return json.loads(found[-1])
 
 
-# The report.
-
-
-def rate(content: dict[str, Any], **where: Any) -> float | None:
-    """The median of the runs."""
-    found = [
-        row["tokens_per_s"]
-        for row in content["rows"]
-        if all(row[key] == value for key, value in where.items())
-    ]
-    return statistics.median(found) if found else None
-
-
-def comparisons(
-    content: dict[str, Any],
-) -> Iterator[tuple[dict[str, Any], Rates]]:
-    """(engine, hidden, workload, adapters) and the rate of each mode there."""
+def comparisons(content: Content) -> Iterator[tuple[dict[str, Any], Rates]]:
+    """(engine, hidden, workload, adapters) and there of each mode the median of its runs."""
     keys = ("engine", "hidden", "workload", "adapters")
-    cells = dict.fromkeys(
-        tuple(row[key] for key in keys) for row in content["rows"] if row["adapters"]
-    )
-    for cell in cells:
-        where = dict(zip(keys, cell, strict=True))
-        first, *others = ENGINES[where["engine"]].modes
-        base = where | {"adapters": 0} if first == "none" else where
-        rates = {first: rate(content, mode=first, **base)}
-        rates |= {mode: rate(content, mode=mode, **where) for mode in others}
-        yield where, rates
+    found: dict[tuple[Any, ...], list[float]] = {}
+    for row in content["rows"]:
+        cell = (*(row[key] for key in keys), row["mode"])
+        found.setdefault(cell, []).append(row["tokens_per_s"])
+    medians = {cell: statistics.median(rates) for cell, rates in found.items()}
+    for cell in dict.fromkeys(cell[:-1] for cell in found if cell[3]):
+        # Without LoRA there are no adapters.
+        yield (
+            dict(zip(keys, cell, strict=True)),
+            {
+                mode: medians.get((*cell[:3], 0 if mode == "none" else cell[3], mode))
+                for mode in ENGINES[cell[0]].modes
+            },
+        )
 
 
-def table(content: dict[str, Any]) -> list[str]:
+def table(content: Content) -> list[str]:
     lines = [f"# Engines, {content['date']}", ""]
     for engine, about in content["engines"].items():
         versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
@@ -259,31 +229,29 @@ def table(content: dict[str, Any]) -> list[str]:
         "tokens per second. A ratio above 1: ours has more tokens per second",
     ]
     for engine, (_, _, modes) in ENGINES.items():
-        cells = [c for c in comparisons(content) if c[0]["engine"] == engine]
-        if not cells:
-            continue
         others = [mode for mode in modes if mode != "ours"]
-        names = [LABELS[mode] for mode in others]
-        head = ["hidden", "workload", "adapters", *names, "ours"]
         body = []
-        for where, rates in cells:
-            line = [str(where[key]) for key in ("hidden", "workload", "adapters")]
-            line += [_number(rates[mode], 0) for mode in modes]
-            line += [_number(_ratio(rates, mode), 2) for mode in others]
-            body.append(line)
-        lines += ["", f"## {engine}, tokens per second", ""]
-        lines.append(piped(([*head, *(f"ours over {name}" for name in names)], body)))
+        for where, rates in comparisons(content):
+            if where["engine"] == engine:
+                line = [str(where[key]) for key in ("hidden", "workload", "adapters")]
+                line += [_number(rates[mode], 0) for mode in modes]
+                body.append([*line, *(_number(_ratio(rates, mode), 2) for mode in others)])
+        if body:
+            names = [LABELS[mode] for mode in others]
+            head = ["hidden", "workload", "adapters", *names, "ours"]
+            head += [f"ours over {name}" for name in names]
+            lines += ["", f"## {engine}, tokens per second", "", piped((head, body))]
     lines += bars_table(content)
     for found in content["profiles"]:
         for workload, times in found["profile"].items():
             title = f"{found['engine']}, {found['mode']}, hidden {found['hidden']}, {workload}"
-            lines += ["", f"## Where the time goes: {title}", ""]
             body = [[key, f"{1e3 * value:.0f}"] for key, value in times.items()]
+            lines += ["", f"## Where the time goes: {title}", ""]
             lines.append(piped((["operator", "ms of its own"], body)))
     return lines
 
 
-def bars_table(content: dict[str, Any]) -> list[str]:
+def bars_table(content: Content) -> list[str]:
     body = []
     for where, rates in comparisons(content):
         for bar in BARS:
@@ -309,7 +277,7 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def picture(content: dict[str, Any], path: Path) -> None:
+def picture(content: Content, path: Path) -> None:
     """vLLM's and ours as a part of the engine without LoRA."""
     import matplotlib
 

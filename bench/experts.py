@@ -1,80 +1,77 @@
 """Adapters on a mixture's experts; ``python -m bench.experts``.
 
-Qwen3-MoE's shape with hidden size 512, 32 experts of 192, 4 for every token, 256 tokens, rank 16:
-forward and backward of one experts module, and of a model of two layers around it, frozen, with
-PEFT's ``target_parameters``, with these on our kernels, and with ``apply_lora``. Times are medians
-of interleaved samples; memory is the most that one step allocates. All compute the same, within the
-error budget.
-
-All numbers go into experts.json, the table into experts.md. The exit status is 1 if a call was not
-answered by our kernels.
+Forward and backward of one experts module of Qwen3-MoE's shape, and of a model of two layers around
+it: frozen, with PEFT's ``target_parameters``, with these on our kernels, and with ``apply_lora``.
+Memory is the most that one step allocates. All compute the same, within the error budget; a call
+that our kernels did not answer ends the run.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import peft
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import Qwen3MoeConfig, Qwen3MoeModel
 
 import lora_kernels as lk
 from lora_kernels.integrations.compare_memory import step_peak
 from lora_kernels.testing.linear import assert_within_budget
 
-from .peft_layer import interleaved
-from .tables import origin, piped, told, write
+from .command import Report, Row
+from .measure import medians, native_answers
+from .peft_layer import SAMPLE
 
-OUT = Path(__file__).parent / "out" / "experts"
-HIDDEN, EXPERTS, TOP, INTERMEDIATE, TOKENS, RANK = 512, 32, 4, 192, 256, 16
+RANK = 16
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 FROZEN, PEFT, SWAPPED, OURS = "frozen", "PEFT", "PEFT on our kernels", "apply_lora"
 
 
-def model(dtype: torch.dtype) -> nn.Module:
+class Case(NamedTuple):
+    what: str
+    dtype: str
+    hidden: int = 512
+    experts: int = 32
+    top: int = 4
+    intermediate: int = 192
+    tokens: int = 256
+
+
+CASES = [Case(what, dtype) for what in ("experts", "model") for dtype in ("float32", "bfloat16")]
+
+
+def variants(case: Case) -> tuple[dict[str, nn.Module], lk.PeftReport]:
+    """The models, with the same adapter."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=256,
-        hidden_size=HIDDEN,
-        intermediate_size=HIDDEN,
-        moe_intermediate_size=INTERMEDIATE,
+        hidden_size=case.hidden,
+        intermediate_size=case.hidden,
+        moe_intermediate_size=case.intermediate,
         num_hidden_layers=2,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=64,
-        num_experts=EXPERTS,
-        num_experts_per_tok=TOP,
+        num_experts=case.experts,
+        num_experts_per_tok=case.top,
         decoder_sparse_step=1,
         initializer_range=0.05,
     )
-    return Qwen3MoeModel(config).to(dtype).requires_grad_(False)
-
-
-def variants(dtype: torch.dtype) -> tuple[dict[str, nn.Module], lk.PeftReport | Any]:
-    """The models, with the same adapter."""
-    bare = model(dtype)
-    config = peft.LoraConfig(
-        r=RANK,
-        lora_alpha=RANK,
-        target_modules=[],
-        target_parameters=TARGETS,
-        init_lora_weights=False,
+    bare = Qwen3MoeModel(config).to(getattr(torch, case.dtype)).requires_grad_(False)
+    options: Any = {"r": RANK, "lora_alpha": RANK, "target_modules": []}
+    options["target_parameters"] = TARGETS
+    stock: Any = peft.get_peft_model(
+        copy.deepcopy(bare), peft.LoraConfig(**options, init_lora_weights=False)
     )
-    stock: Any = peft.get_peft_model(copy.deepcopy(bare), config)
     swapped = copy.deepcopy(stock)
     report = lk.accelerate_peft(swapped)
-    ours = lk.apply_lora(
-        copy.deepcopy(bare), r=RANK, lora_alpha=RANK, target_modules=[], target_parameters=TARGETS
-    )
+    ours = lk.apply_lora(copy.deepcopy(bare), **options)
     inner = stock.base_model.model
     for path, module in ours.named_modules():
         if isinstance(module, lk.FusedLoRAExperts):
@@ -87,19 +84,20 @@ def variants(dtype: torch.dtype) -> tuple[dict[str, nn.Module], lk.PeftReport | 
     return {FROZEN: bare, PEFT: inner, SWAPPED: swapped.base_model.model, OURS: ours}, report
 
 
-def steps_of(models: dict[str, Any], what: str, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+def steps_of(
+    models: dict[str, Any], case: Case, dtype: torch.dtype
+) -> dict[str, Callable[[], Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(1, TOKENS, HIDDEN, generator=generator).to(dtype)
-    dy = torch.randn(1, TOKENS, HIDDEN, generator=generator).to(dtype)
-    index = torch.rand(TOKENS, EXPERTS, generator=generator).topk(TOP).indices
-    weights = torch.rand(TOKENS, TOP, generator=generator).to(dtype)
+    x, dy = (torch.randn(1, case.tokens, case.hidden, generator=generator).to(dtype) for _ in "xy")
+    index = torch.rand(case.tokens, case.experts, generator=generator).topk(case.top).indices
+    weights = torch.rand(case.tokens, case.top, generator=generator).to(dtype)
 
-    def step(one: Any) -> Callable[[], Any]:
+    def step(one: Any) -> Callable[[], Tensor]:
         rows = x.clone().requires_grad_()
         trained = [rows, *(p for p in one.parameters() if p.requires_grad)]
 
         def run() -> Tensor:
-            if what == "experts":
+            if case.what == "experts":
                 y = one.layers[0].mlp.experts(rows[0], index, weights)[None]
             else:
                 y = one(inputs_embeds=rows).last_hidden_state
@@ -113,69 +111,52 @@ def steps_of(models: dict[str, Any], what: str, dtype: torch.dtype) -> dict[str,
     return {name: step(one) for name, one in models.items()}
 
 
-def measure(what: str, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
-    models, report = variants(dtype)
-    steps = steps_of(models, what, dtype)
-    exact_models, _ = variants(dtype)
-    exact = exact_models[OURS].double()
-    exact_y = steps_of({OURS: exact}, what, torch.float64)[OURS]()
-    if what == "experts":
-        stock = steps[PEFT]()
+def measure(case: Case, seconds: float) -> Row:
+    models, report = variants(case)
+    steps = steps_of(models, case, getattr(torch, case.dtype))
+    if case.what == "experts":
+        exact = {OURS: variants(case)[0][OURS].double()}
+        exact_y = steps_of(exact, case, torch.float64)[OURS]()
         for name in (SWAPPED, OURS):
-            assert_within_budget(name, steps[name](), stock, exact_y)
-    with lk.record_plans() as answers:
-        steps[OURS]()
-    if report.calls.fallen_back or {a.plan for a in answers} != {"native"}:
-        raise SystemExit(f"not answered by lora_kernels: {report.calls}, {answers}")
-    us = interleaved(steps, seconds)
-    peaks = {name: step_peak(step, "cpu") for name, step in steps.items()}
+            assert_within_budget(name, steps[name](), steps[PEFT](), exact_y)
+    for name in (SWAPPED, OURS):
+        native_answers(steps[name])
+    if report.calls.fallen_back:
+        raise SystemExit(f"not answered by lora_kernels: {report.calls}")
     held = sum(
         p.nbytes
         for name, p in models[FROZEN].named_parameters()
-        if ".experts." in name and (what == "model" or "layers.0" in name)
+        if ".experts." in name and (case.what == "model" or "layers.0" in name)
     )
-    kind = str(dtype).removeprefix("torch.")
-    return {"what": what, "dtype": kind, "us": us, "peak": peaks, "experts_bytes": held}
+    return case._asdict() | {
+        "us": medians(steps, seconds, lasting=SAMPLE),
+        "peak": {name: step_peak(step, "cpu") for name, step in steps.items()},
+        "experts_bytes": held,
+    }
 
 
-def table(content: dict[str, Any]) -> list[str]:
-    head = ["what", "dtype", *(f"{name} us" for name in (FROZEN, PEFT, SWAPPED)), "apply_lora us"]
-    head += ["apply_lora / PEFT", "frozen / apply_lora"]
-    head += ["frozen MB", "PEFT MB", "apply_lora MB", "experts MB"]
-    body = []
-    for row in content["rows"]:
-        us, peak = row["us"], row["peak"]
-        line = [row["what"], row["dtype"], *(f"{us[name]:,.0f}" for name in us)]
-        line += [f"{us[PEFT] / us[OURS]:.2f}", f"{us[OURS] / us[FROZEN]:.2f}"]
-        sizes = [peak[FROZEN], peak[PEFT], peak[OURS], row["experts_bytes"]]
-        body.append([*line, *(f"{size / 1e6:.1f}" for size in sizes)])
-    return [
-        f"{told(content)}. Forward + backward, {TOKENS} tokens, hidden {HIDDEN}, {EXPERTS} experts "
-        f'of {INTERMEDIATE}, {TOP} for every token, rank {RANK}. "apply_lora / PEFT": how many '
-        'times as fast as PEFT, 1.40 is 1.4x faster; "frozen / apply_lora": how many times as long '
-        "as the frozen model's step it takes. MB: the most that a step allocates, and the weights "
-        "of the experts.",
-        "",
-        *piped((head, body)).splitlines(),
-    ]
-
-
-def run(seconds: float, dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)) -> Any:
-    cases = [(what, dtype) for what in ("experts", "model") for dtype in dtypes]
-    rows = [measure(*case, seconds) for case in tqdm(cases, desc="experts")]
-    return origin("cpu", ("torch", "peft", "transformers")) | {"rows": rows}
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.experts", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--seconds", type=float, default=6.0, help="for each row of the table")
-    parser.add_argument("--out", type=Path, default=OUT)
-    args = parser.parse_args(arguments)
-    content = run(args.seconds)
-    write(content, table(content), args.out, "experts")
-    print("\n".join(table(content)))
-
+REPORT = Report(
+    "experts",
+    CASES,
+    measure,
+    seconds=6.0,
+    packages=("torch", "peft", "transformers"),
+    note=f"Forward + backward, {CASES[0].tokens} tokens, hidden {CASES[0].hidden}, "
+    f"{CASES[0].experts} experts of {CASES[0].intermediate}, {CASES[0].top} for every token, rank "
+    f'{RANK}. "apply_lora / PEFT": how many '
+    'times as fast as PEFT, 1.40 is 1.4x faster; "frozen / apply_lora": how many times as long '
+    "as the frozen model's step it takes. MB: the most that a step allocates, and the weights "
+    "of the experts.",
+    columns="what: {what} | dtype: {dtype} | "
+    + "".join(f"{name} us: {{{name}:,.0f}} | " for name in (FROZEN, PEFT, SWAPPED, OURS))
+    + "apply_lora / PEFT: {PEFT / apply_lora:.2f} | frozen / apply_lora: {apply_lora / frozen:.2f}"
+    + "".join(f" | {name} MB: {{mb[{name}]:.1f}}" for name in (FROZEN, PEFT, OURS))
+    + " | experts MB: {mb[experts]:.1f}",
+    lines=lambda row: [
+        row
+        | {"mb": {k: v / 1e6 for k, v in (row["peak"] | {"experts": row["experts_bytes"]}).items()}}
+    ],
+)
 
 if __name__ == "__main__":
-    main()
+    REPORT.main(__doc__)

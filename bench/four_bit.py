@@ -1,36 +1,26 @@
 """A four-bit base against the plain linear, and against bitsandbytes' layer with PEFT's adapter;
 ``python -m bench.four_bit``.
 
-NF4 in blocks of 64 with double quantisation, an adapter of rank 16 in float32. Columns: the frozen
-plain linear in the rows' dtype, our layer on it, our layer on the four-bit weight, and PEFT's layer
-on ``Linear4bit`` where both are installed. Forward in evaluation mode by rows; forward and backward
-of 512 rows in training mode. Between two calls the caches are overwritten. Steps of all variants
-are interleaved; a time is a median, a ratio is one of medians.
-
-All numbers go into four_bit.json, the table into four_bit.md. The exit status is 1 if a call of
-ours was not answered by the native kernels.
+NF4 in blocks of 64 with double quantisation, an adapter of rank 16 in float32: forward in
+evaluation mode by rows; forward and backward of 512 rows in training mode. The caches are
+overwritten before each call. A call of ours that the native kernels did not answer ends the run.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 import lora_kernels as lk
 
-from .tables import origin, piped, told, write
+from .command import Report
+from .measure import medians, native_answers
+from .peft_layer import TRAINING, step_of
 
-OUT = Path(__file__).parent / "out" / "four_bit"
 RANK = 16
 PLAIN, OURS, FOUR, PEFT = "plain linear", "ours, plain base", "ours, four bits", "PEFT, Linear4bit"
 
@@ -66,90 +56,53 @@ def layers(case: Case) -> dict[str, Any]:
         FOUR: lk.FusedLoRALinear.from_linear(base, **options),
     }
     if all(importlib.util.find_spec(name) for name in ("bitsandbytes", "peft")):
-        made[PEFT] = peft_layer(plain, dtype)
+        import peft
+
+        model: Any = nn.Sequential(linear_4bit(plain, dtype).to("cpu"))
+        model.is_loaded_in_4bit = True
+        config = peft.LoraConfig(r=RANK, target_modules=["0"], init_lora_weights=False)
+        made[PEFT] = peft.get_peft_model(model, config).base_model.model[0]
     return {name: layer.train(case.train) for name, layer in made.items()}
 
 
-def peft_layer(plain: nn.Linear, dtype: torch.dtype) -> nn.Module:
+def linear_4bit(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    """bitsandbytes' layer, which quantises when it is moved to a device."""
     import bitsandbytes
-    import peft
 
-    k = plain.in_features
-    base = bitsandbytes.nn.Linear4bit(k, k, False, compute_dtype=dtype, quant_type="nf4")
-    base.load_state_dict(plain.state_dict())
-    model = nn.Sequential(base.to("cpu"))
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]
-    config = peft.LoraConfig(r=RANK, target_modules=["0"], init_lora_weights=False)
-    return peft.get_peft_model(model, config).base_model.model[0]
+    sizes = linear.in_features, linear.out_features, False
+    found = bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4")
+    found.load_state_dict(linear.state_dict())
+    return found
 
 
 def measure(case: Case, seconds: float) -> dict[str, Any]:
-    dtype = getattr(torch, case.dtype)
-    x = torch.randn(case.rows, case.width, dtype=dtype, requires_grad=case.train)
-    dy = torch.randn(case.rows, case.width, dtype=dtype)
-    made = layers(case)
-
-    def step(layer: Callable[[Tensor], Tensor]) -> None:
-        if case.train:
-            layer(x).backward(dy)
-        else:
-            with torch.no_grad():
-                layer(x)
-
-    with lk.record_plans() as answers:
-        for layer in made.values():
-            step(layer)
-    if {(a.backend, a.plan) for a in answers} != {("cpu", "native")}:
-        raise SystemExit(f"not answered by the native kernels: {answers}")
-    times: dict[str, list[float]] = {name: [] for name in made}
+    x, dy = (torch.randn(case.rows, case.width, dtype=getattr(torch, case.dtype)) for _ in "xy")
+    mode = TRAINING if case.train else "evaluation"
+    steps = {name: step_of(layer, mode, x, dy) for name, layer in layers(case).items()}
+    native_answers(lambda: [step() for step in steps.values()])
     caches = torch.zeros(48 << 20, dtype=torch.uint8)
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[PLAIN]) < 4:
-        for name, layer in [*made.items()][:: 1 if len(times[PLAIN]) % 2 else -1]:
-            caches.add_(1)
-            start = time.perf_counter()
-            step(layer)
-            times[name].append(time.perf_counter() - start)
-    us = {name: statistics.median(each) * 1e6 for name, each in times.items()}
-    return {**case._asdict(), "us": us}
+    times = medians(steps, seconds, before=lambda name: caches.add_(1))
+    return case._asdict() | {"us": times}
 
 
-def table(content: dict[str, Any]) -> list[str]:
-    names = [PLAIN, OURS, FOUR, PEFT]
-    head = ["rows x width", "dtype", "step", *(f"{name} us" for name in names)]
-    head += ["four bits / plain", "aim", "PEFT / four bits"]
-    body = []
-    for row in content["rows"]:
-        us, key = row["us"], (row["rows"], row["train"])
-        line = [f"{row['rows']} x {row['width']}", row["dtype"]]
-        line += ["forward + backward" if row["train"] else "forward"]
-        line += [f"{us[name]:,.0f}" if name in us else "" for name in names]
-        line += [f"{us[FOUR] / us[PLAIN]:.2f}", f"{BARS[key]:.2f}"]
-        body.append([*line, f"{us[PEFT] / us[FOUR]:.1f}" if PEFT in us else ""])
-    return [
-        f"{told(content)}. NF4, blocks of 64, double quantisation; rank {RANK}. "
-        '"four bits / plain": below 1 the four-bit layer with its adapter is faster than the plain '
-        'linear without one; "PEFT / four bits": above 1 ours is faster.',
-        "",
-        *piped((head, body)).splitlines(),
-    ]
-
-
-def run(cases: Sequence[Case], seconds: float) -> dict[str, Any]:
-    found = [measure(case, seconds) for case in tqdm(cases, desc="four bits")]
-    return origin("cpu", ("torch", "bitsandbytes", "peft")) | {"rows": found}
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.four_bit", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each row of the table")
-    parser.add_argument("--out", type=Path, default=OUT)
-    args = parser.parse_args(arguments)
-    content = run(CASES, args.seconds)
-    write(content, table(content), args.out, "four_bit")
-    print("\n".join(table(content)))
-
+REPORT = Report(
+    "four_bit",
+    CASES,
+    measure,
+    seconds=5.0,
+    packages=("torch", "bitsandbytes", "peft"),
+    note=f"NF4, blocks of 64, double quantisation; rank {RANK}. "
+    '"four bits / plain": below 1 the four-bit layer with its adapter is faster than the plain '
+    'linear without one; "PEFT / four bits": above 1 ours is faster.',
+    columns="rows x width: {rows} x {width} | dtype: {dtype} | step: {step} | "
+    + " | ".join(f"{name} us: {{{name}:,.0f}}" for name in (PLAIN, OURS, FOUR, PEFT))
+    + " | four bits / plain: {ours, four bits / plain linear:.2f} | aim: {aim:.2f} | "
+    "PEFT / four bits: {PEFT, Linear4bit / ours, four bits:.1f}",
+    lines=lambda row: [
+        row
+        | {"step": TRAINING if row["train"] else "forward", "aim": BARS[row["rows"], row["train"]]}
+    ],
+)
 
 if __name__ == "__main__":
-    main()
+    REPORT.main(__doc__)

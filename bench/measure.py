@@ -9,7 +9,7 @@ graph, events around its replay time it, and before it the cache is filled with 
 
 from __future__ import annotations
 
-import math
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import lora_kernels as lk
 from lora_kernels.backends import cpu
 from lora_kernels.backends.tune import CudaTimer, host_seconds
 from lora_kernels.functional.linear import packed_linear
@@ -38,26 +39,30 @@ _MAX_SETS = 16
 _CACHES = "/sys/devices/system/cpu/cpu0/cache"
 _USUAL_CACHE_BYTES = 32 * 2**20
 
+_FEWEST_ROUNDS = 5
+
 
 class EagerStep:
-    """One step of a variant on the row's own x and dy: (y,) or (y, dx, dA, dB)."""
+    """One step of a variant on the row's own x and dy: y, or its slices, or (y, dx, dA, dB)."""
 
-    def __init__(self, variant: Variant, mode: str, x: Tensor, dy: Tensor) -> None:
+    def __init__(self, variant: Variant, mode: str, x: Tensor, dy: Tensor | None = None) -> None:
         self.variant, self.mode, self.x, self.dy = variant, mode, x, dy
 
     def __call__(self) -> Outputs:
         if self.mode == "forward":
             with torch.no_grad():
-                return (self.variant.forward(self.x),)
+                y = self.variant.forward(self.x)
+            return (y,) if isinstance(y, Tensor) else tuple(y)
         y = self.variant.forward(self.x)
+        assert isinstance(y, Tensor)
         return (y.detach(), *torch.autograd.grad(y, (self.x, *self.variant.trainable), self.dy))
 
 
 class CpuClock:
     """Seconds of one call by the host's clock."""
 
-    # Rounds that do not count, and the seconds after which none of them begins.
-    warmup, warmup_seconds = 3, 0.3
+    # Rounds that do not count, the seconds after which none of them begins, and the most that do.
+    warmup, warmup_seconds, rounds = 3, 0.3, 100
 
     def __init__(self) -> None:
         sizes = [_kib(path) for path in Path(_CACHES).glob("index*/size")]
@@ -83,7 +88,7 @@ def _kib(path: Path) -> int:
 class CudaClock(CudaTimer):
     """Seconds of one call by events, with a cold cache."""
 
-    warmup, warmup_seconds = 200, math.inf
+    warmup, warmup_seconds, rounds = 200, 1.5, 200
 
     def sets(self, weight: Tensor, result: Tensor) -> int:
         return 1
@@ -161,6 +166,54 @@ def quartiles(samples: list[float]) -> dict[str, float]:
         "q3_s": q3.item(),
         "rounds": len(samples),
     }
+
+
+def samples(
+    steps: dict[str, Callable[[], Any]],
+    seconds: float,
+    *,
+    lasting: float = 0.0,
+    before: Callable[[str], Any] = lambda name: None,
+) -> dict[str, list[float]]:
+    """Microseconds of each step on a CPU, in rounds of all of them, every other round backwards.
+
+    With ``lasting`` a sample is the mean of a run of calls that lasts so many seconds, after one
+    that is not timed: a training run does not find another implementation's data in its caches and
+    heap at every step. ``before`` is called with a step's name ahead of its sample, off the clock.
+    """
+    repeats = {}
+    for name, step in steps.items():
+        before(name)
+        repeats[name] = int(lasting / min(host_seconds(step) for _ in range(4))) + 1
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    end, rounds = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end or rounds < _FEWEST_ROUNDS:
+        for name in [*steps][:: -1 if rounds % 2 else 1]:
+            step = steps[name]
+            before(name)
+            if lasting:
+                step()
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                step()
+            found[name].append((time.perf_counter() - start) / repeats[name] * 1e6)
+        rounds += 1
+    return found
+
+
+def medians(steps: dict[str, Callable[[], Any]], seconds: float, **how: Any) -> dict[str, float]:
+    """The median of each step's :func:`samples`."""
+    found = samples(steps, seconds, **how)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def native_answers(call: Callable[[], Any]) -> list[lk.Answer]:
+    """What a call asked; the run ends where other than our native kernels answered, or nobody."""
+    with lk.record_plans() as answers:
+        call()
+    if {(answer.backend, answer.plan) for answer in answers} != {("cpu", "native")}:
+        raise SystemExit(f"not answered by the native kernels: {[*map(str, answers)]}")
+    return answers
 
 
 def memory(step: EagerStep) -> dict[str, int]:

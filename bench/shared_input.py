@@ -2,39 +2,26 @@
 bench.shared_input``.
 
 q, k, v (of equal widths, and with fewer heads for k and v) and gate, up; adapters of rank 16 in
-float32 on a frozen base of the rows' dtype; forward and backward of 512 rows, with the gradients of
-x and of every adapter. Steps of both variants are interleaved; a time is a median, and the ratio is
-that of the medians.
-
-Saved bytes are what autograd keeps besides parameters, in multiples of x.
-
-``--models`` measures training steps of small Llamas instead, with adapters on all linear layers,
-with and without ``share_inputs``: forward and backward of one sequence of 512 tokens.
-
-All numbers go into shared_input.json, the table into shared_input.md (with ``--models``
-shared_input_models). The exit status is 1 if a call was not answered by the native kernels.
+float32; forward and backward of 512 rows. Saved bytes are what autograd keeps besides parameters,
+in multiples of x. ``--models``: training steps of small Llamas, with and without ``share_inputs``.
+A call that the native kernels did not answer ends the run.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 import lora_kernels as lk
+from lora_kernels.integrations.compare_memory import SavedTensors
 
-from .tables import origin, piped, told, write
+from .command import Report
+from .measure import medians, native_answers
 
-OUT = Path(__file__).parent / "out" / "shared_input"
-RANK, ROWS = 16, 512
+RANK = 16
 APART, TOGETHER = "separate calls", "lora_linears"
 
 
@@ -43,6 +30,7 @@ class Case(NamedTuple):
     widths: tuple[int, ...]
     dtype: str
     dropout: float = 0.0
+    rows: int = 512
 
 
 CASES = [
@@ -66,6 +54,7 @@ class Model(NamedTuple):
     groups: int
     dtype: str
     layers: int = 2
+    rows: int = 512
 
 
 MODELS = [
@@ -75,76 +64,35 @@ MODELS = [
 ]
 
 
-def steps_of(case: Case, rows: int) -> tuple[dict[str, Callable[[], Any]], Tensor, list[Tensor]]:
-    """The forwards, which return every Y; x; and the parameters."""
+def measure(case: Case, seconds: float) -> dict[str, Any]:
     dtype, k = getattr(torch, case.dtype), case.width
-    x = torch.randn(rows, k, dtype=dtype, requires_grad=True)
+    x = torch.randn(case.rows, k, dtype=dtype, requires_grad=True)
     weights = [(torch.randn(n, k) / k**0.5).to(dtype) for n in case.widths]
     a = [(torch.randn(RANK, k) / k**0.5).requires_grad_() for _ in case.widths]
     b = [torch.randn(n, RANK).requires_grad_() for n in case.widths]
+    dy = [torch.randn(case.rows, n, dtype=dtype) for n in case.widths]
     dropout: dict[str, Any] = {"dropout_p": case.dropout, "training": case.dropout > 0}
-
-    def apart() -> list[Tensor]:
-        operands = zip(weights, a, b, strict=True)
-        return [lk.lora_linear(x, *each, 0.25, **dropout) for each in operands]
-
-    def together() -> tuple[Tensor, ...]:
-        return lk.lora_linears(x, weights, a, b, 0.25, **dropout)
-
-    return {APART: apart, TOGETHER: together}, x, [*weights, *a, *b]
-
-
-def saved(forward: Callable[[], Any], x: Tensor, parameters: Sequence[Tensor]) -> float:
-    """Bytes that autograd keeps besides parameters, in multiples of x."""
-    kept: dict[int, int] = {}
-    known = {t.data_ptr() for t in parameters}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.data_ptr() not in known:
-            kept[t.data_ptr()] = t.nbytes
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        forward()
-    return sum(kept.values()) / x.nbytes
-
-
-def interleaved(
-    steps: dict[str, Callable[[], Any]],
-    seconds: float,
-    before: Callable[[str], Any] = lambda name: None,
-) -> dict[str, float]:
-    """The median of each step in microseconds; ``before`` is called outside the clock."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[APART]) < 4:
-        for name, step in [*steps.items()][:: 1 if len(times[APART]) % 2 else -1]:
-            before(name)
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) * 1e6 for name, each in times.items()}
-
-
-def measure(case: Case, seconds: float, rows: int = ROWS) -> dict[str, Any]:
-    forwards, x, parameters = steps_of(case, rows)
-    dy = [torch.randn(rows, n, dtype=x.dtype) for n in case.widths]
+    forwards: dict[str, Callable[[], Any]] = {
+        APART: lambda: [
+            lk.lora_linear(x, *each, 0.25, **dropout) for each in zip(weights, a, b, strict=True)
+        ],
+        TOGETHER: lambda: lk.lora_linears(x, weights, a, b, 0.25, **dropout),
+    }
 
     def train(forward: Callable[[], Any]) -> None:
         torch.autograd.backward(forward(), dy)
 
-    with lk.record_plans() as answers:
-        for forward in forwards.values():
-            train(forward)
-    if {(a.backend, a.plan) for a in answers} != {("cpu", "native")}:
-        raise SystemExit(f"not answered by the native kernels: {answers}")
     steps = {name: functools.partial(train, forward) for name, forward in forwards.items()}
-    us = interleaved(steps, seconds)
-    bytes_ = {name: saved(forward, x, parameters) for name, forward in forwards.items()}
-    return {**case._asdict(), "rows": rows, "us": us, "saved": bytes_}
+    held = {}
+    for name, forward in forwards.items():
+        native_answers(steps[name])
+        with SavedTensors([*weights, *a, *b]) as saved:
+            forward()
+        held[name] = saved.peak / x.nbytes
+    return case._asdict() | {"us": medians(steps, seconds), "saved": held}
 
 
-def measure_model(case: Model, seconds: float, rows: int = ROWS) -> dict[str, Any]:
+def measure_model(case: Model, seconds: float) -> dict[str, Any]:
     import transformers
 
     config = transformers.LlamaConfig(
@@ -157,7 +105,7 @@ def measure_model(case: Model, seconds: float, rows: int = ROWS) -> dict[str, An
     )
     model = transformers.LlamaForCausalLM(config).to(getattr(torch, case.dtype))
     lk.apply_lora(model, r=RANK, init_lora_weights=False).train()
-    ids = torch.randint(config.vocab_size, (1, rows))
+    ids = torch.randint(config.vocab_size, (1, case.rows))
 
     def train() -> None:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -168,78 +116,40 @@ def measure_model(case: Model, seconds: float, rows: int = ROWS) -> dict[str, An
 
     for name in (APART, TOGETHER):
         share(name)
-        with lk.record_plans() as answers:
-            train()
-        shared = sum(a.op == "lora_linears_fwd" for a in answers)
-        native = {(a.backend, a.plan) for a in answers} == {("cpu", "native")}
-        if shared != (2 * case.layers if name == TOGETHER else 0) or not native:
-            raise SystemExit(f"not answered by the native kernels as asked: {answers}")
-    us = interleaved({APART: train, TOGETHER: train}, seconds, share)
-    return {**case._asdict(), "rows": rows, "us": us}
+        shared = sum(answer.op == "lora_linears_fwd" for answer in native_answers(train))
+        if shared != (2 * case.layers if name == TOGETHER else 0):
+            raise SystemExit(f"{name}: {shared} calls for several projections")
+    times = medians({APART: train, TOGETHER: train}, seconds, before=share)
+    return case._asdict() | {"us": times}
 
 
-def table_of_models(content: dict[str, Any]) -> list[str]:
-    head = ["tokens", "hidden", "heads of k, v", "layers", "dtype", f"{APART} us"]
-    head += ["share_inputs us", "shared / separate"]
-    body = []
-    for row in content["rows"]:
-        apart, together = row["us"][APART], row["us"][TOGETHER]
-        line = [str(row[name]) for name in ("rows", "hidden", "groups", "layers", "dtype")]
-        body.append([*line, f"{apart:,.0f}", f"{together:,.0f}", f"{together / apart:.3f}"])
-    return [
-        f"{told(content)}. Forward and backward of a Llama of 8 heads with adapters of rank {RANK} "
-        'on all linear layers. "shared / separate": below 1 sharing is faster.',
-        "",
-        *piped((head, body)).splitlines(),
-    ]
-
-
-def table(content: dict[str, Any]) -> list[str]:
-    """Of layers, or of the models that ``--models`` measured."""
-    if "layers" in content["rows"][0]:
-        return table_of_models(content)
-    head = ["rows x width", "widths", "dtype", "dropout", f"{APART} us", f"{TOGETHER} us"]
-    head += ["together / separate", "saved, in x", "separate"]
-    body = []
-    for row in content["rows"]:
-        apart, together = row["us"][APART], row["us"][TOGETHER]
-        line = [f"{row['rows']} x {row['width']}", " + ".join(map(str, row["widths"]))]
-        line += [row["dtype"], f"{row['dropout']:g}", f"{apart:,.0f}", f"{together:,.0f}"]
-        line += [f"{together / apart:.3f}"]
-        body.append([*line, *(f"{row['saved'][name]:.2f}" for name in (TOGETHER, APART))])
-    return [
-        f"{told(content)}. Forward and backward, adapters of rank {RANK} in float32. "
-        '"together / separate": below 1 the one call is faster.',
-        "",
-        *piped((head, body)).splitlines(),
-    ]
-
-
-def run(
-    cases: Sequence[Any],
-    seconds: float,
-    rows: int = ROWS,
-    measured: Callable[[Any, float, int], dict[str, Any]] = measure,
-) -> dict[str, Any]:
-    found = [measured(case, seconds, rows) for case in tqdm(cases, desc="shared inputs")]
-    return origin("cpu", ("torch", "transformers")) | {"rows": found}
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.shared_input", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each row of the table")
-    parser.add_argument("--models", action="store_true", help="training steps of models instead")
-    parser.add_argument("--out", type=Path, default=OUT)
-    args = parser.parse_args(arguments)
-    if args.models:
-        content = run(MODELS, args.seconds, measured=measure_model)
-        name = "shared_input_models"
-    else:
-        content, name = run(CASES, args.seconds), "shared_input"
-    write(content, table(content), args.out, name)
-    print("\n".join(table(content)))
-
+REPORT = Report(
+    "shared_input",
+    CASES,
+    measure,
+    seconds=5.0,
+    packages=("torch", "transformers"),
+    note=f"Forward and backward, adapters of rank {RANK} in float32. "
+    '"together / separate": below 1 the one call is faster.',
+    columns="rows x width: {rows} x {width} | widths: {widths} | dtype: {dtype} | "
+    "dropout: {dropout:g} | separate calls us: {separate calls:,.0f} | "
+    "lora_linears us: {lora_linears:,.0f} | together / separate: "
+    "{lora_linears / separate calls:.3f} | saved, in x: {saved[lora_linears]:.2f} | "
+    "separate: {saved[separate calls]:.2f}",
+    lines=lambda row: [row | {"widths": " + ".join(map(str, row["widths"]))}],
+)
+OF_MODELS = Report(
+    "shared_input_models",
+    MODELS,
+    measure_model,
+    seconds=5.0,
+    packages=REPORT.packages,
+    note=f"Forward and backward of a Llama of 8 heads with adapters of rank {RANK} "
+    'on all linear layers. "shared / separate": below 1 sharing is faster.',
+    columns="tokens: {rows} | hidden: {hidden} | heads of k, v: {groups} | layers: {layers} | "
+    "dtype: {dtype} | separate calls us: {separate calls:,.0f} | "
+    "share_inputs us: {lora_linears:,.0f} | shared / separate: {lora_linears / separate calls:.3f}",
+)
 
 if __name__ == "__main__":
-    main()
+    REPORT.main(__doc__, models=OF_MODELS)

@@ -1,35 +1,32 @@
 """How do I reduce memory? One trick after the other, with PEFT and with us; ``make memory``.
 
-Every cell trains in a process of its own: the same small Llama with random weights, the same batch,
-the same optimizer. Measured are
+Every cell trains the same small Llama in a process of its own. Measured are
 
 - saved activations: bytes of the distinct storages that autograd holds at most between forward and
-  backward, parameters and buffers excluded, counted by ``saved_tensors_hooks``. What a checkpointed
-  block saves while it is recomputed is not among them, but is in the next two;
-- the step's peak: the most that torch's allocator had out during a step, above what it had at its
-  beginning (on a CPU from the profiler's events, on a GPU from ``torch.cuda``);
+  backward, parameters and buffers excluded. What a checkpointed block saves while it is recomputed
+  is not among them, but is in the next two;
+- the step's peak: the most that torch's allocator had out during a step, above its beginning;
 - resident: what training added at most to the process's resident set (on a CPU), libraries that
   load at the first step included;
 - the median time of a step, without hooks and without a profiler.
 
-All numbers go into memory.json, the table into memory.md. The exit status is 1 if a cell failed,
-trained something else than PEFT does, or was not computed by our kernels.
+The exit status is 1 if a cell failed, trained something else than PEFT does, or was not computed by
+our kernels.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib.util
+import re
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -39,9 +36,8 @@ from lora_kernels.integrations.compare_memory import SavedTensors, step_peak
 from lora_kernels.spec.four_bit import quant_state_of
 
 from .apart import call_apart
-from .tables import origin, piped, told, write
-
-OUT = Path(__file__).parent / "out" / "memory"
+from .command import Content, finish, parser_of
+from .tables import origin, piped, told
 
 PEFT, OURS, SWAPPED = "PEFT", "lora_kernels", "PEFT, accelerate_peft"
 
@@ -53,8 +49,7 @@ CELL_SECONDS = 600
 LOSS_LIMIT = 2**-7
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """One row: what is trained, and how."""
 
     title: str
@@ -65,8 +60,19 @@ class Setting:
     four_bits: bool = False
 
 
-@dataclass(frozen=True)
-class Size:
+# Each trick with all those before it.
+SETTINGS = [Setting("baseline: float32, one batch")]
+for _trick in (
+    {"title": "+ gradient accumulation", "micro_batches": 4},
+    {"title": "+ mixed precision (bfloat16 autocast)", "autocast": True},
+    {"title": "+ gradient checkpointing", "checkpointing": True},
+    {"title": "+ frozen weights in bfloat16", "half_weights": True},
+    {"title": "+ linear layers in four bits (NF4)", "four_bits": True},
+):
+    SETTINGS.append(SETTINGS[-1]._replace(**_trick))
+
+
+class Size(NamedTuple):
     """The model, the batch, and the adapter of every cell."""
 
     hidden: int
@@ -86,58 +92,31 @@ class Size:
 # library, setting, size, device: what `measure` takes.
 Cell = tuple[str, Setting, Size, str]
 
-BASELINE = Setting("baseline: float32, one batch")
-
-
-def settings(micro_batches: int) -> list[Setting]:
-    """Each trick with all those before it."""
-    accumulation = replace(BASELINE, title="+ gradient accumulation", micro_batches=micro_batches)
-    mixed = replace(accumulation, title="+ mixed precision (bfloat16 autocast)", autocast=True)
-    checkpointing = replace(mixed, title="+ gradient checkpointing", checkpointing=True)
-    half = replace(checkpointing, title="+ frozen weights in bfloat16", half_weights=True)
-    four = replace(half, title="+ linear layers in four bits (NF4)", four_bits=True)
-    return [BASELINE, accumulation, mixed, checkpointing, half, four]
-
-
 SIZES = {
     "quick": Size(64, 96, 1, 4, 128, batch=4, tokens=32, steps=1, seconds=0.0),
     "cpu": Size(256, 704, 4, 4, 2048, batch=8, tokens=256),
     "cuda": Size(2048, 5632, 8, 16, 32000, batch=16, tokens=1024, steps=10),
 }
-MICRO_BATCHES = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(arguments)
-    content = run(args)
-    lines = table(content)
-    write(content, lines, args.out, "memory")
-    print("\n".join([*lines, "", f"wrote {args.out / 'memory.json'}, memory.md"]))
-    for line in content["failures"]:
-        print(f"FAILED: {line}", file=sys.stderr)
-    return 1 if content["failures"] else 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.training_memory", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = parser_of("memory", __doc__)
+    parser.prog = "python -m bench.training_memory"
     add = parser.add_argument
-    add("--out", type=Path, default=OUT, metavar="DIR", help="where the results go")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--quick", action="store_true", help="a tiny model, to see that all of it works")
     add("--rows", type=int, metavar="N", help="the first N rows alone")
-    return parser
-
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure every cell in a process of its own; "failures" says what went wrong."""
+    args = parser.parse_args(arguments)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    size = SIZES["quick" if args.quick else device]
-    libraries = [PEFT] * (importlib.util.find_spec("peft") is not None) + [OURS]
-    libraries += [SWAPPED] * (PEFT in libraries)
+    content = run(device, SIZES["quick" if args.quick else device], SETTINGS[: args.rows])
+    return finish("memory", content, table(content), args.out, content["failures"])
+
+
+def run(device: str, size: Size, chosen: Sequence[Setting]) -> Content:
+    """Measure every cell in a process of its own; "failures" says what went wrong."""
+    libraries = [PEFT, OURS, SWAPPED] if importlib.util.find_spec("peft") else [OURS]
     rows = []
     failures: list[str] = []
-    chosen = settings(MICRO_BATCHES)[: args.rows]
     bar = tqdm(total=len(chosen) * len(libraries))
     for setting in chosen:
         cells: dict[str, Any] = {}
@@ -149,16 +128,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 failures.append(f"{setting.title}, {library}: {error}")
             bar.update()
         failures += [f"{setting.title}, {problem}" for problem in problems(cells, device)]
-        rows.append({"setting": asdict(setting), "cells": cells})
+        rows.append({"setting": setting._asdict(), "cells": cells})
     bar.close()
     packages = ["torch", "transformers", *(["peft"] if PEFT in libraries else [])]
-    return origin(device, packages) | {
-        "device": device,
-        "size": asdict(size),
-        "libraries": libraries,
-        "rows": rows,
-        "failures": failures,
-    }
+    found = {"device": device, "size": size._asdict(), "libraries": libraries, "rows": rows}
+    return origin(device, packages) | found | {"failures": failures}
 
 
 def _apart(cell: Cell) -> dict[str, Any]:
@@ -255,8 +229,9 @@ class Resident:
     @staticmethod
     def _now(field: str) -> int | None:
         with suppress(OSError):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            return next(int(s.split()[1]) * 1024 for s in lines if s.startswith(f"{field}:"))
+            status = Path("/proc/self/status").read_text()
+            if found := re.search(rf"^{field}:\s*(\d+) kB", status, re.MULTILINE):
+                return 1024 * int(found[1])
         return None
 
 
@@ -284,7 +259,7 @@ def build(library: str, setting: Setting, size: Size, device: str) -> Any:
         if library == OURS:
             lk.quantize_base(model, compute_dtype=dtype)
         else:
-            quantize_by_bitsandbytes(model, dtype)
+            _quantize_by_bitsandbytes(model, dtype)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     adapter = {"r": size.rank, "lora_alpha": 2 * size.rank, "lora_dropout": size.dropout}
     if library == OURS:
@@ -298,61 +273,50 @@ def build(library: str, setting: Setting, size: Size, device: str) -> Any:
     return model.train()
 
 
-def quantize_by_bitsandbytes(model: Any, dtype: torch.dtype) -> None:
+def _quantize_by_bitsandbytes(model: Any, dtype: torch.dtype) -> None:
     """As transformers loads a model in four bits: every linear layer but the head."""
-    import bitsandbytes
+    from .four_bit import linear_4bit
 
     device = model.device
     for path, layer in list(model.named_modules()):
-        if not isinstance(layer, torch.nn.Linear) or path == "lm_head":
-            continue
-        four = bitsandbytes.nn.Linear4bit(
-            layer.in_features,
-            layer.out_features,
-            bias=False,
-            compute_dtype=dtype,
-            compress_statistics=True,
-            quant_type="nf4",
-        )
-        four.load_state_dict(layer.state_dict())
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, four.to(device))
+        if isinstance(layer, torch.nn.Linear) and path != "lm_head":
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, linear_4bit(layer, dtype).to(device))
     model.is_loaded_in_4bit = True
 
 
 # The report.
 
-_COLUMNS = (
-    ("saved_bytes", "saved activations, MiB"),
-    ("step_peak_bytes", "peak of a step, MiB"),
-    ("resident_bytes", "resident, MiB"),
-    ("weight_bytes", "weights, MiB"),
-    ("step_s", "ms / step"),
-)
+_COLUMNS = {
+    "saved_bytes": "saved activations, MiB",
+    "step_peak_bytes": "peak of a step, MiB",
+    "resident_bytes": "resident, MiB",
+    "weight_bytes": "weights, MiB",
+    "step_s": "ms / step",
+}
 
 
-def table(content: dict[str, Any]) -> list[str]:
+def table(content: Content) -> list[str]:
     """Markdown: a line per trick and library, each number beside PEFT's without any trick."""
     size = Size(**content["size"])
-    columns = [
-        (key, head)
-        for key, head in _COLUMNS
-        if any(c.get(key) is not None for row in content["rows"] for c in row["cells"].values())
+    cells = [cell for row in content["rows"] for cell in row["cells"].values()]
+    columns = {
+        key: head
+        for key, head in _COLUMNS.items()
+        if any(cell.get(key) is not None for cell in cells)
         # The time of one step, the quick size's, says nothing.
         and (key != "step_s" or size.steps > 1)
-    ]
-    first: dict[str, Any] = {}
+    }
     body = []
     for row in content["rows"]:
-        title = row["setting"]["title"]
-        if row["setting"]["micro_batches"] > 1 and not row["setting"]["autocast"]:
-            title += f", {row['setting']['micro_batches']} parts"
+        setting, title = row["setting"], row["setting"]["title"]
+        if setting["micro_batches"] > 1 and not setting["autocast"]:
+            title += f", {setting['micro_batches']} parts"
         for library in content["libraries"]:
             cell = row["cells"].get(library)
-            first = first or cell or {}
             numbers = [
-                "failed" if cell is None else _number(key, cell.get(key), first.get(key))
-                for key, _ in columns
+                "failed" if cell is None else _number(key, cell.get(key), cells[0].get(key))
+                for key in columns
             ]
             body.append([title, library, *numbers])
     return [
@@ -361,7 +325,7 @@ def table(content: dict[str, Any]) -> list[str]:
         f"rank {size.rank} on all linear layers but the head, dropout {size.dropout:g}, AdamW. "
         "In brackets: how many times as much the first line takes.",
         "",
-        *piped((["trick", "library", *(head for _, head in columns)], body)).splitlines(),
+        *piped((["trick", "library", *columns.values()], body)).splitlines(),
     ]
 
 

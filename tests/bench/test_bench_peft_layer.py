@@ -9,17 +9,19 @@ from bench import peft_layer
 
 
 def test_a_row_of_each_kind():
+    training = peft_layer.TRAINING
     cases = [
-        peft_layer.Case(1, 32, "float32"),
-        peft_layer.Case(8, 32, "bfloat16", 0.1, peft_layer.MODES[2:], "always"),
-        peft_layer.Case(8, 32, "bfloat16", 0.0, peft_layer.MODES[2:], layers=3),
+        *(peft_layer.Case(1, 32, "float32", mode) for mode in ("evaluation", "forward")),
+        peft_layer.Case(8, 32, "bfloat16", training, 0.1, "always"),
+        peft_layer.Case(8, 32, "bfloat16", training, layers=3),
     ]
-    lines = peft_layer.table(peft_layer.run(cases, seconds=0.0))
-    kinds = [tuple(cell.strip() for cell in line.split("|")[1:4]) for line in lines[4:]]
+    lines = peft_layer.REPORT.page(peft_layer.REPORT.run(cases, 0.0))
+    kinds = [[cell.strip() for cell in line.split("|")[1:7]] for line in lines[4:]]
     assert kinds == [
-        *3 * [("1 x 32", "1", "float32")],
-        ("8 x 32", "1", "bfloat16"),
-        ("8 x 32", "3", "bfloat16"),
+        ["1 x 32", "1", "float32", "0", "eval", "evaluation"],
+        ["1 x 32", "1", "float32", "0", "eval", "forward"],
+        ["8 x 32", "1", "bfloat16", "0.1", "always", training],
+        ["8 x 32", "3", "bfloat16", "0", "eval", training],
     ]
     assert "1.4x faster" in lines[0]
 
@@ -36,7 +38,7 @@ def test_what_fell_back_is_not_printed(monkeypatch):
 
     monkeypatch.setattr(lk, "accelerate_peft", spoiled)
     with pytest.raises(SystemExit, match="not answered by lora_kernels"):
-        peft_layer.run([peft_layer.Case(1, 32, "float32")], seconds=0.0)
+        peft_layer.measure(peft_layer.Case(1, 32, "float32"), 0.0)
 
 
 def test_a_wrong_result_has_no_speed(monkeypatch):
@@ -50,4 +52,4 @@ def test_a_wrong_result_has_no_speed(monkeypatch):
 
     monkeypatch.setattr(peft_layer, "layers_of", spoiled)
     with pytest.raises(AssertionError, match="over the budget"):
-        peft_layer.run([peft_layer.Case(1, 32, "float32", layers=2)], seconds=0.0)
+        peft_layer.measure(peft_layer.Case(1, 32, "float32", layers=2), 0.0)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench import cases, checks, report
+from bench import cases, checks, engines, report, shared_input, training_memory
 from bench.baselines import VARIANTS
 from bench.cases import CPU_RANKS, CPU_SHAPES, Setting
 from bench.report import TARGETS, judge
@@ -165,13 +165,15 @@ def test_a_long_table_is_left_to_the_file():
 def test_committed_results_are_what_their_reports_say(path):
     """Every committed table is today's report of the JSON beside it."""
     found = json.loads(path.read_text())
-    modules = {"memory": "training_memory", "shared_input_models": "shared_input"}
     markdown = path.with_name("report.md" if path.stem == "results" else f"{path.stem}.md")
-    if path.stem not in ("results", "segmented"):
-        module = importlib.import_module(f"bench.{modules.get(path.stem, path.stem)}")
-        assert markdown.read_text().splitlines() == "\n".join(module.table(found)).splitlines()
-    else:
-        assert markdown.read_text() == report.markdown(found)
+    of_one_layer = {"results": report.markdown, "segmented": report.markdown}
+    pages = of_one_layer | {"memory": training_memory.table, "engines": engines.table}
+    pages["shared_input_models"] = shared_input.OF_MODELS.page
+    if path.stem not in pages:
+        pages[path.stem] = importlib.import_module(f"bench.{path.stem}").REPORT.page
+    page = pages[path.stem](found)
+    text = page if isinstance(page, str) else "\n".join(page)
+    assert markdown.read_text().splitlines() == text.splitlines()
 
 
 def test_checked_rows_hold_the_first_and_the_last():

@@ -9,9 +9,8 @@ from bench import shared_input
 
 @pytest.mark.native
 def test_a_row():
-    cases = [shared_input.Case(64, (32, 16), "bfloat16", 0.1)]
-    content = shared_input.run(cases, seconds=0.0, rows=8)
-    (line,) = shared_input.table(content)[4:]
+    content = shared_input.REPORT.run([shared_input.Case(64, (32, 16), "bfloat16", 0.1, 8)], 0.0)
+    (line,) = shared_input.REPORT.page(content)[4:]
     assert [cell.strip() for cell in line.split("|")[1:5]] == [
         "8 x 64",
         "32 + 16",
@@ -25,13 +24,11 @@ def test_a_row():
 
 @pytest.mark.native
 def test_a_model():
-    cases = [shared_input.Model(64, 2, "float32", layers=1)]
-    content = shared_input.run(cases, 0.0, rows=8, measured=shared_input.measure_model)
-    (line,) = shared_input.table_of_models(content)[4:]
+    content = shared_input.OF_MODELS.run([shared_input.Model(64, 2, "float32", 1, 8)], 0.0)
+    (line,) = shared_input.OF_MODELS.page(content)[4:]
     assert [cell.strip() for cell in line.split("|")[1:6]] == ["8", "64", "2", "1", "float32"]
 
 
 def test_what_others_answered_is_not_printed():
-    cases = [shared_input.Case(64, (32,), "float32")]
     with lk.force_plan("vendor"), pytest.raises(SystemExit, match="not answered by the native"):
-        shared_input.run(cases, seconds=0.0, rows=4)
+        shared_input.measure(shared_input.Case(64, (32,), "float32", rows=4), 0.0)

@@ -131,8 +131,7 @@ def test_every_trick_is_measured_where_it_matters():
     """In one process: what each row changes is seen in its own number."""
     size = training_memory.SIZES["quick"]
     measured = [
-        training_memory.measure(OURS, setting, size, "cpu")
-        for setting in training_memory.settings(training_memory.MICRO_BATCHES)
+        training_memory.measure(OURS, setting, size, "cpu") for setting in training_memory.SETTINGS
     ]
     baseline, accumulation, mixed, checkpointing, half, four = (m["saved_bytes"] for m in measured)
     assert accumulation < baseline / 3
@@ -146,7 +145,7 @@ def test_every_trick_is_measured_where_it_matters():
 
 def test_four_bits_are_those_of_bitsandbytes():
     pytest.importorskip("bitsandbytes")
-    *_, four = training_memory.settings(training_memory.MICRO_BATCHES)
+    *_, four = training_memory.SETTINGS
     size = training_memory.SIZES["quick"]
     cells = {
         library: training_memory.measure(library, four, size, "cpu")
