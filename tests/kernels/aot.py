@@ -2,7 +2,8 @@
 
 Not a test: ``test_aot.py`` asserts. ``make aot`` (``python -m tests.kernels.aot --write``) compiles
 everything that ``aot_calls.py`` lists and writes ``aot_report.md``; as long as the report is of the
-sources that are there, the tests read it instead of compiling.
+sources that are there, the tests read it instead of compiling. A binary that the report has, made
+by the same Triton from the same kernel and arguments, is not compiled again (``--afresh`` does).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import functools
 import hashlib
 import multiprocessing
 from pathlib import Path
@@ -17,8 +19,9 @@ from typing import Any, NamedTuple
 
 import lora_kernels
 from tests.kernels import aot_segmented
-from tests.kernels.aot_binaries import compile_ahead, launch, mma, mma_loops, quiet, read
+from tests.kernels.aot_binaries import Binary, forget_lines, launch, quiet, specialised
 from tests.kernels.aot_calls import FACTS, Call, calls
+from tests.kernels.aot_code import mma, mma_loops, read
 
 REPORT = Path(__file__).with_name("aot_report.md")
 # Of the cores, so that it takes minutes where there are two.
@@ -36,6 +39,7 @@ HEAD = (
     "shared, bytes",
     "tensor-core instructions per iteration",
     "at most",
+    "key",
 )
 
 
@@ -44,7 +48,7 @@ class Row(NamedTuple):
     hold tensor-core instructions, in the order of their addresses, each with its instructions as
     text ("36 HMMA.16816"); ``most`` are the predicted numbers. ``lanes`` are scalar registers that
     an AMD compiler keeps in lanes of vector registers: it calls them spilled too, but no memory is
-    touched."""
+    touched. ``key`` is :attr:`Binary.key`."""
 
     arch: str
     kernel: str
@@ -58,6 +62,7 @@ class Row(NamedTuple):
     shared: int
     loops: tuple[str, ...]
     most: tuple[int, ...]
+    key: str
 
     @property
     def rows(self) -> int:
@@ -80,31 +85,58 @@ class Row(NamedTuple):
             self.shared,
             "; ".join(self.loops) or "none",
             "; ".join(map(str, self.most)) or "none",
+            self.key,
         )
         return f"| {' | '.join(map(str, cells))} |"
 
 
 def read_line(arch: str, line: str) -> Row:
     """The row that ``line()`` writes so."""
-    kernel, tile, r, dtypes, operands, registers, spills, shared, *lists = line[2:-2].split(" | ")
+    *cells, key = line[2:-2].split(" | ")
+    kernel, tile, r, dtypes, operands, registers, spills, shared, *lists = cells
     loops, most = ([] if cell == "none" else cell.split("; ") for cell in lists)
     spilled, *lanes = spills.replace("(", "").split()[:2]
     return Row(
         arch, kernel, tile, int(r), dtypes, operands, int(registers),
         int(spilled), int(lanes[0]) if lanes else 0, int(shared),
-        tuple(loops), tuple(map(int, most)),
+        tuple(loops), tuple(map(int, most)), key,
     )  # fmt: skip
 
 
-def measure(call: Call) -> Row:
-    caught = launch(call)
-    compiled, constants = compile_ahead(call.arch, caught)
-    registers, spills, lanes, code = read(call.arch, compiled)
+class Found(NamedTuple):
+    """Of a binary, by its key: what a report's row has of it."""
+
+    registers: int
+    spills: int
+    lanes: int
+    shared: int
+    loops: tuple[str, ...]
+
+
+def compiled(arch: str, binary: Binary) -> Found:
+    made = binary.compile()
+    registers, spills, lanes, code = read(arch, made)
     found = [
         collections.Counter(name for i in sorted(loop) if (name := mma(code.text[i])))
         for loop in mma_loops(code)
     ]
     loops = tuple(" + ".join(f"{n} {name}" for name, n in loop.items()) for loop in found)
+    return Found(registers, spills, lanes, made.metadata.shared, loops)
+
+
+@functools.cache
+def reported() -> dict[str, Found]:
+    """What the report has, if this Triton compiled it."""
+    if triton_line() not in REPORT.read_text().splitlines():
+        return {}
+    return {row.key: Found(*row[6:11]) for row in read_report()}
+
+
+def measure(call: Call, afresh: bool = False) -> Row:
+    caught = launch(call)
+    binary = specialised(call.arch, caught)
+    known = None if afresh else reported().get(binary.key)
+    found = known or compiled(call.arch, binary)
     name = caught.function.__name__
     plan = (
         ""
@@ -112,16 +144,17 @@ def measure(call: Call) -> Row:
         else f" {call.config.plan}"
     )
     kernel = name.removeprefix("_").removesuffix("_kernel") + plan
-    most = tuple(predicted(call, name, constants))
-    shared = compiled.metadata.shared
-    return Row(call.arch, kernel, *call.described, registers, spills, lanes, shared, loops, most)
+    most = tuple(predicted(call, name, binary.constants))
+    return Row(call.arch, kernel, *call.described, *found, most, binary.key)
 
 
-def measure_all(chosen: list[Call], workers: int = WORKERS) -> list[Row]:
+def measure_all(chosen: list[Call], workers: int = WORKERS, afresh: bool = False) -> list[Row]:
     """Rows in the order of ``chosen``, from processes of their own."""
     context = multiprocessing.get_context("spawn")
-    with quiet(), concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        return list(pool.map(measure, chosen, chunksize=4))
+    work = functools.partial(measure, afresh=afresh)
+    pool_of = functools.partial(concurrent.futures.ProcessPoolExecutor, initializer=forget_lines)
+    with quiet(), pool_of(workers, mp_context=context) as pool:
+        return list(pool.map(work, chosen, chunksize=4))
 
 
 def instructions(arch: str, rows: int, columns: int, depth: int, warps: int, dtype: str) -> int:
@@ -250,6 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=measure_all.__doc__)
     parser.add_argument("--write", action="store_true", help=f"write {REPORT.name}, else print it")
     parser.add_argument("--arch", action="append", choices=FACTS, help="only these (prints)")
+    parser.add_argument("--afresh", action="store_true", help="compile what the report has, too")
     parser.add_argument("--list", action="store_true", help="count the calls, compile nothing")
     asked = parser.parse_args()
     chosen = [call for arch in asked.arch or FACTS for call in calls(arch)]
@@ -257,7 +291,7 @@ def main() -> None:
         counts = collections.Counter((call.arch, call.problem.op) for call in chosen)
         print(*(f"{arch} {op} {n}" for (arch, op), n in counts.items()), len(chosen), sep="\n")
         return
-    text = report(measure_all(chosen))
+    text = report(measure_all(chosen, afresh=asked.afresh))
     if asked.write and not asked.arch:
         REPORT.write_text(text)
     else:

@@ -5,6 +5,7 @@ and with the tensor-core instructions that its tiles should take. No GPU is need
 Triton that are here, it is read instead of compiling; else a sample is compiled.
 """
 
+import dataclasses
 import itertools
 import os
 import re
@@ -25,10 +26,10 @@ if os.environ.get("TRITON_INTERPRET"):
     )
 
 # Below the skips: nothing of Triton's is imported where it is missing.
-from tests.kernels import aot, aot_binaries, aot_segmented
+from tests.kernels import aot, aot_binaries, aot_code, aot_segmented
 from tests.kernels.aot_calls import DTYPES, FACTS, calls, sample
 
-if aot_binaries.disassembler() is None:
+if aot_code.disassembler() is None:
     pytest.skip("Triton came without nvdisasm and cuobjdump", allow_module_level=True)
 
 ARCHS = list(FACTS)
@@ -85,6 +86,23 @@ def test_the_report_lists_what_is_shipped():
     assert tables[0] == tables[1]
 
 
+@of_the_reports_triton
+@pytest.mark.skipif(not SAME_SOURCES, reason="the report is of other sources")
+def test_what_the_report_has_is_not_compiled_again(monkeypatch):
+    """And what differs from it, by a constant alone or by the way it is read, is."""
+    monkeypatch.setattr(aot, "compiled", lambda *binary: aot.Found(0, 0, 0, 0, ()))
+    aot_binaries.forget_lines()
+    with aot_binaries.quiet():
+        for call in sample("sm_80"):
+            row = aot.measure(call)
+            assert row.registers and row[6:11] == aot.reported()[row.key]
+        warps = dataclasses.replace(call.config, num_warps=2 * call.config.num_warps)
+        assert not aot.measure(call._replace(config=warps)).registers
+        assert not aot.measure(call, afresh=True).registers
+        monkeypatch.setattr(aot_binaries, "_READER", aot.REPORT)
+        assert not aot.measure(call).registers
+
+
 def test_the_sample_has_every_kernel_and_plan():
     for arch in ARCHS:
         chosen, every = sample(arch), calls(arch)
@@ -97,17 +115,17 @@ def test_the_sample_has_every_kernel_and_plan():
 
 
 def test_the_loops_of_a_control_flow_graph():
-    code = aot_binaries.Code(
+    code = aot_code.Code(
         ["MOV", "HMMA.16816.F32", "LDS", "HMMA.16816.F32", "HMMA.16816.F32", "EXIT", "BRA", "BRA"],
         # 0 1 [2 [3] 4] 5; a wait behind the end is entered from 2 and comes back to 3
         [[1], [2], [3, 6], [4, 3], [5, 2], [], [7, 6], [3]],
     )
     # The detour makes 3 no loop's only entrance less: a path without it leads there as well.
-    assert aot_binaries.mma_loops(code) == [{3}]
+    assert aot_code.mma_loops(code) == [{3}]
     code.successors[3] = [4]
-    assert aot_binaries.mma_loops(code) == [{2, 3, 4, 6, 7}]
+    assert aot_code.mma_loops(code) == [{2, 3, 4, 6, 7}]
     code.successors[4] = [5]
-    assert aot_binaries.mma_loops(code) == []
+    assert aot_code.mma_loops(code) == []
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -146,7 +164,7 @@ def test_gradients_of_two_dtypes_compile(op):
     with aot_binaries.launches() as caught:
         cuda.run_kernel(op, call.config, call.problem, FACTS["sm_80"], *args, **kwargs)
     with aot_binaries.quiet():
-        compiled, _ = aot_binaries.compile_ahead("sm_80", caught[-1])
+        compiled = aot_binaries.specialised("sm_80", caught[-1]).compile()
     assert compiled.asm["cubin"]
 
 
@@ -190,8 +208,8 @@ def test_the_order_of_what_a_producer_publishes():
     S is loaded past that cache, and multiplied then."""
     call = next(c for c in calls("sm_90") if c.config.plan == "producer")
     with aot_binaries.quiet():
-        compiled, _ = aot_binaries.compile_ahead("sm_90", aot_binaries.launch(call))
-    code = aot_binaries.read("sm_90", compiled)[-1]
+        compiled = aot_binaries.specialised("sm_90", aot_binaries.launch(call)).compile()
+    code = aot_code.read("sm_90", compiled)[-1]
 
     def places(pattern):
         return [i for i, text in enumerate(code.text) if re.search(pattern, text)]
