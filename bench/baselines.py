@@ -6,9 +6,8 @@ and what stands behind each name, is in the class attributes.
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,44 +16,55 @@ from torch import Tensor, nn
 import lora_kernels as lk
 from lora_kernels.backends import cpu
 from lora_kernels.spec import native
-from lora_kernels.testing.linear import Inputs
-
-from .cases import Setting
-
-# plain: x W^T. merged: the LoRA output without dropout. lora: the LoRA output and gradients, the
-# mask included.
-Computes = Literal["plain", "merged", "lora"]
 
 
 class Variant:
-    """One way to compute the layer; ``trainable`` are its A and B, where it trains them."""
+    """One way to compute a row; ``trainable`` are its A and B, where it trains them.
+
+    ``computes``: "plain" is x W^T, "merged" the LoRA output without dropout, "lora" the LoRA output
+    and gradients, the mask included. Of batches that mix adapters: "mixed" is with every row's
+    adapter, "part" that adapter's part alone, "nothing" no tensor to check.
+    """
 
     key: ClassVar[str]
     label: ClassVar[str]
     what: ClassVar[str]
     package: ClassVar[str] = "torch"
-    computes: ClassVar[Computes] = "lora"
+    computes: ClassVar[str] = "lora"
     # Where it is measured unless told otherwise.
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     # Somebody else's code, whose failure is a reason and no failure of the run.
     peer: ClassVar[bool] = False
+    # Whether a CUDA graph can hold it; else the host's time is in its own.
+    captured: ClassVar[bool] = True
+    # Our operators that must have answered.
+    operators: ClassVar[tuple[str, ...]] = ()
     trainable: tuple[Tensor, ...] = ()
 
-    def __init__(self, setting: Setting, inputs: Inputs) -> None:
-        self.setting = setting
-        self.weight = inputs.weight
+    def __init__(self, setting: Any, inputs: Any) -> None:
+        self.setting, self.inputs, self.weight = setting, inputs, inputs.weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """y, or one tensor for each slice."""
         raise NotImplementedError
 
     @classmethod
-    def missing(cls, setting: Setting, device: str) -> str | None:
+    def missing(cls, setting: Any, device: str) -> str | None:
         """Why this variant has no number in such a row, or None if it has."""
         return None
 
-    def _own_adapter(self, inputs: Inputs) -> None:
-        self.a = nn.Parameter(inputs.lora_a.clone())
-        self.b = nn.Parameter(inputs.lora_b.clone())
+    def copies(self) -> int:
+        """How many packed copies of the weight it holds after a step."""
+        return 0
+
+    @classmethod
+    def but(cls, key: str, label: str, what: str, **changes: Any) -> type[Any]:
+        """This variant with other attributes."""
+        return type(key, (cls,), {"key": key, "label": label, "what": what} | changes)
+
+    def own_adapter(self) -> None:
+        inputs = self.inputs
+        self.a, self.b = (nn.Parameter(t.clone()) for t in (inputs.lora_a, inputs.lora_b))
         self.trainable = (self.a, self.b)
 
 
@@ -67,19 +77,16 @@ class Plain(Variant):
         return F.linear(x, self.weight)
 
 
-class Merged(Variant):
+class Merged(Plain):
     key, label = "merged", "merged"
     what = "F.linear with the adapter folded into the weight: no dropout, trains nothing"
     devices = ("cuda",)
     computes = "merged"
 
-    def __init__(self, setting: Setting, inputs: Inputs) -> None:
+    def __init__(self, setting: Any, inputs: Any) -> None:
         super().__init__(setting, inputs)
         delta = inputs.lora_b.double() @ inputs.lora_a.double() * setting.scale
         self.weight = (inputs.weight.double() + delta).to(inputs.weight.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
 
 
 def naive(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
@@ -90,45 +97,26 @@ class Eager(Variant):
     key, label = "eager", "eager"
     what = "F.linear(x, W) + scale * (dropout(x) A^T) B^T as written, by autograd"
     devices = ("cuda",)
+    function: Any = staticmethod(naive)
 
-    def __init__(self, setting: Setting, inputs: Inputs) -> None:
+    def __init__(self, setting: Any, inputs: Any) -> None:
         super().__init__(setting, inputs)
-        self._own_adapter(inputs)
+        self.own_adapter()
 
     def forward(self, x: Tensor) -> Tensor:
         setting = self.setting
-        return naive(x, self.weight, self.a, self.b, setting.scale, setting.p)
+        return self.function(x, self.weight, self.a, self.b, setting.scale, setting.p)
 
 
-class Compiled(Variant):
+class Compiled(Eager):
     key, label = "compiled", "torch.compile"
     what = "torch.compile of the eager line, for exactly these shapes"
-    devices = ("cuda",)
+    # Where there is no compiler, the report says so.
+    peer = True
 
-    def __init__(self, setting: Setting, inputs: Inputs) -> None:
+    def __init__(self, setting: Any, inputs: Any) -> None:
         super().__init__(setting, inputs)
-        self._own_adapter(inputs)
-        self.compiled = torch.compile(naive, dynamic=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        setting = self.setting
-        return self.compiled(x, self.weight, self.a, self.b, setting.scale, setting.p)
-
-    @classmethod
-    def missing(cls, setting: Setting, device: str) -> str | None:
-        return _compiler_missing(device)
-
-
-@functools.cache
-def _compiler_missing(device: str) -> str | None:
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-    # Inductor raises what its compilers raise: any of it means that users have no torch.compile
-    # here either.
-    except Exception as error:
-        first_line = (str(error).strip() or repr(error)).splitlines()[0]
-        return f"torch.compile does not work here: {first_line[:200]}"
-    return None
+        self.function = torch.compile(naive, dynamic=False)
 
 
 class _AddmmFunction(torch.autograd.Function):
@@ -163,17 +151,11 @@ class _AddmmFunction(torch.autograd.Function):
         return dx, None, da, db, None, None
 
 
-class Addmm(Variant):
+class Addmm(Eager):
     key, label = "addmm", "addmm_"
     what = "F.linear, then the tail by in-place addmm_, with a hand-written backward"
-
-    def __init__(self, setting: Setting, inputs: Inputs) -> None:
-        super().__init__(setting, inputs)
-        self._own_adapter(inputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        setting = self.setting
-        return _AddmmFunction.apply(x, self.weight, self.a, self.b, setting.scale, setting.p)
+    devices = ("cpu", "cuda")
+    function = _AddmmFunction.apply
 
 
 class Peft(Variant):
@@ -182,7 +164,7 @@ class Peft(Variant):
     package = "peft"
     adapter_dtype: ClassVar[torch.dtype | None] = None
 
-    def __init__(self, setting: Setting, inputs: Inputs) -> None:
+    def __init__(self, setting: Any, inputs: Any) -> None:
         super().__init__(setting, inputs)
         import peft
 
@@ -196,31 +178,25 @@ class Peft(Variant):
         peft.inject_adapter_in_model(config, model)
         self.layer = cast(Any, model["linear"])
         dtype = self.adapter_dtype or inputs.weight.dtype
-        a: Any = self.layer.lora_A["default"]
-        b: Any = self.layer.lora_B["default"]
-        a.weight = nn.Parameter(inputs.lora_a.to(dtype, copy=True))
-        b.weight = nn.Parameter(inputs.lora_b.to(dtype, copy=True))
-        self.trainable = (a.weight, b.weight)
+        layers: Any = self.layer.lora_A["default"], self.layer.lora_B["default"]
+        for layer, values in zip(layers, (inputs.lora_a, inputs.lora_b), strict=True):
+            layer.weight = nn.Parameter(values.to(dtype, copy=True))
+        self.trainable = tuple(layer.weight for layer in layers)
         self.layer.train(_trains(setting))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
 
     @classmethod
-    def missing(cls, setting: Setting, device: str) -> str | None:
-        return peft_missing() or _same_as(cls.adapter_dtype, setting, "peft")
-
-
-class PeftFloat32(Peft):
-    key, label = "peft_fp32", "PEFT, fp32 adapter"
-    what = "PEFT's lora.Linear as people run it: float32 adapter on a half-precision base"
-    adapter_dtype = torch.float32
+    def missing(cls, setting: Any, device: str) -> str | None:
+        return peft_missing() or _same(cls.adapter_dtype, setting, cls.__base__)
 
 
 class Ours(Variant):
     """A FusedLoRALinear over the frozen weight."""
 
     package = "lora_kernels"
+    operators = ("lora_linear_fwd",)
     pack_weight: ClassVar[str] = "eval"
     layer: lk.FusedLoRALinear
 
@@ -228,8 +204,7 @@ class Ours(Variant):
         return self.layer(x)
 
     def copies(self) -> int:
-        """How many packed copies of the weight the layer holds after a step; fails where they are
-        not those that the variant is reported with."""
+        """Fails where they are not those that the variant is reported with."""
         wanted = 2 if self.setting.mode == "training" else 1
         never = self.pack_weight == "never" or (self.pack_weight == "eval" and self.layer.training)
         if never or unpacked_reason(self.setting, self.weight.device.type):
@@ -245,12 +220,12 @@ class Packed(Ours):
     computes = "plain"
     devices = ("cpu",)
 
-    def __init__(self, setting: Setting, inputs: Inputs) -> None:
+    def __init__(self, setting: Any, inputs: Any) -> None:
         super().__init__(setting, inputs)
         self.layer = packed_linear(inputs.weight)
 
     @classmethod
-    def missing(cls, setting: Setting, device: str) -> str | None:
+    def missing(cls, setting: Any, device: str) -> str | None:
         if setting.mode == "training":
             return "a merged layer trains nothing"
         return unpacked_reason(setting, device)
@@ -261,7 +236,7 @@ class Fused(Ours):
     what = "lora_kernels.FusedLoRALinear, adapter in the dtype of the base"
     adapter_dtype: ClassVar[torch.dtype | None] = None
 
-    def __init__(self, setting: Setting, inputs: Inputs) -> None:
+    def __init__(self, setting: Any, inputs: Any) -> None:
         super().__init__(setting, inputs)
         self.layer = lk.FusedLoRALinear.from_linear(
             frozen_linear(inputs.weight),
@@ -277,43 +252,18 @@ class Fused(Ours):
         self.layer.train(_trains(setting))
 
     @classmethod
-    def missing(cls, setting: Setting, device: str) -> str | None:
-        return _same_as(cls.adapter_dtype, setting, "fused")
-
-
-class FusedFloat32(Fused):
-    key, label = "fused_fp32", "fused, fp32 adapter"
-    what = (
-        "lora_kernels.FusedLoRALinear as its default is: float32 adapter on a half-precision base"
-    )
-    devices = ("cuda",)
-    adapter_dtype = torch.float32
-
-
-class FusedUnpacked(Fused):
-    key, label = "unpacked", "fused, never packed"
-    what = 'the fused layer with pack_weight="never": it reads the weight as it lies'
-    devices = ("cpu",)
-    pack_weight = "never"
-
-    @classmethod
-    def missing(cls, setting: Setting, device: str) -> str | None:
-        if _trains(setting):
-            return "the same as 'fused' where it trains"
+    def missing(cls, setting: Any, device: str) -> str | None:
+        if cls.pack_weight == "eval":
+            return _same(cls.adapter_dtype, setting, cls.__base__)
+        if _trains(setting) != (cls.pack_weight == "always"):
+            return "the same as 'fused'"
         return unpacked_reason(setting, device)
 
 
-class FusedAlways(Fused):
-    key, label = "always", "fused, always packed"
-    what = 'the fused layer with pack_weight="always": copies for training\'s forward and its dX'
-    devices = ("cpu",)
-    pack_weight = "always"
-
-    @classmethod
-    def missing(cls, setting: Setting, device: str) -> str | None:
-        if not _trains(setting):
-            return "the same as 'fused' in eval mode"
-        return unpacked_reason(setting, device)
+def _same(adapter_dtype: torch.dtype | None, setting: Any, other: Any) -> str | None:
+    if adapter_dtype == torch.float32 and setting.dtype == "float32":
+        return f"the same as {other.key!r} in float32"
+    return None
 
 
 def unpacked_reason(setting: Any, device: str) -> str | None:
@@ -340,23 +290,42 @@ def peft_missing() -> str | None:
     return None
 
 
-VARIANTS: dict[str, type[Variant]] = {
-    variant.key: variant
-    for variant in (
-        Plain,
-        Merged,
-        Eager,
-        Compiled,
-        Addmm,
-        Peft,
-        PeftFloat32,
-        FusedFloat32,
-        Packed,
-        FusedUnpacked,
-        FusedAlways,
-        Fused,
-    )
-}
+def keyed(*variants: type[Variant]) -> dict[str, type[Variant]]:
+    return {variant.key: variant for variant in variants}
+
+
+VARIANTS = keyed(
+    *(Plain, Merged, Eager, Compiled, Addmm, Peft),
+    Peft.but(
+        "peft_fp32",
+        "PEFT, fp32 adapter",
+        "PEFT's lora.Linear as people run it: float32 adapter on a half-precision base",
+        adapter_dtype=torch.float32,
+    ),
+    Fused.but(
+        "fused_fp32",
+        "fused, fp32 adapter",
+        "FusedLoRALinear as its default is: float32 adapter on a half-precision base",
+        devices=("cuda",),
+        adapter_dtype=torch.float32,
+    ),
+    Packed,
+    Fused.but(
+        "unpacked",
+        "fused, never packed",
+        'the fused layer with pack_weight="never": it reads the weight as it lies',
+        devices=("cpu",),
+        pack_weight="never",
+    ),
+    Fused.but(
+        "always",
+        "fused, always packed",
+        'the fused layer with pack_weight="always": copies for training\'s forward and its dX',
+        devices=("cpu",),
+        pack_weight="always",
+    ),
+    Fused,
+)
 
 
 def frozen_linear(weight: Tensor) -> nn.Linear:
@@ -366,14 +335,8 @@ def frozen_linear(weight: Tensor) -> nn.Linear:
     return linear
 
 
-def _trains(setting: Setting) -> bool:
+def _trains(setting: Any) -> bool:
     return setting.mode == "training" or setting.p > 0
-
-
-def _same_as(adapter_dtype: torch.dtype | None, setting: Setting, other: str) -> str | None:
-    if adapter_dtype == torch.float32 and setting.dtype == "float32":
-        return f"the same as {other!r} in float32"
-    return None
 
 
 def version(package: str) -> str:

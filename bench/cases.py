@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MODES = {"forward": "forward", "training": "forward + backward"}
-
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_SHORT = {name: short for short, name in _DTYPES.items()}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_SHORT = {name: short for short, name in DTYPES.items()}
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Shape = tuple[int, int, int]
@@ -23,17 +22,10 @@ CPU_SHAPES: tuple[Shape, ...] = tuple(
     for m in (1, 16, 128, 512, 2048)
 )
 CPU_RANKS = (8, 16, 64)
-# Where a CPU trains with dropout besides: (shapes, ranks, probabilities).
-_CPU_DROPOUT = (((512, 2048, 2048),), (16,), (0.1,))
-_QUICK_CPU_DROPOUT = (((64, 512, 512),), (8,), (0.1,))
 # LoRAFusion's setting (EuroSys'26): in = out, and the tokens of one micro-batch.
 GPU_SHAPES: tuple[Shape, ...] = tuple(
     (m, size, size) for size in (4096, 5120, 8192) for m in (2048, 4096, 8192)
 )
-QUICK_SHAPES: dict[str, tuple[Shape, ...]] = {
-    "cpu": ((1, 512, 512), (64, 512, 512)),
-    "cuda": ((2048, 4096, 4096),),
-}
 
 
 @dataclass(frozen=True)
@@ -68,73 +60,22 @@ class Setting:
     def scale(self) -> float:
         return self.alpha / self.r
 
-    def work(self, adapter: bool) -> dict[str, int]:
+    def work(self) -> dict[str, int]:
         """The FLOP of the step, and its bytes: every operand and result once per direction.
 
         Counted for the mathematics and not for an implementation, so two variants of one step
-        compare by time alone. Without ``adapter``: the same step of the plain frozen linear.
+        compare by time alone.
         """
         m, k, n, r = self.m, self.k, self.n, self.r
-        flop = 2 * m * k * n
-        elements = m * k + k * n + m * n
-        if adapter:
-            flop += 2 * m * r * (k + n)
-            elements += r * (k + n)
+        base, tail = 2 * m * k * n, 2 * m * r * (k + n)
+        passed, adapter = m * k + k * n + m * n, r * (k + n)
+        flop, elements = base + tail, passed + adapter
         if self.mode == "training":
-            flop += 2 * m * k * n
-            elements += m * n + k * n + m * k
-            if adapter:
-                # D, its product with A, dA and dB; A and B are read, dA and dB written, x read
-                # again for dA.
-                flop += 4 * m * r * (k + n)
-                elements += 2 * r * (k + n) + m * k
+            # D, its product with A, dA and dB; A and B are read, dA and dB written, x read again
+            # for dA.
+            flop += base + 2 * tail
+            elements += passed + 2 * adapter + m * k
         return {"flop": flop, "bytes": elements * _ITEM_BYTES[self.dtype]}
-
-
-def parse_shapes(text: str) -> list[Shape]:
-    """ "512x4096x4096,1x64x64" as (M, K, N) each."""
-    shapes: list[Shape] = []
-    for part in text.split(","):
-        numbers = part.strip().lower().split("x")
-        if len(numbers) != 3 or not all(number.isdecimal() and int(number) for number in numbers):
-            raise ValueError(f"{part!r} is no shape: it takes MxKxN, as in 512x4096x4096")
-        m, k, n = map(int, numbers)
-        shapes.append((m, k, n))
-    return shapes
-
-
-def parse_dtypes(text: str) -> list[str]:
-    return [_one_of(part, _DTYPES, "dtype") for part in text.split(",")]
-
-
-def parse_modes(text: str) -> list[str]:
-    return [_one_of(part, {mode: mode for mode in MODES}, "mode") for part in text.split(",")]
-
-
-def parse_ranks(text: str) -> list[int]:
-    for part in text.split(","):
-        if not part.strip().isdecimal() or not int(part):
-            raise ValueError(f"{part!r} is no rank: it takes whole numbers from 1, as in 8,16")
-    return [int(part) for part in text.split(",")]
-
-
-def parse_dropouts(text: str) -> list[float]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = [1.0]
-    if not all(0.0 <= value < 1.0 for value in values):
-        raise ValueError(f"{text!r} are no dropout probabilities: they lie in [0, 1), as in 0,0.1")
-    return values
-
-
-def _one_of(part: str, known: dict[str, str], what: str) -> str:
-    part = part.strip().lower()
-    if part in known.values():
-        return part
-    if part not in known:
-        raise ValueError(f"{part!r} is no {what}; there are {', '.join(known)}")
-    return known[part]
 
 
 def settings(
@@ -145,27 +86,26 @@ def settings(
     ranks: Sequence[int] | None = None,
     dropouts: Sequence[float] | None = None,
     modes: Sequence[str] | None = None,
-    alpha: int = 16,
     quick: bool = False,
 ) -> list[Setting]:
     """The rows to measure: what was asked for, the device's defaults for the rest."""
-    gpu = device == "cuda"
-    default_shapes = QUICK_SHAPES[device] if quick else GPU_SHAPES if gpu else CPU_SHAPES
-    default_dropouts = [0.1] if gpu and quick else [0.1, 0.0] if gpu else [0.0]
-    modes, p_values = modes or tuple(MODES), dropouts or default_dropouts
-    if gpu:
-        default_ranks: Sequence[int] = (16,)
+    if device == "cuda":
+        usual = [*GPU_SHAPES[:1]] if quick else [*GPU_SHAPES]
+        usual_dtypes, usual_ranks, usual_dropouts = ["bfloat16"], [16], [0.0, 0.1]
     else:
-        default_ranks = (8, 64) if quick else CPU_RANKS
-    groups = [(shapes or default_shapes, ranks or default_ranks, p_values, modes)]
-    if not gpu and not (shapes or ranks or dropouts) and "training" in modes:
-        groups.append((*(_QUICK_CPU_DROPOUT if quick else _CPU_DROPOUT), ("training",)))
-    dtypes = dtypes or (["bfloat16"] if gpu else ["float32", "bfloat16"])
-    found: dict[Setting, None] = {}
-    for group in groups:
-        for dtype, (m, k, n), r, p, mode in itertools.product(dtypes, *group):
-            found[Setting(m, k, n, r, alpha, p, dtype, mode)] = None
+        usual = [(1, 512, 512), (64, 512, 512)] if quick else [*CPU_SHAPES]
+        usual_dtypes, usual_ranks, usual_dropouts = ["float32", "bfloat16"], [*CPU_RANKS], [0.0]
+        usual_ranks = [8, 64] if quick else usual_ranks
+    modes, dtypes = modes or [*MODES], dtypes or usual_dtypes
+    groups = [(modes, dropouts or usual_dropouts, shapes or usual, ranks or usual_ranks)]
+    if device == "cpu" and not (shapes or ranks or dropouts) and "training" in modes:
+        # A CPU trains with dropout besides.
+        groups.append((["training"], [0.1], [(512, 2048, 2048) if not quick else usual[1]], [16]))
     # Rows that the report shows together, one after the other: a run that is cut short has whole
     # groups.
-    order = {mode: place for place, mode in enumerate(MODES)}
-    return sorted(found, key=lambda s: (dtypes.index(s.dtype), -s.p if gpu else s.p, order[s.mode]))
+    return [
+        Setting(m, k, n, r, 16, p, dtype, mode)
+        for dtype in dtypes
+        for group in groups
+        for mode, p, (m, k, n), r in itertools.product(*group)
+    ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import lora_kernels as lk
+from lora_kernels.planning.config import MIXED_LINEAR_OPS
 from lora_kernels.testing import linear as testing
 
 from .baselines import Variant
@@ -22,16 +23,6 @@ _CPU_ROWS = 64
 
 Outputs = tuple[Tensor, ...]
 _NAMES = ("y", "dx", "da", "db")
-
-
-@dataclass(frozen=True)
-class _Masked(testing.Inputs):
-    """Inputs with a dropout mask that somebody else drew."""
-
-    given: Tensor | None = None
-
-    def mask(self) -> Tensor | None:
-        return self.given
 
 
 def draw(setting: Setting, device: str) -> testing.Inputs:
@@ -70,7 +61,7 @@ class Truth:
         self.inputs = inputs
         limit = setting.m if inputs.x.is_cuda else _CPU_ROWS
         self.rows = rows_to_check(setting.m, limit).to(inputs.x.device)
-        self._known: dict[str, list[dict[str, Tensor]]] = {}
+        self._known: dict[bool, list[dict[str, Tensor]]] = {}
 
     def check(
         self,
@@ -110,64 +101,54 @@ class Truth:
         assert abs(dropped - p) <= allowed, f"{variant.key}: dropout of {p} dropped {dropped:.4f}"
 
     def _results(self, variant: Variant, mask: Tensor | None) -> list[dict[str, Tensor]]:
-        computes = "plain" if variant.computes == "plain" else "adapted"
-        known = self._known.get(computes)
+        adapted = variant.computes != "plain"
+        known = self._known.get(adapted)
         if known is None or mask is not None:
-            inputs = self._inputs(computes, mask)
-            known = [self._naive(inputs, dtype) for dtype in (torch.float64, inputs.case.dtype)]
+            dtypes = torch.float64, self.inputs.case.dtype
+            known = [self._naive(adapted, mask, dtype) for dtype in dtypes]
             if mask is None:
-                self._known[computes] = known
+                self._known[adapted] = known
         return known
 
-    def _inputs(self, computes: str, mask: Tensor | None) -> testing.Inputs:
-        inputs = self.inputs
-        if computes == "plain":
-            inputs = replace(inputs, lora_b=torch.zeros_like(inputs.lora_b))
-        if mask is None:
-            return replace(inputs, case=replace(inputs.case, dropout_p=0.0), rng=None)
-        return _Masked(**{f.name: getattr(inputs, f.name) for f in fields(inputs)}, given=mask)
-
-    def _naive(self, inputs: testing.Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
-        chosen = replace(inputs, x=inputs.x[self.rows], dy=inputs.dy[self.rows])
-        mask = inputs.mask()
-        if mask is not None:
-            chosen = replace(chosen, given=mask[self.rows])
-        results = testing.naive(chosen, dtype)
+    @torch.no_grad()
+    def _naive(self, adapted: bool, mask: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The formula as people write it, in ``dtype``."""
+        given, rows = self.inputs, self.rows
+        x, dy, w, a, b = (
+            t.to(dtype) for t in (given.x, given.dy, given.weight, given.lora_a, given.lora_b)
+        )
+        b = b if adapted else torch.zeros_like(b)
+        scale = self.setting.scale / (1.0 if mask is None else 1.0 - self.setting.p)
+        dropped = x if mask is None else x.where(mask, 0)
+        s = scale * (dropped @ a.t())
+        found = {"y": x[rows] @ w.t() + s[rows] @ b.t()}
         if self.setting.mode == "training":
-            results |= _adapter_gradients(inputs, dtype)
-        return results
-
-
-@torch.no_grad()
-def _adapter_gradients(inputs: testing.Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
-    """dA and dB over all rows, as ``testing.naive`` has them by autograd, without the base."""
-    case, mask = inputs.case, inputs.mask()
-    x, dy, a, b = (t.to(dtype) for t in (inputs.x, inputs.dy, inputs.lora_a, inputs.lora_b))
-    dropped = x if mask is None else x.where(mask, 0)
-    scale = inputs.scale.item() / (1 - case.dropout_p)
-    s, d = scale * (dropped @ a.t()), scale * (dy @ b)
-    return {"da": d.t() @ dropped, "db": dy.t() @ s}
+            d = scale * (dy @ b)
+            tail = d[rows] @ a
+            found["dx"] = dy[rows] @ w + (tail if mask is None else tail.where(mask[rows], 0))
+            found |= {"da": d.t() @ dropped, "db": dy.t() @ s}
+        return found
 
 
 def without_base(inputs: testing.Inputs) -> testing.Inputs:
     return replace(inputs, weight=torch.zeros_like(inputs.weight))
 
 
-def plans_of(answers: Iterable[lk.Answer], device: str, setting: Setting) -> dict[str, str]:
-    """{operator: plan} of a fused step; fails where another backend than the device's answered."""
-    backward = ["lora_linear_dx", "lora_linear_dab"] * (setting.mode == "training")
-    return plans_by_operator(answers, device, ["lora_linear_fwd", *backward])
-
-
-def plans_by_operator(
-    answers: Iterable[lk.Answer], device: str, operators: Sequence[str]
-) -> dict[str, str]:
-    """{operator: plan}; fails where one is not asked, or not answered by the device, or by two."""
+def plans_of(answers: Iterable[lk.Answer], device: str, operators: Sequence[str]) -> dict[str, str]:
+    """{operator: plan}; fails where one was not asked, or not answered by the device, or by two
+    plans, or where anything but our own kernels answered a segmented operator."""
     plans: dict[str, str] = {}
     for answer in answers:
         assert answer.backend == device, f"answered by {answer.backend}, not {device}: {answer}"
         plan = plans.setdefault(answer.op, answer.plan)
         assert plan == answer.plan, f"{answer.op} was answered by {plan}, then by {answer.plan}"
+        own = answer.plan == "native" if device == "cpu" else answer.plan not in _NOT_OURS
+        # The library's GEMM, and our kernels that add the adapters to it.
+        own |= device == "cuda" and answer.op in MIXED_LINEAR_OPS and answer.plan == "vendor"
+        assert own or not answer.op.startswith("segmented"), f"answered by {answer.plan}: {answer}"
     unseen = [op for op in operators if op not in plans]
     assert not unseen, f"{unseen} never called: the step was computed without us"
     return {op: plans[op] for op in operators}
+
+
+_NOT_OURS = ("reference", "vendor", "native")

@@ -49,13 +49,15 @@ class Report:
         table = piped(([*columns], body)).splitlines()
         return [f"{told(content)}. {self.note}", "", *table, *self.after(content["rows"])]
 
-    def main(self, doc: str | None, **others: Report) -> None:
+    def main(
+        self, doc: str | None, arguments: Sequence[str] | None = None, **others: Report
+    ) -> None:
         """Measure and report; with ``--NAME`` another report of the module."""
         parser = parser_of(self.name, doc)
         parser.add_argument("--seconds", type=float, help="for each row of the table")
         for name, other in others.items():
             parser.add_argument(f"--{name}", dest="report", action="store_const", const=other)
-        args = parser.parse_args()
+        args = parser.parse_args(arguments)
         chosen = getattr(args, "report", None) or self
         seconds = chosen.seconds if args.seconds is None else args.seconds
         content = chosen.run(chosen.cases, seconds)

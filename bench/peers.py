@@ -6,7 +6,8 @@ no index comes from a clone: ``lorafusion=PATH``. Loading a copy executes these 
 else of the peer: no ``__init__``, and stand-ins for what they import of their engine. What decides
 speed is theirs: kernels, launchers, shipped plans, a batch's metadata.
 
-Whatever a peer raises is the reason why it has no number; it fails nothing.
+Whatever a peer raises is the reason why it has no number; it fails nothing. One that breaks the
+device is left out by ``--baselines``.
 """
 
 from __future__ import annotations
@@ -24,9 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -36,11 +35,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from lora_kernels.testing.linear import Inputs
-
-from .apart import call_apart
-from .baselines import Variant
-from .cases import Setting
+from .baselines import Variant, keyed
 
 # Ignored by git; a run elsewhere must carry it along.
 DEFAULT_DIRECTORY = Path(__file__).parent / "peer_copies"
@@ -49,9 +44,6 @@ DEFAULT_DIRECTORY = Path(__file__).parent / "peer_copies"
 StandIns = Mapping[str, Mapping[str, Any]]
 
 _LONGEST_REASON = 200
-# A process that tries a peer begins no row after so many seconds, and is stopped after as many more
-# as its longest row may take to compile.
-_SECONDS, _LONGEST_ROW_S = 60.0, 60.0
 
 _directory = DEFAULT_DIRECTORY
 
@@ -175,79 +167,42 @@ def tolerated(variant: Any, missing: dict[str, str], *found: dict[str, Any]) -> 
             each.pop(variant.key, None)
 
 
-def unavailable(variant: Any, setting: Any, device: str) -> str | None:
-    """Why a peer has no number in such a row, or None."""
-    if device != "cuda":
-        return "it is measured on a GPU"
-    if setting.dtype not in ("bfloat16", "float16"):
-        return f"it takes no {setting.dtype}"
-    found = engine(variant.load)
-    return str(found) if isinstance(found, MissingPeerError) else None
+class Peer(Variant):
+    """A layer and its adapters as another system computes them."""
 
+    peer = True
+    devices = ("cuda",)
 
-def broken_here(
-    rows: Mapping[str, Sequence[Any]], function: str = "bench.peers:probe"
-) -> dict[str, str]:
-    """{key: why} of the peers that break their process in one of their rows.
+    def __init__(self, setting: Any, inputs: Any) -> None:
+        super().__init__(setting, inputs)
+        self.engine = engine(self.load)
 
-    An access out of bounds ends every later call of its process, ours included. So each peer first
-    computes its rows in a process of its own, all at once, which compiles its kernels too.
-    """
+    @classmethod
+    def missing(cls, setting: Any, device: str) -> str | None:
+        if device != "cuda":
+            return "it is measured on a GPU"
+        if setting.dtype not in ("bfloat16", "float16"):
+            return f"it takes no {setting.dtype}"
+        found = engine(cls.load)
+        return str(found) if isinstance(found, MissingPeerError) else None
 
-    def reason(key: str) -> str | None:
-        try:
-            limit = _SECONDS + _LONGEST_ROW_S
-            call_apart(function, (key, _directory, list(rows[key])), limit)
-        except RuntimeError as error:
-            return f"missing: it breaks its process ({error})"
-        return None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = dict(zip(rows, pool.map(reason, rows), strict=True))
-    return {key: why for key, why in found.items() if why}
-
-
-def probe(key: str, directory: Path, settings: Sequence[Any]) -> None:
-    """Compute the rows of one peer; raises RuntimeError where the device no longer answers."""
-    from lora_kernels.backends.tune import CapturedCall
-
-    from .bench_lora_linear import step_of
-    from .bench_segmented import MixedStep
-    from .checks import draw
-    from .peers_serving import MIXED_PEERS
-    from .segmented_cases import draw as draw_mixed
-
-    use(directory)
-    variant: Any = (MIXED_PEERS | TRAINING_PEERS)[key]
-    end = time.monotonic() + _SECONDS
-    for setting in settings:
-        if time.monotonic() > end or variant.missing(setting, "cuda") is not None:
-            continue
-        # What else it raises its row will say, if the device still answers.
-        with contextlib.suppress(Exception):
-            if key in MIXED_PEERS:
-                step: Any = MixedStep(variant(setting, draw_mixed(setting, "cuda")))
-            else:
-                step = step_of(variant, draw(setting, "cuda"), setting)
-            (CapturedCall(step) if variant.captured else step)()
-        try:
-            torch.ones(8, device="cuda").sum().item()
-        except Exception as error:
-            raise RuntimeError(f"{setting}: {_told(error)}") from None
+    @classmethod
+    def load(cls) -> Any:
+        """The peer's function or class."""
+        raise NotImplementedError
 
 
 # Collecting the copies.
 
-_OPS, _LORA = "sglang/kernels/ops/lora", "sglang/srt/lora"
+_OPS, _LORA = "sglang/kernels/ops/lora/dense", "sglang/srt/lora"
 # What pip is asked for, None where no index has it, and patterns of the files below the root.
 SOURCES: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "vllm": ("vllm==0.33.0", ("vllm/lora/ops/triton_ops/*.py", "vllm/lora/punica_wrapper/*.py")),
     "sglang": (
         "sglang==0.5.23",
         (
-            *(f"{_OPS}/common/*.py", f"{_OPS}/dense/*.py", f"{_OPS}/dense/csgmv_configs/*/*.json"),
-            *(f"{_LORA}/backend/*.py", f"{_LORA}/dense/*.py", f"{_LORA}/dense/configs/*.json"),
-            *(f"{_LORA}/utils.py", f"{_LORA}/workspace.py"),
+            *(f"{_OPS}/*.py", f"{_OPS}/csgmv_configs/*/*.json"),
+            *(f"{_LORA}/backend/*.py", f"{_LORA}/utils.py"),
         ),
     ),
     "unsloth": ("unsloth==2026.10.9", ("unsloth/kernels/fast_lora.py", "unsloth/kernels/utils.py")),
@@ -319,28 +274,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 # Those that train.
 
 
-class Peer(Variant):
-    """A linear layer and its adapter as another library trains them."""
-
-    peer = True
-    devices = ("cuda",)
-
-    def __init__(self, setting: Setting, inputs: Inputs) -> None:
+class TrainingPeer(Peer):
+    def __init__(self, setting: Any, inputs: Any) -> None:
         super().__init__(setting, inputs)
-        self._own_adapter(inputs)
-        self.engine = engine(self.load)
-
-    @classmethod
-    def missing(cls, setting: Setting, device: str) -> str | None:
-        return unavailable(cls, setting, device)
-
-    @classmethod
-    def load(cls) -> Any:
-        """The peer's function."""
-        raise NotImplementedError
+        self.own_adapter()
 
 
-class LoraFusion(Peer):
+class LoraFusion(TrainingPeer):
     key, label = "lorafusion", "LoRAFusion"
     what = (
         "LoRAFusion's fused_linear_lora without descriptors, by its plans for an H100 on any "
@@ -376,7 +316,7 @@ class LoraFusion(Peer):
         return torch.cuda.get_device_name().replace("NVIDIA ", "").strip().replace(" ", "-").lower()
 
 
-class Unsloth(Peer):
+class Unsloth(TrainingPeer):
     key, label = "unsloth", "Unsloth"
     what = "Unsloth's autograd function of one linear, LoRA_W (its apply_lora_o)"
     package = "unsloth"
@@ -400,9 +340,7 @@ class Unsloth(Peer):
         return load("unsloth", ["unsloth.kernels.fast_lora"], own, foreign)[0].LoRA_W
 
 
-TRAINING_PEERS: dict[str, type[Variant]] = {
-    variant.key: variant for variant in (LoraFusion, Unsloth)
-}
+TRAINING_PEERS = keyed(LoraFusion, Unsloth)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The kernels of serving engines as variants of a mixed batch: vLLM's and SGLang's.
+"""Engines whose kernels serve a mixed batch: vLLM's and SGLang's default.
 
 Each does what its engine does for one layer: the base linear, then the engine's own code over
 metadata that the engine's own code built. The metadata is built once per batch for all layers, so
@@ -8,58 +8,39 @@ its time is a row of its own, as that of our table is.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import enum
-import functools
 import logging
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import peers
-from .segmented_baselines import MixedVariant
-from .segmented_cases import MixedInputs, MixedSetting
+from .baselines import Variant, keyed
 
 # Up to so many rows a batch decodes, a token for each request; beyond, it is a prefill.
 _MOST_DECODING = 512
 
 
-class Peer(MixedVariant):
-    """Base and adapters of a layer as an engine computes them."""
-
-    peer = True
-
-    def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
-        super().__init__(setting, inputs)
-        self.engine = peers.engine(self.load)
-
-    @classmethod
-    def missing(cls, setting: MixedSetting, device: str) -> str | None:
-        return peers.unavailable(cls, setting, device)
-
-    @classmethod
-    def load(cls) -> Any:
-        """The engine's part of this."""
-        raise NotImplementedError
+class Peer(peers.Peer):
+    computes = "mixed"
 
     def build(self) -> None:
         """The metadata of the batch, in the way the engine builds it for every batch."""
         raise NotImplementedError
 
 
-def table_of(peer: type[Peer], what: str) -> type[Peer]:
+def table_of(peer: type[Peer], what: str) -> type[Variant]:
     """The metadata alone, host and device. Nothing of it is captured, as in the engines."""
 
     def forward(self: Any, x: Tensor) -> list[Tensor]:
         self.build()
         return []
 
-    names = {"key": f"{peer.key}_table", "label": f"{peer.label}'s table", "what": what}
     own = {"computes": "nothing", "captured": False, "forward": forward}
-    return type(f"{peer.__name__}Table", (peer,), names | own)
+    return peer.but(f"{peer.key}_table", f"{peer.label}'s table", what, **own)
 
 
 def _capability(major: int) -> bool:
@@ -74,7 +55,7 @@ class Vllm(Peer):
     )
     package = "vllm"
 
-    def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
+    def __init__(self, setting: Any, inputs: Any) -> None:
         super().__init__(setting, inputs)
         device, self.adapters = inputs.x.device, setting.adapters
         scales = torch.tensor(inputs.scales, device=device)[:, None, None]
@@ -174,13 +155,6 @@ class _Unset:
         return SimpleNamespace(get=lambda: None, is_set=lambda: False)
 
 
-class _Struct:
-    """Stands in for msgspec's."""
-
-    def __init_subclass__(cls, **options: bool) -> None:
-        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-
-
 def _mode(decodes: bool) -> Any:
     """A batch that decodes, or one whose requests are all prefilled."""
     names = ("idle", "target_verify", "draft_extend_v2")
@@ -190,18 +164,16 @@ def _mode(decodes: bool) -> Any:
 
 
 class Sglang(Peer):
-    """One of SGLang's backends. A request is one token, so that any row has any adapter."""
+    """A request is one token, so that any row has any adapter."""
 
+    key, label = "sglang_csgmv", "SGLang csgmv"
+    what = "F.linear, then SGLang's default: chunked shrink and expand (chunks of 16 rows)"
     package = "sglang"
-    # By its name for --lora-backend, its module and its class.
-    backend_class: ClassVar[tuple[str, str]]
-    # Whether every batch decodes, whatever its size.
-    always_decodes: ClassVar[bool] = False
 
-    def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
+    def __init__(self, setting: Any, inputs: Any) -> None:
         super().__init__(setting, inputs)
         device, m = inputs.x.device, setting.m
-        self.decodes = self.always_decodes or m <= _MOST_DECODING
+        self.decodes = m <= _MOST_DECODING
         # [slots, slices * rank, in], packed by rank, and [slots, out, rank].
         self.a = torch.cat(inputs.lora_a, dim=1).contiguous()
         self.b = torch.cat(inputs.lora_b, dim=1).contiguous()
@@ -232,13 +204,10 @@ class Sglang(Peer):
             self.batch, inputs.slots, ranks, inputs.scales, self.decodes
         )
 
-    def base(self) -> Tensor:
-        return F.linear(self.inputs.x, self.inputs.weight)
-
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         widths, backend, stacks = self.setting.widths, self.backend, (self.a, self.b)
         options = {"output_offset": self.offsets, "output_offset_cpu": self.offsets_cpu}
-        options["base_output"] = self.base()
+        options["base_output"] = F.linear(x, self.weight)
         if len(widths) == 1:
             s = backend.run_lora_a_sgemm(x, self.a)
             return backend.run_lora_b_sgemm(x=s, weights=self.b, **options)
@@ -264,86 +233,24 @@ class Sglang(Peer):
                 "cached_triton_kernel": lambda key: lambda kernel: kernel,
                 "get_device_name": _device_name,
             },
-            "sglang.srt.utils.common": {"empty_device_cache": torch.cuda.empty_cache},
-            "sglang.kernels.jit.utils": {"is_arch_support_pdl": functools.partial(_capability, 9)},
         }
-        module, name = cls.backend_class
-        modules = [f"sglang.srt.lora.backend.{module}", "sglang.kernels.ops.lora.common.routing"]
-        found, routing = peers.load("sglang", modules, own, {"msgspec": {"Struct": _Struct}})
-        # Between 513 and 16383 rows it builds the route by a CUDA kernel that is compiled against
-        # its own headers; the builder for more rows, in Triton, takes these too.
-        routing._LARGE_ROUTE_MIN_PAIRS = routing._SMALL_ROUTE_MAX_PAIRS + 1
-        return getattr(found, name)
+        modules = ["sglang.srt.lora.backend.chunked_backend"]
+        return peers.load("sglang", modules, own, {})[0].ChunkedSgmvLoRABackend
 
 
 def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-class SglangCsgmv(Sglang):
-    key, label = "sglang_csgmv", "SGLang csgmv"
-    what = "F.linear, then SGLang's default: chunked shrink and expand (chunks of 16 rows)"
-    backend_class = ("chunked_backend", "ChunkedSgmvLoRABackend")
-
-
-class SglangTriton(Sglang):
-    key, label = "sglang_triton", "SGLang triton"
-    what = "F.linear, then its sgemm_lora_a and (qkv_, gate_up_)lora_b, always as a decoding batch"
-    backend_class = ("triton_backend", "TritonLoRABackend")
-    # Its prefill works request by request, which requests of one token would make absurd.
-    always_decodes = True
-
-
-class SglangTritonV2(Sglang):
-    key, label = "sglang_triton_v2", "SGLang triton_v2"
-    what = (
-        "its forward_with_base around F.linear, by its plan for this GPU (shrink beside the base "
-        "GEMM where that says so); the route is built once per batch"
-    )
-    backend_class = ("triton_v2_backend", "TritonV2LoRABackend")
-
-    def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
-        super().__init__(setting, inputs)
-        self.ends = tuple(self.offsets_cpu.tolist())
-        if not inputs.x.is_cuda:
-            return
-        # Its buffers and routes belong to a stream: let there be some of that which captures.
-        stream = torch.cuda.graph(torch.cuda.CUDAGraph()).capture_stream
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.no_grad():
-            self.forward(inputs.x)
-        torch.cuda.current_stream().wait_stream(stream)
-
-    def build(self) -> None:
-        super().build()
-        # A layer's first use would build it.
-        kind = peers.load("sglang", ["sglang.srt.lora.dense.plan"], {}, {})[0].DenseLoraKind.LINEAR
-        runner, setting = self.backend.runner, self.setting
-        plan = runner.plan_for(kind, setting.r, setting.k, setting.n, num_tokens=setting.m)
-        if plan.needs_aligned_route:
-            runner.route(plan.block_size)
-
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        stacks = (self.a, self.b, self.offsets, self.ends)
-        return self.backend.forward_with_base(None, x, self.base, *stacks)
-
-
-def mixed_peers(device: str) -> dict[str, type[MixedVariant]]:
+def mixed_peers(device: str) -> dict[str, type[Variant]]:
     """Those that a device's rows have; on a CPU none, without a word."""
     return MIXED_PEERS if device == "cuda" else {}
 
 
 _HOST = "for a new batch, called by the host"
-MIXED_PEERS: dict[str, type[MixedVariant]] = {
-    variant.key: variant
-    for variant in (
-        Vllm,
-        SglangCsgmv,
-        SglangTriton,
-        SglangTritonV2,
-        table_of(Vllm, f"PunicaWrapperGPU.update_metadata {_HOST}"),
-        table_of(SglangCsgmv, f"its prepare_lora_batch {_HOST}"),
-        table_of(SglangTriton, f"its prepare_lora_batch {_HOST}"),
-        table_of(SglangTritonV2, f"its prepare_lora_batch and route {_HOST}"),
-    )
-}
+MIXED_PEERS = keyed(
+    Vllm,
+    Sglang,
+    table_of(Vllm, f"PunicaWrapperGPU.update_metadata {_HOST}"),
+    table_of(Sglang, f"its prepare_lora_batch {_HOST}"),
+)

@@ -1,17 +1,13 @@
 """The report of ``pytest bench``, in Markdown, from its JSON alone: the targets and two tables.
 
-``python -m bench.report results.json`` writes it again, beside the file. A ratio says how many
-times as fast as the other ours is: 1.40 is 1.4x faster, below 1 is slower.
+A ratio says how many times as fast as the other ours is: 1.40 is 1.4x faster, below 1 is slower.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import segmented_cases
@@ -23,13 +19,10 @@ from .tables import Table, number, piped
 Content = dict[str, Any]
 Row = dict[str, Any]
 
-JSON_NAME, MARKDOWN_NAME = "results.json", "report.md"
 CELLS = len(CPU_SHAPES) * len(CPU_RANKS)
 
 # Quartiles this far apart, as a part of the median, come from other work on the machine. A guess.
 _RESTLESS = 0.25
-# A terminal shows a table of at most so many rows.
-_MOST_SHOWN = 40
 
 
 class Target(NamedTuple):
@@ -100,8 +93,8 @@ def setting_of(row: Row) -> Setting:
     return Setting(**row["setting"])
 
 
-def mixed_rows(content: Content) -> list[Row]:
-    return content.get("mixed", {}).get("rows", [])
+def mixed_part(content: Content) -> Content:
+    return content.get("mixed", {"variants": {}, "rows": []})
 
 
 def median(row: Row, key: str) -> float | None:
@@ -120,7 +113,8 @@ def cells_of(target: Target, content: Content) -> dict[str, Row]:
     rows without dropout where a run has none of the grid."""
     if target.shape is not None:
         asked = segmented_cases.mixed("rows", target.shape)
-        return {str(asked): row for row in mixed_rows(content) if mixed_setting(row) == asked}
+        rows = mixed_part(content)["rows"]
+        return {str(asked): row for row in rows if mixed_setting(row) == asked}
     found = {
         f"{s.shape} r={s.r}": row
         for row in content["rows"]
@@ -162,7 +156,7 @@ def targets_table(content: Content) -> Table:
     body = []
     for verdict in verdicts(content):
         t = verdict.target
-        variants = content["mixed"]["variants"] if t.shape else content["variants"]
+        variants = (mixed_part(content) if t.shape else content)["variants"]
         names = [variants.get(key, {"label": key})["label"] for key in (t.ours, t.theirs)]
         line = [t.dtype, "mixed batch" if t.shape else MODES[t.mode], *names, t.statistic]
         line += [_ratio(verdict.value, 3), "-" if t.least is None else f">= {t.least:.3f}"]
@@ -176,7 +170,8 @@ def linear_table(content: Content) -> Table:
     head = ["M x K x N", "r", "dtype", "pass", "dropout"]
     roof, lines = content["roofline"], []
     for row in content["rows"]:
-        s, work, found = setting_of(row), row["work"]["adapter"], row["variants"]["fused"]
+        s, found = setting_of(row), row["variants"]["fused"]
+        work = s.work()
         flop_s = work["flop"] / roof["gemm_flop_per_s"][s.dtype]
         least = max(flop_s, work["bytes"] / roof["copy_bytes_per_s"])
         saved = f"{found['saved_bytes'] / 2**20:.2f}" if "saved_bytes" in found else "-"
@@ -188,7 +183,7 @@ def linear_table(content: Content) -> Table:
 def mixed_table(content: Content) -> Table:
     """A line for each batch of mixed adapters. What is called "alone" is compared with our part
     alone; tables are built once per batch and in no other column, so theirs are times."""
-    variants, rows = content.get("mixed", {}).get("variants", {}), mixed_rows(content)
+    variants, rows = (mixed_part(content)[key] for key in ("variants", "rows"))
     measured = _measured(variants, rows)
     tables = [key for key in measured if key.endswith("table")]
     lines = []
@@ -240,7 +235,7 @@ def plans(row: Row, key: str) -> str:
 def notes(content: Content) -> list[str]:
     """What has no number, and why; and which numbers are not to be trusted."""
     lines = []
-    for part in (content, content.get("mixed", {"variants": {}, "rows": []})):
+    for part in (content, mixed_part(content)):
         variants, rows = part["variants"], part["rows"]
         reasons: Counter[str] = Counter()
         for key, reason in (missing for row in rows for missing in row["missing"].items()):
@@ -292,59 +287,20 @@ are medians of interleaved rounds with cold weights; every variant was held agai
 it was timed. "forward" records no gradient; "training" is forward and backward with a frozen
 weight. "of roofline": FLOP at the GEMM's rate or bytes at the copy's, whichever takes longer, over
 the time. "saved": what autograd keeps, x included. All numbers, quartiles too, are in the JSON."""
+_OF_TARGETS = f"Set for a grid of {CELLS} cells per dtype and pass, without dropout."
 
 
-def markdown(content: Content, most: int | None = None) -> str:
-    """``most``: leave tables out that are longer."""
+def markdown(content: Content) -> str:
     lines = ["# Throughput of LoRA linear layers", "", *(f"- {line}" for line in headline(content))]
     lines += [f"- {note}" for note in notes(content)] + ["", _HOW, ""]
-    if judged := targets_table(content)[1]:
-        lines += ["## Targets", "", piped((targets_table(content)[0], judged)), ""]
-        lines += [f"Set for a grid of {CELLS} cells per dtype and pass, without dropout.", ""]
-    for title, table in (
-        ("One linear", linear_table(content)),
-        ("Batches that mix adapters", mixed_table(content)),
+    described = content["variants"] | mixed_part(content)["variants"]
+    of_variants = [[v["label"], v["version"], v["what"]] for v in described.values()]
+    for title, table, below in (
+        ("Targets", targets_table(content), _OF_TARGETS),
+        ("One linear", linear_table(content), ""),
+        ("Batches that mix adapters", mixed_table(content), ""),
+        ("Variants", (["variant", "version", "what it is"], of_variants), ""),
     ):
-        if table[1] and (most is None or len(table[1]) <= most):
-            lines += [f"## {title}", "", piped(table), ""]
-        elif table[1]:
-            lines += [f"{title}: {len(table[1])} rows, in {MARKDOWN_NAME}", ""]
-    described = content["variants"] | content.get("mixed", {}).get("variants", {})
-    body = [[v["label"], v["version"], v["what"]] for v in described.values()]
-    if most is None:
-        lines += ["## Variants", "", piped((["variant", "version", "what it is"], body)), ""]
+        if table[1]:
+            lines += [f"## {title}", "", piped(table), "", *([below, ""] if below else [])]
     return "\n".join(lines)
-
-
-def summary(content: Content) -> str:
-    """For the terminal: targets, and tables that are not too long."""
-    return markdown(content, _MOST_SHOWN)
-
-
-def write(content: Content, directory: Path) -> list[str]:
-    """Write everything into ``directory``; returns a line about each file."""
-    directory.mkdir(parents=True, exist_ok=True)
-    judged = [
-        v._asdict() | {"target": v.target._asdict(), "outcome": v.outcome}
-        for v in verdicts(content)
-    ]
-    (directory / JSON_NAME).write_text(json.dumps(content | {"targets": judged}, indent=1) + "\n")
-    (directory / MARKDOWN_NAME).write_text(markdown(content))
-    return [f"wrote {directory / name}" for name in (JSON_NAME, MARKDOWN_NAME)]
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("results", type=Path, help=f"a {JSON_NAME}")
-    path = parser.parse_args(arguments).results
-    try:
-        content = json.loads(path.read_text())
-        page = markdown(content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(f"{path} is no report of bench: {error!r}")
-    path.with_name(MARKDOWN_NAME).write_text(page)
-    print(summary(content))
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,7 @@ All variants of a row share the frozen weight and hold the same adapters.
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,64 +15,29 @@ from torch import Tensor, nn
 
 import lora_kernels as lk
 from lora_kernels.layers.packed import PackedWeight
-from lora_kernels.planning.config import Config
-from lora_kernels.planning.device import facts
-from lora_kernels.planning.validity import invalid_reason
-from lora_kernels.spec.problem import Problem
+from lora_kernels.spec import native
 
-from .baselines import frozen_linear, packed_linear, peft_missing, unpacked_reason
-from .segmented_cases import MixedInputs, MixedSetting
-
-# plain: x W^T. mixed: with every row's adapter. part: that adapter's part, added to a y that the
-# variant holds. nothing: no tensor to check.
-Computes = Literal["plain", "mixed", "part", "nothing"]
+from .baselines import (
+    Plain,
+    Variant,
+    frozen_linear,
+    keyed,
+    packed_linear,
+    peft_missing,
+    unpacked_reason,
+)
 
 # Beyond this the gathered weights of a batch are not worth the memory.
 _MOST_GATHERED = 8 * 2**30
 
 
-class MixedVariant:
-    """One way to compute the batch; ``forward`` returns y, or one tensor for each slice."""
-
-    key: ClassVar[str]
-    label: ClassVar[str]
-    what: ClassVar[str]
-    package: ClassVar[str] = "torch"
-    computes: ClassVar[Computes] = "mixed"
-    # Whether a CUDA graph can hold it; else the host's time is in its own.
-    captured: ClassVar[bool] = True
-    # Somebody else's code, whose failure is a reason and no failure of the run.
-    peer: ClassVar[bool] = False
-    # The operators of ours that must have answered.
-    operators: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
-        self.setting = setting
-        self.inputs = inputs
-
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        raise NotImplementedError
-
-    @classmethod
-    def missing(cls, setting: MixedSetting, device: str) -> str | None:
-        """Why this variant has no number in such a row, or None if it has."""
-        return None
-
-
-class Plain(MixedVariant):
-    key, label = "plain", "plain linear"
-    what = "F.linear with the frozen weight, no adapter: the floor"
-    computes = "plain"
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.inputs.weight)
-
-
-class Tail(MixedVariant):
+class Tail(Variant):
     """An adapter part ``add`` and the base linear under it."""
 
+    computes = "mixed"
+
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        y = F.linear(x, self.inputs.weight)
+        y = F.linear(x, self.weight)
         self.add(x, y)
         return y
 
@@ -87,7 +52,7 @@ class Ours(Tail):
     package = "lora_kernels"
     operators = ("segmented_lora_",)
 
-    def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
+    def __init__(self, setting: Any, inputs: Any) -> None:
         super().__init__(setting, inputs)
         self.table = inputs.table()
 
@@ -100,7 +65,7 @@ class PackedBase(Ours):
     what = "our own packed linear (a merged FusedLoRALinear), then segmented_lora(out=y)"
     operators = ("lora_linear_fwd", "segmented_lora_")
 
-    def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
+    def __init__(self, setting: Any, inputs: Any) -> None:
         super().__init__(setting, inputs)
         self.layer = packed_linear(inputs.weight)
 
@@ -110,17 +75,18 @@ class PackedBase(Ours):
         return y
 
     @classmethod
-    def missing(cls, setting: MixedSetting, device: str) -> str | None:
+    def missing(cls, setting: Any, device: str) -> str | None:
         return unpacked_reason(setting, device)
 
 
-class Fused(MixedVariant):
+class Fused(Variant):
+    computes = "mixed"
     key, label = "fused", "ours, fused"
     what = "segmented_linear: base and adapters in one operator, on a CPU over a packed weight"
     package = "lora_kernels"
     operators = ("segmented_linear_fwd",)
 
-    def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
+    def __init__(self, setting: Any, inputs: Any) -> None:
         super().__init__(setting, inputs)
         self.table = inputs.table()
         self.packed = PackedWeight().get(inputs.weight, False)
@@ -132,18 +98,14 @@ class Fused(MixedVariant):
         )
 
     @classmethod
-    def missing(cls, setting: MixedSetting, device: str) -> str | None:
-        if device != "cpu":
-            return None
-        s, dtype = setting, setting.dtype
-        slots, slices = s.adapters, len(s.widths)
-        problem = Problem(
-            cls.operators[0], s.m, s.n, s.k, s.r, dtype, dtype, slots=slots, slices=slices
+    def missing(cls, setting: Any, device: str) -> str | None:
+        return (
+            None if device != "cpu" or native.load() else f"no native kernels: {native.why_not()}"
         )
-        return invalid_reason(Config("native"), problem, facts("cpu"))
 
 
-class Peft(MixedVariant):
+class Peft(Variant):
+    computes = "mixed"
     key, label = "peft", "PEFT"
     what = (
         "PEFT's lora.Linear with adapter_names=, one layer for each slice, adapters in the dtype "
@@ -152,7 +114,7 @@ class Peft(MixedVariant):
     package = "peft"
     captured = False
 
-    def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
+    def __init__(self, setting: Any, inputs: Any) -> None:
         super().__init__(setting, inputs)
         import peft
 
@@ -178,7 +140,7 @@ class Peft(MixedVariant):
         return [layer(x, adapter_names=self.names) for layer in self.layers]
 
     @classmethod
-    def missing(cls, setting: MixedSetting, device: str) -> str | None:
+    def missing(cls, setting: Any, device: str) -> str | None:
         return peft_missing()
 
 
@@ -187,7 +149,7 @@ class Gather(Tail):
     what = "F.linear, then A and B of every row gathered and two einsums for each slice"
     gathered: ClassVar[torch.dtype | None] = None
 
-    def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
+    def __init__(self, setting: Any, inputs: Any) -> None:
         super().__init__(setting, inputs)
         device = inputs.x.device
         self.slots = torch.tensor(inputs.slots, device=device)
@@ -205,22 +167,12 @@ class Gather(Tail):
             first += width
 
     @classmethod
-    def missing(cls, setting: MixedSetting, device: str) -> str | None:
+    def missing(cls, setting: Any, device: str) -> str | None:
+        if cls.gathered and setting.dtype == "float32":
+            return "the same as 'gather' in float32"
         if setting.gathered_bytes > _MOST_GATHERED:
             return f"it would gather {setting.gathered_bytes / 2**30:.0f} GiB"
         return None
-
-
-class GatherFloat32(Gather):
-    key, label = "gather_fp32", "gather fp32"
-    what = "gather with the gathered weights in float32, as engines do it on CPUs"
-    gathered = torch.float32
-
-    @classmethod
-    def missing(cls, setting: MixedSetting, device: str) -> str | None:
-        if setting.dtype == "float32":
-            return "the same as 'gather' in float32"
-        return super().missing(setting, device)
 
 
 class Loop(Tail):
@@ -230,7 +182,7 @@ class Loop(Tail):
         "looked up once, outside the time"
     )
 
-    def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
+    def __init__(self, setting: Any, inputs: Any) -> None:
         super().__init__(setting, inputs)
         slots = torch.tensor(inputs.slots, device=inputs.x.device)
         self.rows = [(slot, (slots == slot).nonzero()[:, 0]) for slot in set(inputs.slots)]
@@ -249,7 +201,7 @@ class Part(Tail):
 
     computes = "part"
 
-    def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
+    def __init__(self, setting: Any, inputs: Any) -> None:
         super().__init__(setting, inputs)
         self.y = inputs.x.new_zeros(setting.m, setting.n)
 
@@ -258,28 +210,18 @@ class Part(Tail):
         return self.y
 
 
-class OursPart(Part, Ours):
-    key, label = "segmented_part", "ours alone"
-    what = "segmented_lora(out=y) alone"
+def part(of: type[Tail], *named: str, **changes: Any) -> type[Variant]:
+    bases = type("Part", (Part, of), {})
+    return cast(Any, bases).but(*named, **changes)
 
 
-class GatherPart(Part, Gather):
-    key, label = "gather_part", "gather alone"
-    what = "gather + einsum without the base linear"
-
-
-class GatherFloat32Part(Part, GatherFloat32):
-    key, label = "gather_fp32_part", "gather fp32 alone"
-    what = "gather + einsum in float32 without the base linear"
-
-
-class Table(MixedVariant):
+class Table(Variant):
     key, label = "table", "the table"
     what = "SegmentTable.update_ for a new batch: once for all layers, in no other column"
     package = "lora_kernels"
     computes = "nothing"
 
-    def __init__(self, setting: MixedSetting, inputs: MixedInputs) -> None:
+    def __init__(self, setting: Any, inputs: Any) -> None:
         super().__init__(setting, inputs)
         self.table = inputs.table()
         self.slots = torch.tensor(inputs.slots, device=inputs.x.device)
@@ -289,20 +231,24 @@ class Table(MixedVariant):
         return []
 
 
-MIXED_VARIANTS: dict[str, type[MixedVariant]] = {
-    variant.key: variant
-    for variant in (
-        Plain,
-        PackedBase,
-        Fused,
-        Peft,
-        GatherFloat32,
+_FLOAT32 = {"gathered": torch.float32}
+MIXED_VARIANTS = keyed(
+    *(Plain, PackedBase, Fused, Peft),
+    Gather.but(
+        "gather_fp32",
+        "gather fp32",
+        "gather with the gathered weights in float32, as engines do it on CPUs",
+        **_FLOAT32,
+    ),
+    *(Gather, Loop),
+    part(
         Gather,
-        Loop,
-        GatherFloat32Part,
-        GatherPart,
-        OursPart,
-        Table,
-        Ours,
-    )
-}
+        "gather_fp32_part",
+        "gather fp32 alone",
+        "gather + einsum in float32 without the base linear",
+        **_FLOAT32,
+    ),
+    part(Gather, "gather_part", "gather alone", "gather + einsum without the base linear"),
+    part(Ours, "segmented_part", "ours alone", "segmented_lora(out=y) alone"),
+    *(Table, Ours),
+)

@@ -17,13 +17,6 @@ from torch import Tensor
 
 import lora_kernels as lk
 
-# How a report names the groups of rows, in the order they are measured.
-GROUPS = {
-    "rows": "8 adapters over the rows",
-    "T2": "the layers of a decoder, 8 adapters",
-    "T3": "hidden sizes, adapters and slices",
-    "T4": "populations",
-}
 # Row i uses adapter i mod S, or adapters of so many rows each as punica gives them.
 POPULATIONS = ("modulo", "identical", "distinct", "uniform", "zipf")
 _ZIPF = 1.5
@@ -60,12 +53,6 @@ class MixedSetting:
     @property
     def shape(self) -> str:
         return f"{self.m}x{self.k}x{'+'.join(map(str, self.widths))}"
-
-    @property
-    def adapter_bytes(self) -> int:
-        """What every adapter of the batch, read once, amounts to."""
-        size = torch.empty(0, dtype=getattr(torch, self.dtype)).element_size()
-        return self.adapters * self.r * (len(self.widths) * self.k + self.n) * size
 
     @property
     def gathered_bytes(self) -> int:
@@ -130,9 +117,11 @@ _DECODER = (
 )
 # A part of T3's sweep that fits: its batches 1 to 8192 and widths 1024 to 16384, of each the ends
 # and one or two between them, with its most adapters and its fewest and most slices.
-_SWEEP_ROWS = (1, 64, 1024, 8192)
-_SWEEP_HIDDEN = (1024, 4096, 16384)
-_SWEEP_ADAPTERS, _SWEEP_SLICES = 4, (1, 3)
+_SWEEP = itertools.product((1, 3), (1024, 4096, 16384), (1, 64, 1024, 8192))
+_SWEPT = [
+    MixedSetting("T3", "", m, hidden, (hidden,) * slices, RANK, "modulo", min(4, m))
+    for slices, hidden, m in _SWEEP
+]
 
 
 def mixed_settings(
@@ -145,28 +134,19 @@ def mixed_settings(
         found.append(MixedSetting("T2", "qkv", 32, 512, (512, 128, 128), 32, "modulo", 8))
     else:
         found = [mixed("rows", (m, *DECODE[1:])) for m in (1, 8, 32, 128, 512)]
-        decode_rows = (1, 8, 32, 64, 128, 8192) if gpu else (32,)
         found += [
             MixedSetting("T2", layer, m, k, widths, 32, "modulo", min(8, m))
-            for (layer, k, widths), m in itertools.product(_DECODER, decode_rows)
+            for layer, k, widths in _DECODER
+            for m in ((1, 8, 32, 64, 128, 8192) if gpu else (32,))
         ]
+        found += _SWEPT if gpu else []
         batches, k, n = ((1, 8, 32, 64), 4096, 11008) if gpu else ((32, 64), 2048, 5504)
         found += [
             mixed("T4", (m, k, n), population=population)
-            for population, m in itertools.product(POPULATIONS[1:], batches)
+            for population in POPULATIONS[1:]
+            for m in batches
         ]
-    if gpu and not quick:
-        sweep = itertools.product(_SWEEP_SLICES, _SWEEP_HIDDEN, _SWEEP_ROWS)
-        found += [
-            MixedSetting(
-                "T3", "", m, hidden, (hidden,) * slices, RANK, "modulo", min(_SWEEP_ADAPTERS, m)
-            )
-            for slices, hidden, m in sweep
-        ]
-    order = list(GROUPS)
-    found.sort(key=lambda setting: order.index(setting.group))
-    chosen = dtypes or ["bfloat16"]
-    return [replace(setting, dtype=dtype) for dtype in chosen for setting in found]
+    return [replace(setting, dtype=dtype) for dtype in dtypes or ["bfloat16"] for setting in found]
 
 
 @dataclass(frozen=True)

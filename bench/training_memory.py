@@ -16,14 +16,18 @@ our kernels.
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
 import importlib.util
+import multiprocessing
 import re
 import statistics
 import sys
 import time
+import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +39,6 @@ import lora_kernels as lk
 from lora_kernels.integrations.compare_memory import SavedTensors, step_peak
 from lora_kernels.spec.four_bit import quant_state_of
 
-from .apart import call_apart
 from .command import Content, finish, parser_of
 from .tables import origin, piped, told
 
@@ -136,7 +139,27 @@ def run(device: str, size: Size, chosen: Sequence[Setting]) -> Content:
 
 
 def _apart(cell: Cell) -> dict[str, Any]:
-    return call_apart("bench.training_memory:measure", cell, CELL_SECONDS)
+    return call_apart(measure, cell, CELL_SECONDS)
+
+
+def call_apart(function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float) -> Any:
+    """Call in a process of its own, where nothing has been allocated or loaded before.
+
+    Raises:
+        RuntimeError: the call raised something, took more than ``seconds``, or its process ended.
+    """
+    # Started anew, not forked: it inherits no threads, memory or device.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        future = pool.submit(function, *arguments)
+        try:
+            return future.result(seconds)
+        except concurrent.futures.TimeoutError:
+            for process in pool._processes.values():
+                process.kill()
+            raise RuntimeError(f"not done after {seconds:.0f} s") from None
+        except Exception as error:
+            traceback.print_exc()
+            raise RuntimeError(f"{type(error).__name__}: {error}"[:800]) from None
 
 
 def problems(cells: dict[str, Any], device: str) -> list[str]:

@@ -9,7 +9,6 @@ cannot be compiled, and what a copy stands in for must not be seen by other test
 from __future__ import annotations
 
 import contextlib
-import importlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -68,29 +67,11 @@ def prepare() -> None:
     interpreter.InterpreterBuilder.create_masked_load = load
 
 
-def plan_as_on_hopper() -> None:
-    """Let triton_v2 take its plans for sm_90, and build its tables without CUDA."""
-    expand = importlib.import_module("sglang.kernels.ops.lora.common.lora_b")
-    runner = importlib.import_module("sglang.srt.lora.dense.runner")
-
-    def geometry(offsets: Any, width: int, device: Any, out_offsets: Any = None) -> Any:
-        rows, columns = expand._geometry_inputs(offsets, width, out_offsets)
-        return expand._build_geometry(rows, width, device, columns)
-
-    init = runner.DenseLoraRunner.__init__
-
-    def init_on_hopper(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs | {"architecture": "sm90"})
-
-    runner.slice_geometry = geometry
-    runner.DenseLoraRunner.__init__ = init_on_hopper
-
-
 def check_batch(key: str, setting: MixedSetting, shifted: bool) -> None:
     """``shifted``: the peer is told that every row uses the adapter of the next."""
     inputs = draw(setting, "cpu")
     told = replace(inputs, slots=inputs.slots[1:] + inputs.slots[:1]) if shifted else inputs
-    step = bench_segmented.MixedStep(MIXED_PEERS[key](setting, told))
+    step = bench_segmented.step_of(MIXED_PEERS[key], setting, told)
     bench_segmented.Truth(setting, inputs).check(step.variant, step)
 
 
@@ -99,7 +80,7 @@ def check_step(key: str, setting: Setting) -> None:
     inputs = checks.draw(setting, "cpu")
     inputs.x.requires_grad_(setting.mode == "training")
     step = bench_lora_linear.step_of(variant, inputs, setting)
-    without_base = bench_lora_linear._without_base(setting, inputs, variant)
+    without_base = bench_lora_linear.without_base(setting, inputs, variant)
     checks.Truth(setting, inputs).check(step.variant, step, without_base)
 
 
@@ -113,9 +94,6 @@ def main(directory: str, *keys: str) -> None:
                     check_step(key, setting)
                     print(f"{key} {setting}: right", flush=True)
             continue
-        MIXED_PEERS[key].load()
-        if key.startswith("sglang_triton_v2"):
-            plan_as_on_hopper()
         for batch in BATCHES:
             check_batch(key, batch, shifted=False)
             print(f"{key} {batch}: right", flush=True)

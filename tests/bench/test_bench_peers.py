@@ -21,7 +21,7 @@ from bench.cases import Setting
 from bench.measure import CpuClock
 from bench.peers import TRAINING_PEERS
 from bench.peers_serving import MIXED_PEERS
-from bench.segmented_baselines import Loop
+from bench.segmented_baselines import MIXED_VARIANTS, Loop
 from bench.segmented_cases import MixedSetting
 
 ROOT = Path(__file__).parents[2]
@@ -155,22 +155,15 @@ class OneSet(CpuClock):
 class FakeSession:
     """What a row asks of the session; it keeps what the row found."""
 
-    def __init__(self, variants=(), broken=()):
-        self.device, self.clock = "cpu", OneSet()
-        self.variants, self.broken_peers = list(variants), dict(broken)
-        self.warmup, self.warmup_seconds, self.mixed_warmup_seconds = 1, 1.0, 1.0
-
-    def skip_if_late(self):
-        pass
-
-    def mixed_count(self, seconds):
-        return 2
+    def __init__(self, variants):
+        self.device, self.clock, self.variants = "cpu", OneSet(), variants
+        self.mixed_variants = variants
 
     def rounds_for(self, setting, seconds):
         return 2
 
-    def add_row(self, *found):
-        self.found = found
+    def add_row(self, setting, measured, found):
+        self.found = measured, found.missing
         return {}
 
 
@@ -184,27 +177,22 @@ class FakeBenchmark:
             target()
 
 
-def test_what_fails_in_a_mixed_batch_has_a_reason_and_no_time(monkeypatch):
-    monkeypatch.setattr(bench_segmented, "mixed_peers", lambda device: FAILING)
-    session = FakeSession(broken={"right": "missing: it breaks the process"})
+def test_what_fails_in_a_mixed_batch_has_a_reason_and_no_time():
+    session = FakeSession(MIXED_VARIANTS | FAILING)
     bench_segmented.test_segmented_lora(SMALL, FakeBenchmark(), session)
-    _, measured, missing, _ = session.found
+    measured, missing = session.found
     assert missing["raises"] == "missing: ValueError: GPU H9000 not supported"
     assert missing["own_assertion"] == "missing: AssertionError: x must be contiguous"
     assert missing["wrong"].startswith("WRONG") and "over the budget" in missing["wrong"]
     assert missing["not_a_number"].startswith("WRONG") and "NaN" in missing["not_a_number"]
-    assert missing["right"] == "missing: it breaks the process"
-    assert "segmented" in measured and not set(measured) & set(FAILING)
-    session = FakeSession()
-    bench_segmented.test_segmented_lora(SMALL, FakeBenchmark(), session)
-    _, measured, missing, _ = session.found
-    assert "right" in measured and "right" not in missing
+    assert "segmented" in measured and set(measured) & set(FAILING) == {"right"}
+    assert "right" not in missing
 
 
-def test_what_fails_and_is_no_peer_fails_the_run(monkeypatch):
-    monkeypatch.setattr(bench_segmented, "mixed_peers", lambda device: {"raises": _OursRaises})
+def test_what_fails_and_is_no_peer_fails_the_run():
+    session = FakeSession(MIXED_VARIANTS | {"raises": _OursRaises})
     with pytest.raises(ValueError, match="H9000"):
-        bench_segmented.test_segmented_lora(SMALL, FakeBenchmark(), FakeSession())
+        bench_segmented.test_segmented_lora(SMALL, FakeBenchmark(), session)
 
 
 class _HalfGradients(Addmm):
@@ -226,34 +214,12 @@ class _RaisesBackward(Addmm):
 def test_what_fails_in_a_training_step_has_a_reason_and_no_time(monkeypatch):
     failing = {"half": _HalfGradients, "backward": _RaisesBackward}
     monkeypatch.setattr(bench_lora_linear, "TRAINING_PEERS", failing)
-    session = FakeSession(variants=["plain", *failing, "fused"])
+    session = FakeSession(["plain", *failing, "fused"])
     bench_lora_linear.test_lora_linear(STEP, FakeBenchmark(), session)
-    _, measured, missing, *_ = session.found
+    measured, missing = session.found
     assert set(measured) == {"plain", "fused"}
     assert missing["half"].startswith("WRONG") and " dx: " in missing["half"]
     assert missing["backward"].startswith("missing: AttributeError")
-
-
-def dies(key, directory, rows):
-    if key == "dies":
-        os._exit(1)
-    if key == "hangs":
-        import time
-
-        time.sleep(60)
-    if key == "breaks":
-        raise RuntimeError(f"{rows[0]}: an illegal memory access")
-
-
-def test_peers_that_end_their_process_are_found(monkeypatch):
-    monkeypatch.setattr(peers, "_SECONDS", 8.0)
-    monkeypatch.setattr(peers, "_LONGEST_ROW_S", 4.0)
-    keys = ("well", "dies", "hangs", "breaks")
-    found = peers.broken_here({key: ["row-1"] for key in keys}, "tests.bench.test_bench_peers:dies")
-    assert set(found) == {"dies", "hangs", "breaks"}
-    assert "exit code 1" in found["dies"] and "not done after 12 s" in found["hangs"]
-    assert "row-1: an illegal memory access" in found["breaks"]
-    assert not peers.broken_here({})
 
 
 FILES = {

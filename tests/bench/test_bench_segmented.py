@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from bench import bench_segmented
-from bench.segmented_baselines import MIXED_VARIANTS, Fused, Loop, Ours, OursPart, Plain
+from bench import bench_segmented, checks
+from bench.baselines import Plain
+from bench.segmented_baselines import MIXED_VARIANTS, Fused, Loop, Ours
 from bench.segmented_cases import (
     DECODE,
     POPULATIONS,
@@ -57,7 +58,7 @@ def test_every_variant_is_right(dtype):
         if reason := variant.missing(setting, "cpu"):
             missing[key] = reason
         else:
-            step = bench_segmented.MixedStep(variant(setting, inputs))
+            step = bench_segmented.step_of(variant, setting, inputs)
             bench_segmented.Truth(setting, inputs).check(step.variant, step)
     assert missing.keys() <= {"packed", "fused", "peft", "gather_fp32", "gather_fp32_part"}, missing
 
@@ -77,7 +78,7 @@ class _NoScales(Loop):
         super().__init__(setting, replace(inputs, scales=[1.0] * len(inputs.scales)))
 
 
-class _LastRowForgotten(OursPart):
+class _LastRowForgotten(MIXED_VARIANTS["segmented_part"]):
     def add(self, x, y):
         super().add(x, y)
         y[-1] = 0
@@ -92,22 +93,22 @@ def test_the_check_sees():
     inputs = draw(setting, "cpu")
     truth = bench_segmented.Truth(setting, inputs)
     for variant in (_NoTail, _WrongAdapters, _NoScales, _LastRowForgotten, _Adapted):
-        step = bench_segmented.MixedStep(variant(setting, inputs))
+        step = bench_segmented.step_of(variant, setting, inputs)
         with pytest.raises(AssertionError, match="over the budget"):
             truth.check(step.variant, step)
 
 
 def test_an_answer_by_the_reference_is_refused():
     inputs = draw(SMALL, "cpu")
-    step = bench_segmented.MixedStep(Ours(SMALL, inputs))
+    step = bench_segmented.step_of(Ours, SMALL, inputs)
     with lk.force_plan("reference"), lk.record_plans() as answers:
         step()
     with pytest.raises(AssertionError, match="answered by"):
-        bench_segmented.plans_of(answers, "cpu", Ours.operators)
+        checks.plans_of(answers, "cpu", Ours.operators)
     with lk.record_plans() as answers:
-        bench_segmented.MixedStep(Plain(SMALL, inputs))()
+        bench_segmented.step_of(Plain, SMALL, inputs)()
     with pytest.raises(AssertionError, match="never called"):
-        bench_segmented.plans_of(answers, "cpu", Ours.operators)
+        checks.plans_of(answers, "cpu", Ours.operators)
 
 
 def answer(op, plan, backend="cuda"):
@@ -118,14 +119,14 @@ def answer(op, plan, backend="cuda"):
 def test_the_librarys_base_is_ours_with_our_kernels_on_it_alone():
     fused = Fused.operators
     for plan in ("vendor", "tail"):
-        assert bench_segmented.plans_of([answer(*fused, plan)], "cuda", fused) == {fused[0]: plan}
+        assert checks.plans_of([answer(*fused, plan)], "cuda", fused) == {fused[0]: plan}
     for wrong in (
         answer(*fused, "reference", "reference"),
         answer(*fused, "vendor", "cpu"),
         answer("segmented_lora_", "vendor"),
     ):
         with pytest.raises(AssertionError, match="answered by"):
-            bench_segmented.plans_of([wrong], "cuda", (wrong.op,))
+            checks.plans_of([wrong], "cuda", (wrong.op,))
 
 
 def test_copies_share_x_alone():
