@@ -16,7 +16,8 @@ vLLM 0.33.0; ``tests/integrations/test_vllm_contract.py`` holds the signatures t
 The scale is merged into B. What differs from vLLM's own wrapper: shrink and expand are one call, S
 is rounded to the rows' dtype (of float16 rows it stays float32), compute follows the rank of each
 adapter, rows without one are neither read nor written, and a step of a dense model does not wait
-for the device. Mixture-of-experts layers and full classification heads stay vLLM's.
+for the device. On a GPU the experts of mixtures stay vLLM's (on a CPU: ``vllm_experts.py``), and
+full classification heads on both.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch import Tensor
 from ..functional import ops
 from ..spec.reference import tail_dtype
 from ..spec.segments import SegmentTable
-from . import vllm_cpu
+from . import vllm_cpu, vllm_experts
 from .vllm_cpu import stacks
 
 PLUGIN = "lora_kernels"
@@ -59,6 +60,7 @@ def enable() -> None:
 
         CpuPlatform.get_punica_wrapper = named
         vllm_cpu.pack_weights()
+        vllm_experts.serve_experts()
         vllm_cpu.keep_compiling(CpuPlatform)
     else:
         from vllm.platforms.cuda import CudaPlatformBase
@@ -83,6 +85,7 @@ def __getattr__(name: str) -> Any:
         from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
         vllm_cpu.join_layers(SegmentedPunicaWrapper)
+        vllm_experts.rewire_routers()
         return wrapper_class(PunicaWrapperCPU)
     from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
@@ -118,11 +121,31 @@ def introduce_to_wrappers(manager_class: type) -> None:
         activated = activate(self, lora_id)
         if activated:
             self._last_mapping = None
+            _warn_of_dropped(self, lora_id)
         return activated
 
     _set_adapter_mapping.introduces = True  # type: ignore[attr-defined]
     manager_class._set_adapter_mapping = _set_adapter_mapping  # type: ignore[attr-defined]
     manager_class.activate_adapter = activate_adapter  # type: ignore[attr-defined]
+
+
+def _warn_of_dropped(manager: Any, lora_id: int) -> None:
+    """vLLM does not say which matrices of an adapter have names that no layer of it has."""
+    model = manager.list_adapters()[lora_id]
+    if manager.is_pooling_model or model in _looked_at:
+        return
+    _looked_at.add(model)
+    dropped = {name.removesuffix(".base_layer") for name in model.loras} - set(manager.modules)
+    if dropped:
+        vllm_cpu.logger.warning(
+            "lora_kernels: adapter %d has %d layers that vLLM has not and leaves out, as %s",
+            lora_id,
+            len(dropped),
+            min(dropped),
+        )
+
+
+_looked_at = weakref.WeakSet[Any]()
 
 
 class SegmentedPunicaWrapper:
@@ -204,6 +227,11 @@ class SegmentedPunicaWrapper:
     def table_of_tokens(self) -> Table:
         """The table for the rows of the layers."""
         return self._tokens.tensors()
+
+    def slots_of_tokens(self, rows: int) -> tuple[Tensor, Tensor, int]:
+        """The slot of each row of the layers, the rank of each slot, and what ranks may reach."""
+        table = self._tokens
+        return table.slot_of_row[:rows], table.rank_of_slot, table.max_rank
 
     def add_shrink(
         self, y: Tensor, x: Tensor, lora_a_stacked: tuple[Tensor, ...], scale: float, **kwargs: Any
@@ -318,8 +346,8 @@ def _ranks_of(model: Any) -> tuple[int, int]:
     for name, layer in model.loras.items():
         of_head = "lm_head" in name  # by which vLLM knows it, too
         matrices = layer.lora_a if isinstance(layer.lora_a, list) else [layer.lora_a]
-        # Those of experts have three dimensions and are not ours.
-        found = (len(a) for a in matrices if a is not None and a.dim() == 2)
+        # Those of experts are [E, r, in].
+        found = (a.shape[-2] for a in matrices if a is not None)
         ranks[of_head] = max(ranks[of_head], *found, 0)
     return ranks[0], ranks[1]
 

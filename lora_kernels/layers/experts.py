@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -30,10 +30,11 @@ class Factors(NamedTuple):
 
 class SlotFactors(NamedTuple):
     """The adapters of many slots: A [S*E, r_max, in] and B [S*E, out, r_max], the experts of a slot
-    one after the other; ``table`` has the slot of each row of hidden_states."""
+    one after the other, or one of each for every slice of the output; ``table`` has the slot of
+    each row of hidden_states."""
 
-    a: Tensor
-    b: Tensor
+    a: Tensor | Sequence[Tensor]
+    b: Tensor | Sequence[Tensor]
     table: SegmentTable
 
     def routed(self, expert: Tensor, token: Tensor, experts: int) -> SegmentTable:
@@ -48,12 +49,13 @@ class SlotFactors(NamedTuple):
         seg = self.table
         slot = seg.slot_of_row[token]
         own = torch.where((slot >= 0) & (expert < experts), slot * experts + expert, -1)
+        slots = len(seg.rank_of_slot) * experts
         ranks, scales = (
-            t.repeat_interleave(experts, output_size=len(self.a))
+            t.repeat_interleave(experts, output_size=slots)
             for t in (seg.rank_of_slot, seg.scale_of_slot)
         )
         return SegmentTable.from_token_mapping(
-            own, len(self.a), seg.max_rank, rank_of_slot=ranks, scale_of_slot=scales
+            own, slots, seg.max_rank, rank_of_slot=ranks, scale_of_slot=scales
         )
 
     def onto(self, y: Tensor, rows: Tensor, table: SegmentTable) -> Tensor:

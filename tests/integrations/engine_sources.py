@@ -24,7 +24,14 @@ import pytest
 # The releases that the plug-ins are written against.
 PINS = {"vllm": "0.33.0", "sglang": "0.5.23"}
 PARTS = {
-    "vllm": ("vllm/lora", "vllm/platforms/cuda.py", "vllm/plugins", "vllm/v1/worker", "tests/lora"),
+    "vllm": (
+        "vllm/lora",
+        "vllm/model_executor/layers/fused_moe",
+        "vllm/platforms/cuda.py",
+        "vllm/plugins",
+        "vllm/v1/worker",
+        "tests/lora",
+    ),
     "sglang": ("sglang/srt/lora", "sglang/srt/plugins", "sglang/srt/arg_groups"),
 }
 CACHE = Path(__file__).parents[2] / "build" / "peers"
@@ -38,7 +45,7 @@ def root_of(engine):
     if spec is not None and spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations))).parent
     folder = CACHE / f"{engine}-{PINS[engine]}"
-    if folder.exists():
+    if _is_whole(folder, engine):
         return folder
     with tempfile.TemporaryDirectory() as work:
         try:
@@ -57,11 +64,17 @@ def root_of(engine):
                 shutil.copytree(source, target, ignore=ignore)
             else:
                 shutil.copy(source, target)
+    if not _is_whole(folder, engine):  # from before a part was added
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         fresh.rename(folder)
     except OSError:  # another process of this run was first
         shutil.rmtree(fresh)
     return folder
+
+
+def _is_whole(folder, engine):
+    return all((folder / part).exists() for part in PARTS[engine])
 
 
 def _download(engine, work):

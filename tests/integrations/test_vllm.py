@@ -1,5 +1,7 @@
 """The vLLM plug-in: its wrapper in vLLM's layouts against float64."""
 
+import logging
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -143,6 +145,25 @@ def test_a_slot_gets_another_adapter(base):
     manager._set_adapter_mapping(mapping)
     assert wrapper._tokens.rank_of_slot.tolist() == [8, 2, 16, 11, 5]
     assert wrapper._prompts.rank_of_slot.tolist() == [8, 2, 16, 11, 5]
+
+
+def test_experts_may_have_a_larger_rank(base):
+    wrapper, manager = managed(base)
+    manager.models[9] = Model(3, experts=13)
+    manager._set_adapter_mapping(batch("decode"))
+    assert wrapper._tokens.rank_of_slot.tolist() == [8, 16, 16, 13, 5]
+
+
+def test_what_vllm_leaves_out_of_an_adapter_is_logged_once(base, caplog):
+    caplog.set_level(logging.INFO, "vllm.lora_kernels")
+    _, manager = managed(base)
+    manager.activate_adapter(9)
+    assert not caplog.records
+    for lora_id in (7, 3, 3):
+        manager.models[lora_id].loras |= {"mlp.experts": None, "z": None} if lora_id == 3 else {}
+        manager.activate_adapter(lora_id)
+    (record,) = caplog.records
+    assert "adapter 3 has 2 layers" in record.getMessage() and "mlp.experts" in record.getMessage()
 
 
 def test_without_an_adapter_of_the_head_logits_cost_nothing(base):

@@ -112,6 +112,7 @@ def test_what_we_read_of_vllms_manager():
     activate = "LoRAModelManager.activate_adapter"
     assert engine_sources.parameters("vllm", path, activate) == "self, lora_id"
     read = ("_is_moe", "_classification_head", "punica_wrapper_mapping", "_last_mapping")
+    read += "is_pooling_model", "modules"
     for attribute in read:
         assert f"self.{attribute}" in source
     assert (
@@ -139,10 +140,11 @@ def platform(request, monkeypatch):
         def check_and_update_config(cls, config):
             config.compiles = config.lora_config is None
 
-    def pack(layer, remove_weight):
-        raise AssertionError("vLLM packs nothing in these tests")
+    def pack(*arguments, **named):
+        raise AssertionError("vLLM packs and chooses nothing in these tests")
 
     name = "CpuPlatform" if request.param == "cpu" else "CudaPlatformBase"
+    experts = "vllm.model_executor.layers.fused_moe"
     for module, contents in {
         "vllm": {},
         "vllm.platforms": {"current_platform": Platform},
@@ -151,12 +153,24 @@ def platform(request, monkeypatch):
         "vllm.model_executor": {},
         "vllm.model_executor.layers": {},
         "vllm.model_executor.layers.utils": {"dispatch_cpu_unquantized_gemm": pack},
+        experts: {},
+        f"{experts}.unquantized_fused_moe_method": {"select_unquantized_moe_backend": pack},
+        f"{experts}.oracle": {},
+        f"{experts}.oracle.unquantized": {"UnquantizedMoeBackend": None},
     }.items():
         monkeypatch.setitem(sys.modules, module, type(sys)(module))
         vars(sys.modules[module]).update(contents)
     packing = sys.modules["vllm.model_executor.layers.utils"]
     sys.modules["vllm.model_executor.layers"].utils = packing
+    method = "unquantized_fused_moe_method"
+    setattr(sys.modules[experts], method, sys.modules[f"{experts}.{method}"])
     return Platform
+
+
+def wrapped_on_a_cpu():
+    layers = sys.modules["vllm.model_executor.layers"]
+    method = sys.modules[f"{layers.__name__}.fused_moe"].unquantized_fused_moe_method
+    return layers.utils.dispatch_cpu_unquantized_gemm, method.select_unquantized_moe_backend
 
 
 @pytest.mark.parametrize("plugins", [None, "", "other", "lora_kernels_2,other"])
@@ -166,8 +180,7 @@ def test_installed_it_does_nothing(plugins, platform, monkeypatch):
         monkeypatch.setenv("VLLM_PLUGINS", plugins)
     plugin.register()
     assert platform.get_punica_wrapper() == "vllm.its.own"
-    packs = sys.modules["vllm.model_executor.layers.utils"].dispatch_cpu_unquantized_gemm
-    assert not hasattr(packs, "__wrapped__")
+    assert not any(hasattr(function, "__wrapped__") for function in wrapped_on_a_cpu())
 
 
 @pytest.mark.parametrize("plugins", ["lora_kernels", "other,lora_kernels"])
@@ -176,8 +189,7 @@ def test_asked_for_by_name_it_is_used(plugins, platform, monkeypatch):
     plugin.register()
     plugin.register()
     assert platform.get_punica_wrapper() == "lora_kernels.integrations.vllm.PunicaWrapper"
-    packs = sys.modules["vllm.model_executor.layers.utils"].dispatch_cpu_unquantized_gemm
-    assert hasattr(packs, "__wrapped__") == platform.is_cpu()
+    assert {hasattr(f, "__wrapped__") for f in wrapped_on_a_cpu()} == {platform.is_cpu()}
     config = SimpleNamespace(lora_config="adapters")
     platform.check_and_update_config(config)
     assert config.compiles == platform.is_cpu() and config.lora_config == "adapters"

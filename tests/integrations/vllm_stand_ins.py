@@ -84,11 +84,12 @@ class Layer:
 class Model:
     """A ``LoRAModel``: what it has at the seam is the A of its layers."""
 
-    def __init__(self, rank, head=None):
+    def __init__(self, rank, head=None, experts=1):
         self.loras = {
             "lm_head": Layer(torch.zeros(rank if head is None else head, 6)),
             "qkv": Layer(torch.zeros(min(rank, 2), 6), None),
-            "experts": Layer(torch.zeros(2, 99, 6)),
+            "experts": Layer(torch.zeros(99, experts, 6)),
+            "experts.base_layer": Layer(torch.zeros(99, 1, 6)),
             "o": Layer(torch.zeros(rank, 6)),
         }
 
@@ -97,6 +98,8 @@ class Manager:
     """A ``LoRAModelManager`` of a dense model: adapters in slots, told to its wrapper."""
 
     _is_moe = False
+    is_pooling_model = False
+    modules = ("lm_head", "qkv", "experts", "o")
     _classification_head = None
     _last_mapping = None
 
