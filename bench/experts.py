@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,7 +25,7 @@ from lora_kernels.testing.linear import assert_within_budget
 
 from .command import Report, Row
 from .measure import medians, native_answers
-from .peft_layer import SAMPLE
+from .peft_layer import SAMPLE, TRAINING, step_of
 
 RANK = 16
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -84,50 +83,41 @@ def variants(case: Case) -> tuple[dict[str, nn.Module], lk.PeftReport]:
     return {FROZEN: bare, PEFT: inner, SWAPPED: swapped.base_model.model, OURS: ours}, report
 
 
-def steps_of(
-    models: dict[str, Any], case: Case, dtype: torch.dtype
-) -> dict[str, Callable[[], Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    x, dy = (torch.randn(1, case.tokens, case.hidden, generator=generator).to(dtype) for _ in "xy")
-    index = torch.rand(case.tokens, case.experts, generator=generator).topk(case.top).indices
-    weights = torch.rand(case.tokens, case.top, generator=generator).to(dtype)
+class Part(nn.Module):
+    """What is measured of a model: y of its rows."""
 
-    def step(one: Any) -> Callable[[], Tensor]:
-        rows = x.clone().requires_grad_()
-        trained = [rows, *(p for p in one.parameters() if p.requires_grad)]
+    def __init__(self, model: Any, case: Case) -> None:
+        super().__init__()
+        self.whole = case.what == "model"
+        self.part = model if self.whole else model.layers[0].mlp.experts
+        generator = torch.Generator().manual_seed(1)
+        drawn = torch.rand(case.tokens, case.experts, generator=generator)
+        self.index = drawn.topk(case.top).indices
+        weights = torch.rand(case.tokens, case.top, generator=generator)
+        self.weights = weights.to(getattr(torch, case.dtype))
 
-        def run() -> Tensor:
-            if case.what == "experts":
-                y = one.layers[0].mlp.experts(rows[0], index, weights)[None]
-            else:
-                y = one(inputs_embeds=rows).last_hidden_state
-            y.backward(dy)
-            for leaf in trained:
-                leaf.grad = None
-            return y.detach()
-
-        return run
-
-    return {name: step(one) for name, one in models.items()}
+    def forward(self, x: Tensor) -> Tensor:
+        if self.whole:
+            return self.part(inputs_embeds=x).last_hidden_state
+        return self.part(x[0], self.index, self.weights.to(x.dtype))[None]
 
 
 def measure(case: Case, seconds: float) -> Row:
     models, report = variants(case)
-    steps = steps_of(models, case, getattr(torch, case.dtype))
+    parts = {name: Part(model, case) for name, model in models.items()}
+    dtype = getattr(torch, case.dtype)
+    x, dy = (torch.randn(1, case.tokens, case.hidden, dtype=dtype) for _ in "xy")
+    steps = {name: step_of(part, TRAINING, x, dy) for name, part in parts.items()}
     if case.what == "experts":
-        exact = {OURS: variants(case)[0][OURS].double()}
-        exact_y = steps_of(exact, case, torch.float64)[OURS]()
-        for name in (SWAPPED, OURS):
-            assert_within_budget(name, steps[name](), steps[PEFT](), exact_y)
+        with torch.no_grad():
+            exact = copy.deepcopy(parts[OURS]).double()(x.double())
+            for name in (SWAPPED, OURS):
+                assert_within_budget(name, parts[name](x), parts[PEFT](x), exact)
     for name in (SWAPPED, OURS):
         native_answers(steps[name])
     if report.calls.fallen_back:
         raise SystemExit(f"not answered by lora_kernels: {report.calls}")
-    held = sum(
-        p.nbytes
-        for name, p in models[FROZEN].named_parameters()
-        if ".experts." in name and (case.what == "model" or "layers.0" in name)
-    )
+    held = sum(p.nbytes for p in parts[FROZEN].parameters() if p.dim() == 3)
     return case._asdict() | {
         "us": medians(steps, seconds, lasting=SAMPLE),
         "peak": {name: step_peak(step, "cpu") for name, step in steps.items()},
