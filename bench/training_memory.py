@@ -25,6 +25,7 @@ import statistics
 import sys
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -109,9 +110,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--quick", action="store_true", help="a tiny model, to see that all of it works")
     add("--rows", type=int, metavar="N", help="the first N rows alone")
+    add("--no-times", action="store_true", help="memory alone, of one step: for a busy machine")
     args = parser.parse_args(arguments)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    content = run(device, SIZES["quick" if args.quick else device], SETTINGS[: args.rows])
+    size = SIZES["quick" if args.quick else device]
+    if args.no_times:
+        size = size._replace(steps=1, seconds=0.0)
+    content = run(device, size, SETTINGS[: args.rows])
     return finish("memory", content, table(content), args.out, content["failures"])
 
 
@@ -264,6 +269,8 @@ def build(library: str, setting: Setting, size: Size, device: str) -> Any:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    # transformers 5.23 has renamed what PEFT reads and what is called here for 5.17 as well.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=size.vocabulary,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __doc__ as description
-from .settings import OURS, PEFT, Settings, UserError, parse
+from .settings import FOUR_BITS, OURS, PEFT, Settings, UserError, parse
 from .text import finetuning_corpus, largest_packages, parts, pretraining_text
 
 
@@ -100,8 +100,10 @@ def run(settings: Settings) -> dict[str, Any]:
     base.eval().requires_grad_(False)
     libraries = [OURS] + [PEFT] * (settings.peft and training.has_peft())
     try:
+        bases = dict.fromkeys(libraries, base) | {FOUR_BITS: training.quantised(base)}
         models = {
-            each: training.adapted(each, settings, base, settings.dropout) for each in libraries
+            name: training.adapted(name, settings, each, settings.dropout)
+            for name, each in bases.items()
         }
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -124,13 +126,21 @@ def run(settings: Settings) -> dict[str, Any]:
             "pretraining": pretraining,
             "before": training.evaluate(settings, base, held_out, "base model"),
         },
-        "runs": training.finetune(settings, models, rows),
     }
-    for library, result in content["runs"].items():
-        batch, title = rows[: settings.batch], f"adapted by {library}"
-        result["saved_bytes"] = training.saved_bytes(library, settings, base, batch)
-        result["after"] = training.evaluate(settings, models[library], held_out, title)
-    content["runs"][OURS] |= training.examine(settings, base, models[OURS], held_out[:4])
+    quantised, probe = bases[FOUR_BITS], held_out[:4]
+    logits, exact = (training.logits(model, probe) for model in (quantised, base))
+    four_bits = {
+        "before": training.evaluate(settings, quantised, held_out, "base in four bits"),
+        "difference": training.difference(logits, exact),
+    }
+    runs = content["runs"] = training.finetune(settings, models, rows)
+    for name, result in runs.items():
+        result |= training.memory(name, settings, bases[name], rows[: settings.batch])
+        result["after"] = training.evaluate(settings, models[name], held_out, f"adapted, {name}")
+    for name in (OURS, FOUR_BITS):
+        runs[name]["weight_bytes"], _ = training.adapted_weights(models[name])
+    content["four_bits"] = runs.pop(FOUR_BITS) | four_bits
+    runs[OURS] |= training.examine(settings, base, models[OURS], probe)
     texts = largest_packages() if settings.data is None else parts(corpus, settings.context)
     content["serving"] = serving.serve(settings, base, tokenizer, texts)
     content["seconds"] = time.perf_counter() - began

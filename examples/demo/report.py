@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from bench.tables import count, told
 
-from .settings import OURS, PEFT
+from .settings import FOUR_BITS, OURS, PEFT
 
 Content = dict[str, Any]
 NAMES = ("demo.json", "demo.txt", "demo.png")
@@ -20,7 +20,11 @@ NAMES = ("demo.json", "demo.txt", "demo.png")
 # apart, whose depth is not known; and of the demo's own model, in roundings: each of the two is
 # about one float32 rounding of the base's logits away from float64 (measured in every run).
 LIMIT, LIMIT_OF_USERS_MODEL, ROUNDINGS = 1e-6, 1e-4, 4
-_COLOURS = {OURS: "#0b6e99", PEFT: "#e07b39"}
+# What four bits may change of the base's logits, of the held-out loss after fine-tuning, and leave
+# of the weights' bytes. A right quantiser changes the logits by 0.01, one that takes the absmax of
+# the neighbouring block by 0.24, which the loss does not show (2026-11-30).
+FOUR_BIT_LOGITS, FOUR_BIT_LOSS, FOUR_BIT_SHARE = 0.1, 0.02, 0.5
+_COLOURS = {OURS: "#0b6e99", PEFT: "#e07b39", FOUR_BITS: "#444444"}
 
 
 class Check(NamedTuple):
@@ -38,7 +42,7 @@ class Check(NamedTuple):
         return not self.demanded or self.least <= self.measured <= self.most
 
     def cells(self) -> list[str]:
-        limit = f">= {_number(self.least)}" if self.most == math.inf else f"< {self.most:.1e}"
+        limit = f">= {_number(self.least)}" if self.most == math.inf else f"< {_number(self.most)}"
         limit = (
             "only shown"
             if not self.demanded
@@ -65,6 +69,7 @@ def checks(content: Content) -> list[Check]:
         found.append(Check("logits differ, saved and loaded by PEFT", by_peft, 0, rounded, exact))
     calls = sum(count for *_, count in ours["answers"])
     found.append(Check("operator calls of one training step", calls, 1))
+    found += four_bit_checks(content)
     serving = content["serving"]
     if serving is None:
         return found
@@ -85,6 +90,22 @@ def checks(content: Content) -> list[Check]:
         Check("  calls of segmented_linear_fwd", together["fused_calls"], 1),
         Check(slots, stream["same_tokens"], stream["rows"], demanded=exact),
         Check("  adapters back after eviction", stream["back_again"], 1, demanded=evicts),
+    ]
+
+
+def four_bit_checks(content: Content) -> list[Check]:
+    """Of the same fine-tuning over the base in four bits."""
+    ours, four = content["runs"][OURS], content["four_bits"]
+    apart, share = (
+        abs(four["after"] / ours["after"] - 1),
+        four["weight_bytes"] / ours["weight_bytes"],
+    )
+    # How much four bits change depends on the model: the demo knows its own.
+    own = content["is_default"]
+    return [
+        Check("logits differ, base in four bits", four["difference"], 0, FOUR_BIT_LOGITS, own),
+        Check("  held-out loss differs, both fine-tuned", apart, 0, FOUR_BIT_LOSS, own),
+        Check("  bytes of the weights, over the plain ones'", share, 0, FOUR_BIT_SHARE),
     ]
 
 
@@ -148,7 +169,7 @@ def table(content: Content) -> list[str]:
         said = f"Training losses differ by {apart:.1e} at most: same A, B, batches{masks}."
     else:
         said = "The comparison was left out: PEFT is not installed, or was not wanted."
-    lines += [*_aligned(rows), said]
+    lines += [*_aligned(rows), said, *four_bit_lines(content)]
     if content["serving"]:
         lines += serving_lines(content["serving"])
     else:
@@ -157,6 +178,30 @@ def table(content: Content) -> list[str]:
     answers = (f"{n} {op} ({device}: {plan})" for op, device, plan, n in ours["answers"])
     lines += ["", f"what answered one training step: {', '.join(answers)}"]
     return [*lines, f"all of it took {content['seconds']:.0f} s"]
+
+
+def four_bit_lines(content: Content) -> list[str]:
+    """The same fine-tuning over the base in four bits, beside the plain one."""
+    base, ours, four = content["base"], content["runs"][OURS], content["four_bits"]
+    both, dtype = (ours, four), base["dtype"]
+    losses = {"before": (base["before"], four["before"]), "after": (ours["after"], four["after"])}
+    speeds = [run["tokens_per_second"] for run in both]
+    rows = [["", f"{dtype} base", "NF4 base"]]
+    for title, key in (
+        ("weights below the adapters, MB", "weight_bytes"),
+        (f"peak of a step, MB, dropout {content['saved_at_dropout']:g}", "peak_bytes"),
+    ):
+        plain, less = (run[key] for run in both)
+        megabytes = [f"{size / 1e6:,.{2 if plain < 1e7 else 1}f}" for size in (plain, less)]
+        ratio = plain / less
+        rows.append([title, *megabytes, f"{ratio:.2f}x less" if ratio >= 1.005 else "no less"])
+    rows += [[f"held-out loss {k}", *(f"{x:.4f}" for x in both)] for k, both in losses.items()]
+    rows.append(["training tokens/s", *(f"{s:,.0f}" for s in speeds), faster(*reversed(speeds))])
+    return [
+        "",
+        f"The same steps over lk.quantize_base (NF4, double quantisation), computed in {dtype}:",
+        *_aligned(rows),
+    ]
 
 
 def serving_lines(serving: Content) -> list[str]:
@@ -242,8 +287,8 @@ def picture(content: Content, path: Path) -> None:
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)
         ax.margins(x=0.2, y=0.14)
-    for name, run in runs.items():
-        style, width = ("-", 2.2) if name == OURS else ("--", 1.2)
+    for name, run in (runs | {FOUR_BITS: content["four_bits"]}).items():
+        style, width = ("-", 2.2) if name == OURS else ("--", 1.2) if name == PEFT else (":", 1.4)
         recent = (run["losses"][max(0, end - 10) : end] for end in range(1, len(run["losses"]) + 1))
         losses = [statistics.mean(window) for window in recent]
         steps = range(1, len(losses) + 1)

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-OURS, PEFT = "lora_kernels", "PEFT"
+OURS, PEFT, FOUR_BITS = "lora_kernels", "PEFT", "four bits"
 OUT = Path(__file__).parent / "out"
 
 
@@ -30,7 +30,7 @@ class Settings:
     batch: int = 8
     context: int = 256
     steps: int = 120
-    finetune_seconds: float = 75.0
+    finetune_seconds: float = 100.0
     evaluation_blocks: int = 64
 
     # Of the model that is made; None: by the device.
@@ -67,7 +67,7 @@ _HELP = {
     "batch": "sequences per step",
     "context": "tokens per sequence",
     "steps": "of fine-tuning, at most",
-    "finetune_seconds": "for the fine-tuning of all libraries together",
+    "finetune_seconds": "for the fine-tuning of all models together",
     "pretrain_seconds": "for the pre-training of the demo's own model",
     "seed": "of everything",
 }

@@ -28,7 +28,8 @@ from transformers import (
 )
 
 import lora_kernels as lk
-from lora_kernels.integrations.compare_memory import SavedTensors
+from bench.training_memory import weight_bytes
+from lora_kernels.integrations.compare_memory import SavedTensors, step_peak
 
 from .settings import OURS, PEFT, Settings, UserError
 from .text import Corpus
@@ -200,8 +201,20 @@ def optimized(model: Any, optimizer: Any, rows: Tensor, loss_of: Loss = loss_of)
     return loss.item()
 
 
+def quantised(base: Any) -> Any:
+    """A copy of ``base`` with its linear layers in four bits, computed in the base's own dtype."""
+    return lk.quantize_base(with_shared_weights(base), "nf4", double_quant=True)
+
+
+def adapted_weights(model: Any) -> tuple[int, int]:
+    """Of the weights below our adapters: how many bytes, and how many numbers."""
+    layers = [m for m in model.modules() if isinstance(m, lk.FusedLoRALinear)]
+    stored = sum(weight_bytes(layer.weight) for layer in layers)
+    return stored, sum(layer.in_features * layer.out_features for layer in layers)
+
+
 def adapted(library: str, settings: Settings, base: Any, dropout: float) -> Any:
-    """The base with the untrained adapter that every library starts from."""
+    """The base with the untrained adapter that every model starts from."""
     start = settings.out / "initial-adapter"
     if library == PEFT:
         from peft import PeftConfig
@@ -254,12 +267,18 @@ def finetune(settings: Settings, models: dict[str, Any], rows: Tensor) -> dict[s
     return results
 
 
-def saved_bytes(library: str, settings: Settings, base: Any, rows: Tensor) -> int:
-    """What autograd holds at most in a training step, without parameters and buffers."""
+def memory(library: str, settings: Settings, base: Any, rows: Tensor) -> dict[str, int]:
+    """Of a forward and backward, in bytes: the most that autograd holds, without parameters and
+    buffers, and the most that is allocated."""
     model = adapted(library, settings, base, settings.usual_dropout)
-    with SavedTensors([*model.parameters(), *model.buffers()]) as saved:
+
+    def step() -> None:
         loss_of(model, rows).mean().backward()
-    return saved.peak
+        model.zero_grad()
+
+    with SavedTensors([*model.parameters(), *model.buffers()]) as saved:
+        step()
+    return {"saved_bytes": saved.peak, "peak_bytes": step_peak(step, DEVICE.type)}
 
 
 def examine(settings: Settings, base: Any, model: Any, probe: Tensor) -> dict[str, Any]:

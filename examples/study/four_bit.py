@@ -15,9 +15,8 @@ import torch
 
 import lora_kernels as lk
 from bench.tables import Table, number
-from bench.training_memory import weight_bytes
 
-from ..demo.training import logits
+from ..demo.training import adapted_weights, logits
 from .lab import Lab
 from .wording import BLUE, GREY, changes, costs, listed, ranges, spread, times
 
@@ -44,13 +43,6 @@ def base(lab: Lab, name: str, seed: int) -> Any:
     return lk.quantize_base(model, kind, double_quant=double)
 
 
-def sizes(model: Any) -> tuple[int, int]:
-    """Of the weights below the adapters: how many bytes, and how many numbers."""
-    layers = [m for m in model.modules() if isinstance(m, lk.FusedLoRALinear)]
-    stored = sum(weight_bytes(layer.weight) for layer in layers)
-    return stored, sum(layer.in_features * layer.out_features for layer in layers)
-
-
 def measure(lab: Lab) -> dict[str, Any]:
     runs: dict[str, list[Any]] = {name: [] for name in NAMES}
     rows: dict[str, dict[str, Any]] = {}
@@ -61,7 +53,7 @@ def measure(lab: Lab) -> dict[str, Any]:
             rows[name] = {"name": name, "before": lab.evaluate(model)}
         lk.apply_lora(model, r=RANK, lora_alpha=2 * RANK)
         runs[name].append(lab.finetune(model, seed=seed))
-        rows[name]["bytes"], rows[name]["weights"] = sizes(model)
+        rows[name]["bytes"], rows[name]["weights"] = adapted_weights(model)
         calls[name] = lambda model=model: logits(model, lab.held_out[:4])
     seconds = lab.in_turns(calls)
     for name, row in rows.items():

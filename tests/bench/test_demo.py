@@ -144,7 +144,7 @@ def small_run(tmp_path_factory):
 def test_small_run_passes_its_checks_and_writes_its_files(small_run):
     out, content = small_run
     assert [check for check in report.checks(content) if not check.passed] == []
-    assert len(report.checks(content)) == 14
+    assert len(report.checks(content)) == 17
     written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     names = [f"adapters/{name}/adapter_model.safetensors" for name in content["serving"]["ranks"]]
     assert written >= {*names, *report.NAMES, ".gitignore", "adapter/adapter_model.safetensors"}
@@ -165,6 +165,11 @@ def test_small_run_trains_and_serves(small_run):
     answered = {op for op, *_ in ours["answers"]}
     assert answered >= {"lora_linear_fwd", "lora_linear_dx", "lora_linear_dab"}
     assert set(serving["ranks"]) == {f"part-{i}" for i in range(1, 11)}
+    four = content["four_bits"]
+    assert len(four["losses"]) == 6 and abs(four["after"] - ours["after"]) < 0.1
+    assert 0 < abs(four["before"] - content["base"]["before"]) < 0.1 and four["difference"] > 1e-3
+    assert four["weight_bytes"] < ours["weight_bytes"] / 2
+    assert 0.9 < four["peak_bytes"] / ours["peak_bytes"] < 1.1
     together, stream = serving["together"], serving["stream"]
     assert together["same_tokens"] == together["rows"] == 12
     assert stream["same_tokens"] == stream["rows"] == 4 * 8
@@ -182,11 +187,15 @@ def test_the_page_says_of_what_and_which_way(small_run, tmp_path):
         run |= {"tokens_per_second": 100 * factor, "saved_bytes": 3e6 / factor}
     speeds = twice["serving"]["tokens_per_second"]
     speeds |= dict(zip(speeds, (300.0, 150.0, 200.0, 100.0), strict=True))
+    twice["runs"][OURS] |= {"weight_bytes": 8e6, "peak_bytes": 5e8}
+    twice["four_bits"] |= {"weight_bytes": 1e6, "peak_bytes": 4e8, "tokens_per_second": 250.0}
     lines = report.table(twice)
     for line in (
         *("training tokens/s .* 200 +100 +2.00x as fast", "MB, dropout 0.1 +1.5 +3.0 +2.00x less"),
         *("a slot for each +300 +1.50x as fast", "PEFT, adapter_names= +200 +1.00x as fast"),
         "with eviction +150 +0.75x as fast",
+        *("weights below .* 8.00 +1.00 +8.00x less", "peak of a step.* 500.0 +400.0 +1.25x less"),
+        "training tokens/s +200 +250 +1.25x as fast",
     ):
         assert any(re.search(line, found) for found in lines), line
     alone = content | {"runs": {OURS: content["runs"][OURS]}, "serving": None}
@@ -202,6 +211,7 @@ FAILURES = (
     *(("together", "same_tokens", 11), ("together", "fused_calls", 0)),
     *(("together", "difference", value) for value in (1e-3, float("nan"))),
     *(("stream", "same_tokens", 31), ("stream", "back_again", 0)),
+    ("four_bits", "weight_bytes", 30_000),
 )
 
 
@@ -210,6 +220,8 @@ def test_a_failed_check_shows(small_run, monkeypatch, capsys, tmp_path):
     for part, key, value in FAILURES:
         if part == "ours":
             found = {"runs": content["runs"] | {OURS: content["runs"][OURS] | {key: value}}}
+        elif part == "four_bits":
+            found = {part: content[part] | {key: value}}
         else:
             serving = content["serving"]
             found = {"serving": serving | {part: serving[part] | {key: value}}}
@@ -221,8 +233,17 @@ def test_a_failed_check_shows(small_run, monkeypatch, capsys, tmp_path):
 
 def test_how_well_adapters_learn_is_demanded_of_the_own_text_only(small_run):
     _, content = small_run
-    for part, key, value in (("others", "part-1", -99.0), ("together", "base_difference", 1e-5)):
-        serving = content["serving"]
-        found = content | {"serving": serving | {part: serving[part] | {key: value}}}
-        assert not content["is_default"] and all(check.passed for check in report.checks(found))
-        assert not all(check.passed for check in report.checks(found | {"is_default": True}))
+    serving, four = content["serving"], content["four_bits"]
+    others, together = serving["others"], serving["together"]
+    ours = content["runs"][OURS]["after"]
+    assert not content["is_default"]
+    assert all(check.passed for check in report.checks(content | {"is_default": True}))
+    for change in (
+        {"serving": serving | {"others": others | {"part-1": -99.0}}},
+        {"serving": serving | {"together": together | {"base_difference": 1e-5}}},
+        *({"four_bits": four | change} for change in ({"after": 1.03 * ours}, {"difference": 0.2})),
+    ):
+        found = content | change
+        assert all(check.passed for check in report.checks(found))
+        failed = [c for c in report.checks(found | {"is_default": True}) if not c.passed]
+        assert len(failed) == 1, change

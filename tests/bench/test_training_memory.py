@@ -171,6 +171,21 @@ def test_a_failed_cell_is_told_and_the_others_stand(tmp_path, monkeypatch, capfd
     assert "out of memory" in capfd.readouterr().err
 
 
+def test_no_times_on_a_busy_machine(tmp_path, monkeypatch):
+    sizes = []
+
+    def answer(found):
+        sizes.append(found[2])
+        return {"saved_bytes": 2**20, "step_s": 1.0} | cell()
+
+    monkeypatch.setattr(training_memory, "_apart", answer)
+    arguments = ["--rows", "1", "--device", "cpu", "--out", str(tmp_path)]
+    for extra, shown in (([], True), (["--no-times"], False)):
+        assert training_memory.main([*arguments, *extra]) == 0
+        assert ("ms / step" in (tmp_path / "memory.md").read_text()) is shown
+        assert (sizes[-1].seconds > 0) is shown and sizes[-1].hidden == 256
+
+
 def test_a_call_apart_passes_on_what_goes_wrong(capfd):
     assert call_apart(math.sqrt, (16.0,), 60) == 4.0
     for call, said in (
