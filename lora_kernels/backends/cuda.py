@@ -114,7 +114,7 @@ def shrinks_with(config: Config) -> Callable[..., Tensor]:
 
 
 def shrink_problem(problem: Problem) -> Problem:
-    """Of the shrink that makes S or D for a product with a base."""
+    """The problem of the shrink that makes S or D for a product with a base."""
     return Problem(
         "expert_shrink" if problem.experts else "lora_shrink",
         problem.m,

@@ -164,7 +164,7 @@ def scale_tensor(scale: float | Tensor, device: torch.device, compute: torch.dty
 
 @functools.lru_cache(maxsize=256)
 def _cpu_scale(value: float, dtype: torch.dtype) -> Tensor:
-    """Nobody gets it who would write to it."""
+    """Cached: never write to it."""
     # One made in inference mode could not be saved for a backward later.
     with torch.inference_mode(False):
         return torch.full((), value, dtype=dtype, device="cpu")

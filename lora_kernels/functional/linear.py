@@ -208,7 +208,7 @@ def operand(weight: Tensor, dtype: torch.dtype, quant: QuantState | None) -> Ten
 
 
 def quant_arguments(quant: QuantState | None) -> dict[str, Any]:
-    """Of an operator with a base weight."""
+    """The arguments about four bits of an operator with a base weight."""
     return NO_QUANT if quant is None else {"quant": quant.tensors(), "quant_block": quant.block}
 
 

@@ -64,7 +64,7 @@ class _Held:
 
 
 def _storage(tensor: Tensor) -> int:
-    # While somebody holds the tensor, its storage's address is nobody else's.
+    # While the tensor lives, its storage's address is unique.
     return tensor.untyped_storage().data_ptr()
 
 

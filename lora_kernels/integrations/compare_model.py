@@ -177,7 +177,7 @@ def adapted(model: Any, source: Source, r: int) -> Any:
             return or_error(
                 folder, lambda: peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
             )
-        # Drawn at random: with B = 0 nobody would see a missing adapter.
+        # Drawn at random: with B = 0 a missing adapter would not show.
         adapter = peft.LoraConfig(
             r=r, lora_alpha=2 * r, target_modules="all-linear", init_lora_weights=False
         )

@@ -23,7 +23,7 @@ from ..layers import experts
 from .peft_calls import Calls
 from .peft_layers import is_called_plainly
 
-# A call that counts for nobody: without an adapter to compute, or inside another wrapper's.
+# A call that is not counted: without an adapter to compute, or inside another wrapper's.
 _NOTHING = ""
 
 

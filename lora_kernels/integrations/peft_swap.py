@@ -29,7 +29,7 @@ def accelerate_peft(model: nn.Module, *, pack_weight: str = "eval") -> PeftRepor
     experts (``target_parameters``) that can be served gets a subclass of itself as its class, with
     another ``forward``. Parameters, names, hooks and files stay PEFT's and so does every method;
     what the kernels do not serve in a call (:mod:`lora_kernels.integrations.peft_layers` and
-    ``peft_experts`` list it) is answered by PEFT's forward and counted, with the reason, in
+    ``peft_experts`` list it) falls back to PEFT's forward and is counted, with the reason, in
     ``report.calls``.
 
     The adapter is computed in x's dtype (or autocast's) with float32 accumulation; PEFT without

@@ -47,7 +47,7 @@ def register() -> None:
 
 @functools.cache
 def backend_class(base: type) -> type:
-    """The backend on SGLang's ``BaseLoRABackend``, or on what stands in for it."""
+    """The backend, derived from SGLang's ``BaseLoRABackend`` or from a substitute for it."""
     return type("LoRAKernelsBackend", (SegmentedBackend, base), {"__module__": __name__})
 
 

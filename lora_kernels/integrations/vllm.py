@@ -94,8 +94,8 @@ def __getattr__(name: str) -> Any:
 
 @functools.cache
 def wrapper_class(base: type) -> type:
-    """The wrapper on vLLM's ``PunicaWrapperGPU`` or ``PunicaWrapperCPU``, or on what stands in for
-    them."""
+    """The wrapper, derived from vLLM's ``PunicaWrapperGPU`` or ``PunicaWrapperCPU``, or from a
+    substitute for them."""
     return type("PunicaWrapper", (SegmentedPunicaWrapper, base), {"__module__": __name__})
 
 

@@ -196,7 +196,7 @@ class Batch:
         return self._kinds.setdefault(key, _Kind(ranks, scales, is_dora))
 
     def _new_table(self, kind: _Kind, rows: int, device: torch.device) -> SegmentTable:
-        # What a layer keeps for its backward must be no inference tensor, whoever ran first.
+        # A layer keeps it for its backward: it must be no inference tensor, whatever ran first.
         with torch.inference_mode(False):
             entries, logical = self._entries, None
             if not self._by_row and self._count:

@@ -16,7 +16,7 @@ from ..spec.four_bit import dequantize, quant_state_of
 from .packed import PackedLinear, gathered_by_fsdp
 
 # What is nn.Module's own, what a plain layer takes over otherwise, and accelerate's hook, which is
-# put on the new layer by whoever builds it.
+# put on the new layer by the code that builds it.
 _NOT_CARRIED = {
     *vars(nn.Module()),
     *("in_features", "out_features", "forward", "_hf_hook", "_old_forward"),
@@ -220,7 +220,7 @@ class MergeableLinear(PackedLinear):
 
     def _forward_beside_merged(self, input: Tensor) -> Tensor:
         """A merged layer's call with another weight than the merged one: its adapter is disabled,
-        or somebody put a weight there without an assignment (``functional_call``, accelerate)."""
+        or ``functional_call`` or accelerate put a weight there without an assignment."""
         base = self._base[0]
         if self._disabled:
             return self._linear_of(base, input)

@@ -331,7 +331,7 @@ class MultiLoRAEmbedding(SlottedLayer, nn.Embedding):
 
     As :class:`MultiLoRALinear`, with ``lora_A`` [S, num_embeddings, r_max] (the transposed
     ``lora_embedding_A`` of PEFT, so that a token's part is one row) and ``lora_B``
-    [S, embedding_dim, r_max]. Whoever else holds the weight, as a tied output head does, computes
+    [S, embedding_dim, r_max]. A module that shares the weight, as a tied output head does, computes
     without this adapter.
     """
 

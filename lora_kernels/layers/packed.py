@@ -159,7 +159,8 @@ class Packing(nn.Module):
                 self.__dict__[name].drop()
 
     def _packed_copies(self, weight: Tensor, fan_in_fan_out: bool, dtype: torch.dtype) -> Packed:
-        """Of ``weight``, for the forward and for dX of a call that computes in ``dtype``."""
+        """The packed copies of ``weight`` for the forward and dX of a call that computes in
+        ``dtype``."""
         observed = is_observed()
         if observed and torch.compiler.is_compiling():
             self._note_trace()
@@ -219,7 +220,7 @@ class PackedLinear(Packing, nn.Linear):
         return x.dtype != self.compute_dtype and not autocast_enabled(x.device.type)
 
     def weight_dtype(self) -> torch.dtype:
-        """Of the weight, or of what a four-bit one is decoded to."""
+        """The dtype of the weight, or the one that a four-bit weight is decoded to."""
         quant = quant_state_of(self.weight)
         if quant is None:
             return self.weight.dtype

@@ -111,7 +111,7 @@ def own_behaviour(module: nn.Module) -> str | None:
 
 
 def _methods(names: Mapping[str, Any]) -> list[str]:
-    """Those of ``names`` that stand in for a method of ``nn.Module``."""
+    """Those of ``names`` that replace a method of ``nn.Module``."""
     return [
         name
         for name, value in names.items()
@@ -187,7 +187,7 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 
 def weight_dtype(module: nn.Module) -> torch.dtype:
-    """Of a layer's weight, or of what a four-bit one computes in."""
+    """The dtype of a layer's weight, or the one that a four-bit layer computes in."""
     weight: Any = module.weight
     quant = quant_state_of(weight)
     held: Any = module

@@ -200,7 +200,7 @@ class _Group:
 
     def result(self, j: int, x: Tensor, alike: bool) -> Tensor | None:
         if self._results is None:
-            # The first call decides for all: nobody computes what another has computed already.
+            # The first call decides for all: nothing is computed twice.
             self._results = [*self._computed(x)] if alike else []
             if not self._results:
                 return None
@@ -230,8 +230,8 @@ class _Group:
 
 
 def _operands_of(layer: Any, x: Tensor) -> Operands | None:
-    """What ``layer`` would compute with, where the call is nobody else's business and makes a
-    graph. The scale is as the layer has it."""
+    """What ``layer`` would compute with; None where the call makes no graph, or where a hook or
+    another feature needs the layer's own call. The scale is as the layer has it."""
     held = vars(layer) if layer is not None else {}
     if (
         not held.get("_shares_input")

@@ -201,7 +201,7 @@ def lost_layers(model: nn.Module) -> dict[str, str]:
         except AttributeError:
             lost[name] = "the module is gone"
             continue
-        # A wrapper that somebody put around the layer has it inside.
+        # A wrapper put around the layer since has it inside.
         if not any(isinstance(m, FusedLoRALinear) for m in module.modules()):
             lost[name] = f"a {type(module).__name__} took its place"
     return lost

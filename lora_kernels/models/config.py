@@ -189,7 +189,7 @@ class LoRAConfig:
         return by_pattern(self.alpha_pattern, name, self.lora_alpha)
 
     def layer_arguments(self, name: str) -> dict[str, Any]:
-        """Of the layer class :meth:`layer_class`."""
+        """The arguments of :meth:`layer_class` for the layer ``name``."""
         return ({} if self.adalora is None else {"init_r": self.r}) | {
             "r": self.rank(name),
             "lora_alpha": self.alpha(name),
@@ -205,7 +205,7 @@ class LoRAConfig:
         return FusedLoRALinear if self.adalora is None else AdaLoRALinear
 
     def expert_arguments(self, name: str) -> dict[str, Any]:
-        """Of the adapter on the Parameter ``name`` of experts."""
+        """The arguments of the adapter on the Parameter ``name`` of experts."""
         without = ("lora_dropout", "use_dora", "init_r")
         return {k: v for k, v in self.layer_arguments(name).items() if k not in without}
 

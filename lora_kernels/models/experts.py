@@ -107,7 +107,7 @@ def file_prefixes(path: str, names: Sequence[str]) -> dict[str, str]:
 def wanted_layers(
     path: str, module: nn.Module, ranks: Mapping[str, int]
 ) -> dict[str, tuple[str, Layer]]:
-    """Of every adapted Parameter: the prefix of its keys in a file, and what A and B must fit."""
+    """For every adapted Parameter the prefix of its keys in a file, and what A and B must fit."""
     wanted = {}
     for name, prefix in file_prefixes(path, list(ranks)).items():
         experts, in_features, out_features = sizes(module, name)

@@ -149,7 +149,7 @@ def _only_read(kind: type[nn.Module]) -> frozenset[str]:
         while node in owners:
             node = owners[node]
             path.append(node.attr)
-        # Self, or an iterator over the children, is in somebody else's hands.
+        # Self, or an iterator over the children, is passed on to other code.
         if not path or callable(getattr(nn.Module, path[0], None)):
             return frozenset()
         if "weight" in path[1:]:

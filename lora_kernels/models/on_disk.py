@@ -88,7 +88,7 @@ class Layer(NamedTuple):
     adalora: bool = False
 
     def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
-        """Of A, of B and of DoRA's magnitude or AdaLoRA's factors, by their keys."""
+        """The shapes of A, B and DoRA's magnitude or AdaLoRA's factors, by their keys."""
         ending_a, ending_b = EMBEDDING if self.is_embedding else LINEAR
         shapes: dict[str, tuple[int, ...]] = {
             name + ending_a: (self.rank, self.in_features),
@@ -349,7 +349,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         ((twin, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"{twin!r} stands in it twice")
+        raise ValueError(f"{twin!r} is in it twice")
     return content
 
 

@@ -22,7 +22,7 @@ class DeviceFacts:
     ``processors`` are SMs, compute units or threads; ``shared_memory`` is the most one block may
     ask for, in bytes; ``half_flops`` and ``bandwidth`` are the datasheet's kind of peak, per
     second; ``triton`` is whether Triton can be imported; ``native`` is the instruction set of the
-    CPU extension that is loaded, or empty. Zero stands for unknown.
+    CPU extension that is loaded, or empty. Zero means unknown.
     """
 
     kind: str

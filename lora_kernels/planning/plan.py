@@ -253,8 +253,9 @@ def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
 
 
 def _library_launches(problem: Problem, facts: DeviceFacts) -> int:
-    """Of a product of experts: the grouped GEMM, which the library has for bfloat16 from sm_90 on,
-    and what fills up its result; else one for each expert that may have rows."""
+    """How many launches a product of experts takes: the grouped GEMM, which the library has for
+    bfloat16 from sm_90 on, and what fills up its result; else one for each expert that may have
+    rows."""
     grouped = problem.dtype == "bfloat16" and problem.aligned and problem.r % 8 == 0
     return 3 if grouped and sm_number(facts.arch) >= 90 else min(problem.experts, problem.m)
 

@@ -206,8 +206,8 @@ class SlotLimits(NamedTuple):
     def weights(
         self, path: str, default: torch.dtype, a: Tensor, b: Tensor, scale: float
     ) -> Weights:
-        """In memory of their own: the caller's tensors, or a file that is mapped, may be written
-        again. ``default``: of slots that are not there yet."""
+        """Copies of A and B: the caller's tensors, or a mapped file, may change afterwards.
+        ``default``: the dtype where the slots do not exist yet."""
         dtype = self.dtypes.get(path, default)
         own = [
             torch.empty(t.shape, dtype=dtype, device="cpu", pin_memory=self.pinned) for t in (a, b)

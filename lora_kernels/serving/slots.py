@@ -2,7 +2,7 @@
 bookkeeping; the copying is its caller's.
 
 An interruption may come between any two lines. So each fact has one place, which one statement
-changes, and what a batch or a caller holds ends with the object that stands for it."""
+changes, and a batch's or a caller's hold is an object, which ends it when it is deleted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from .adapters import HostAdapter
 
-# Who holds slots and was interrupted wakes nobody up: those that wait look by themselves.
+# An interrupted holder of slots wakes no waiter up, so waiters look again after so long.
 _POLL_S = 1.0
 
 
@@ -55,7 +55,7 @@ class Resident:
 
 
 class _Grip:
-    """What stands for a caller's hold of a version."""
+    """A caller's hold of a version: it lasts as long as this object."""
 
 
 class HeldAdapter(str):
@@ -107,7 +107,7 @@ class Copies(Protocol):
     """What moves an adapter's tensors."""
 
     def fill(self, resident: Resident, slot: int) -> None:
-        """Copy the host's values into the slot, which nobody uses."""
+        """Copy the host's values into the slot, which no batch uses."""
 
     def write_back(self, resident: Resident) -> None:
         """Copy the values of its slot to the host."""
@@ -136,7 +136,7 @@ class Slots:
         self.count = count
         # The adapter that each name means.
         self.named: dict[str, Resident] = {}
-        # Whether nobody is evicted (while the adapters train).
+        # Whether eviction is off (while the adapters train).
         self.held = False
         self._copies = copies
         self._slot_of: dict[Resident, int] = {}
@@ -145,7 +145,7 @@ class Slots:
         self._queue: weakref.WeakSet[_Ticket] = weakref.WeakSet()
 
     def residents(self) -> list[Resident]:
-        """Those in a slot, the least recently used first."""
+        """The adapters in a slot, the least recently used first."""
         with self.lock:
             return sorted(self._slot_of, key=lambda r: (r.last_used, self._slot_of[r]))
 
@@ -256,7 +256,8 @@ class Slots:
         residents = list(dict.fromkeys(resolve()))
         around = {r for ref in _AROUND.get() if (hold := ref()) for r in hold.residents}
         before = [other for other in self._queue if other.number < ticket.number]
-        # Behind whoever waits for the slots of a batch around it, it would wait for itself.
+        # A thread that holds slots already skips the queue: behind those that wait for its slots it
+        # would wait for itself.
         if (around or not before) and self._place(residents):
             return self._hold(residents)
         stuck: set[Resident] = set()
@@ -303,7 +304,7 @@ class Slots:
         return hold
 
     def _sweep(self) -> None:
-        """Free the slots of what has no name any more and is held by nobody."""
+        """Free the slots of adapters without a name and without a hold."""
         for resident in list(self._slot_of):
             if not (self.is_named(resident) or resident.holds or resident.versions):
                 self._vacate(resident)
@@ -360,7 +361,7 @@ class Slots:
                 (pinned, "pinned"),
                 (nested, "in use by a batch around this one"),
                 (waiting, f"in use by another task of {_IN_LOOP}"),
-                (trained, "training: nobody is evicted while the adapters require grad"),
+                (trained, "training: no adapter is evicted while they require grad"),
             )
             if found
         ]
@@ -384,7 +385,7 @@ class Slots:
         self._vacate(resident)
 
     def hold_all(self, held: bool) -> None:
-        """``held``: from now on nobody is evicted, and slots may get newer values than the host."""
+        """``held``: from now on eviction is off, and slots may get newer values than the host."""
         with self.lock:
             self.held = held
             for resident in self.residents():
@@ -397,8 +398,8 @@ class Slots:
         on an error all is as it was, but that the predecessor may have left its slot.
 
         Raises:
-            RuntimeError: nobody is evicted, and none is free; or the predecessor is pinned and in
-                use, and its successor has nowhere to go.
+            RuntimeError: eviction is off and no slot is free; or the predecessor is pinned and in
+                use, and there is no slot for its successor.
         """
         old = self.named.get(resident.name)
         self._sweep()
@@ -408,7 +409,7 @@ class Slots:
             self._fill(resident, self._free_slot())
         elif old is None and self.held:
             raise RuntimeError(
-                f"no slot is free for {resident.name!r}, and nobody is evicted while the adapters "
+                f"no slot is free for {resident.name!r}, and no adapter is evicted while they "
                 "require grad"
             )
         self.named[resident.name] = resident

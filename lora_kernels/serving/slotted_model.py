@@ -68,7 +68,7 @@ class SlottedModel:
         return LayerIndex(self.model, self.layers, self._open, self._refused, self._experts)
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Of the slots that there are and, if one was given, of those that may come."""
+        """The dtype of each layer's slots: the given one, else those of the slots that exist."""
         if self._dtype is not None:
             return dict.fromkeys((path for path, _ in self.model.named_modules()), self._dtype)
         return {path: layer.lora_A.dtype for path, layer in self.layers.items()}

@@ -47,7 +47,7 @@ class AdapterStore:
     over the batch). An adapter that a batch does not name has zero gradients, and is moved by
     whatever an optimizer does with these: weight decay, momentum, Adam's moments. To train as if
     alone, name every adapter in every step, and do not clip the norm of all gradients together.
-    While the adapters train nobody is evicted. With dropout, ``examples=`` of :meth:`batch` says
+    While the adapters train none is evicted. With dropout, ``examples=`` of :meth:`batch` says
     which mask a sequence gets.
 
     **Gradient checkpointing.** transformers' ``gradient_checkpointing_enable`` computes again with
@@ -133,7 +133,7 @@ class AdapterStore:
 
     @property
     def resident(self) -> list[str]:
-        """Those in a slot, the least recently used first."""
+        """The adapters in a slot, the least recently used first."""
         return [r.name for r in self._slots.residents() if self._slots.is_named(r)]
 
     @property
@@ -236,11 +236,11 @@ class AdapterStore:
             self._slots.leave(self._find(name))
 
     def hold(self, name: str) -> HeldAdapter:
-        """The adapter as it is now, for whoever needs the same one in several batches: a request
+        """The adapter as it is now, to be the same one in several batches: for a request
         that is generated step by step, a cache of keys and values that is used again.
 
-        What is returned stands for the name in :meth:`batch`. After a :meth:`load` under that name
-        it still means the version that it was made of, until its ``release()``, the end of its
+        Pass what is returned to :meth:`batch` instead of the name. After a :meth:`load` under that
+        name it still means the version that it was made of, until its ``release()``, the end of its
         ``with`` block or its own end; until then :meth:`unload` is refused. It takes no slot.
 
         Raises:
@@ -429,9 +429,9 @@ class AdapterStore:
         return [p for layer in self._layers.values() for p in (layer.lora_A, layer.lora_B)]
 
     def requires_grad_(self, requires_grad: bool = True) -> AdapterStore:
-        """Make the adapters trainable, or not any more. While they are, nobody is evicted."""
+        """Make the adapters trainable, or not any more. While they are, none is evicted."""
         with self._slots.lock:
-            # Nobody is evicted as long as any of them trains.
+            # No adapter is evicted as long as any of them trains.
             if requires_grad:
                 check_trainable([resident.host for resident in self._adapters.values()])
                 self._slots.hold_all(True)
@@ -462,7 +462,7 @@ class AdapterStore:
         return resident
 
     def _key(self, name: str | None) -> Key | None:
-        """What ``name`` stands for, checked: a name, or of a held adapter its version."""
+        """What ``name`` means, checked: a name, or of a held adapter its version."""
         if name is None:
             return None
         if not isinstance(name, HeldAdapter):

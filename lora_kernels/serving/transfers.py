@@ -25,7 +25,7 @@ class Transfers:
         self._model = model
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._ready: dict[tuple[int, torch.device], torch.cuda.Event] = {}
-        # By the stream that a batch ran on: of its events the last one stands for all.
+        # By the stream that a batch ran on: of its events the last one is enough.
         self._used: dict[tuple[int, torch.device], dict[int, torch.cuda.Event]] = defaultdict(dict)
         # Slots that a backward, or an optimizer's step, may read or write after their batch.
         self._open: set[int] = set()
@@ -65,7 +65,7 @@ class Transfers:
                 torch.cuda.current_stream(device).wait_event(event)
 
     def end(self, slots: Sequence[int]) -> None:
-        """It has begun all that it does, but for a backward."""
+        """All kernels of the batch are enqueued, except those of a later backward."""
         if torch.is_grad_enabled():
             self._open.update(slots)
         for device in self._model.devices():

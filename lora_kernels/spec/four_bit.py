@@ -52,7 +52,7 @@ class QuantState(NamedTuple):
     # of the weight, [N, K], or [K, N] for transformers' Conv1D
     shape: tuple[int, int]
     block: int
-    # what the weight was quantised from, and what it is decoded to where nobody says otherwise
+    # what the weight was quantised from, and what it is decoded to by default
     dtype: torch.dtype
     absmax: Tensor  # float32 [blocks]; uint8 with double quantisation
     nested: Nested | None = None
@@ -87,7 +87,7 @@ def code_of(quant_type: str, device: torch.device | str) -> Tensor:
         with torch.inference_mode(False):
             code = torch.tensor(values, dtype=torch.float32, device=device)
         if type(code) is not Tensor:
-            # Fake, while somebody exports a model.
+            # A fake tensor, while a model is exported.
             return code
         _codes[key] = code
     return _codes[key]

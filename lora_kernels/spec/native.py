@@ -138,7 +138,7 @@ def _load(directory: Path, forced: str | None) -> tuple[str | None, str | None]:
                 return _load_extension(directory, extension, forced), None
             except ValueError:
                 raise
-            except Exception as error:  # of several types; the reference answers in its place
+            except Exception as error:  # of several types; the reference computes instead
                 failures[extension] = " ".join(str(error).split())
     return None, "; ".join(dict.fromkeys(failures.values()))
 

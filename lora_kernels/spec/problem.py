@@ -55,8 +55,8 @@ class Problem(NamedTuple):
         return self.n if self.op in _DX else self.k
 
     def adapters(self) -> Problem:
-        """Of a base linear under adapters that differ from row to row: the adapters alone, added in
-        place."""
+        """The problem of the adapters alone, added in place, of a base linear whose rows have
+        different adapters."""
         op = "segmented_lora_dx" if self.op in _DX else "segmented_lora_"
         return self._replace(op=op, fan_in_fan_out=False, four_bit=False)
 
@@ -252,7 +252,7 @@ def sizes_of_linears(given: dict[str, Any]) -> tuple[Tensor, int, int, list[int]
 
 
 def _linears(op: str, given: dict[str, Any]) -> Problem:
-    """Of the widths and ranks of all projections together."""
+    """The problem of one projection with the widths and ranks of all together."""
     rows, m, k, widths, ranks = sizes_of_linears(given)
     read = [rows, *given.get("dy", ())]
     aligned = not rows.is_cuda or (

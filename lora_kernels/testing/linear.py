@@ -245,7 +245,7 @@ def check(op: str, run: Callable[..., Any], case: Case, *, backend: str | None =
     """Run ``run(**arguments)`` as ``op`` on ``case`` in poisoned memory and hold every result to
     the budget.
 
-    ``backend`` names who must have answered ("cpu", "cuda", "reference"); a call that somebody else
+    ``backend`` names who must have answered ("cpu", "cuda", "reference"); a call that another one
     answered fails.
     """
     inputs = case.draw()
@@ -282,7 +282,7 @@ def _mask(arguments: Arguments, x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Inside the block ``torch.empty`` hands out NaN, so that an element nobody wrote shows."""
+    """Inside the block ``torch.empty`` hands out NaN, so that an unwritten element shows."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     # Any: the switch is made at run time and unknown to a type checker.

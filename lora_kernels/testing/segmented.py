@@ -2,7 +2,7 @@
 operators.
 
 Slots hold live ranks of every kind, 0 among them, one slot is used by no row, and NaN lies in what
-nobody may read: beyond the live ranks and in the slots without rows or rank.
+no kernel may read: beyond the live ranks and in the slots without rows or rank.
 """
 
 from __future__ import annotations

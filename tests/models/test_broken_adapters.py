@@ -249,7 +249,7 @@ BROKEN = {
     "a field that stands there twice": (
         with_bytes(CONFIG, lambda b: b.replace(b'"r": 4', b'"r": 4, "r": 8')),
         ValueError,
-        f"{CONFIG} is not a JSON object: 'r' stands in it twice",
+        f"{CONFIG} is not a JSON object: 'r' is in it twice",
     ),
     "a deep configuration": (
         with_bytes(CONFIG, b'{"peft_type": "LORA", "r": ' + b"[" * 10**5 + b"]" * 10**5 + b"}"),

@@ -326,7 +326,7 @@ def test_trained_values_are_written_back_once():
     with use(slots, r["a"]):
         pass
     slots.hold_all(True)
-    with pytest.raises(RuntimeError, match="nobody is evicted"), use(slots, r["b"]):
+    with pytest.raises(RuntimeError, match="no adapter is evicted"), use(slots, r["b"]):
         pass
     slots.hold_all(False)
     with use(slots, r["b"]):
