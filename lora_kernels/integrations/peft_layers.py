@@ -13,8 +13,9 @@ PEFT's forward answers, and the reason is counted, where
 - a hook, a parametrisation or a forward of its own stands on the base layer or a module of the
   adapter, or a global hook on all modules: they expect to be called (accelerate's hooks that only
   send inputs to the weight's device are seen through);
-- a weight is no plain floating tensor (quantised, sharded, tensor-parallel), dtypes or devices
-  differ, or x is a tensor subclass, nested or sparse;
+- a weight is sharded, tensor-parallel, quantised in another way than bitsandbytes' four bits or
+  otherwise no plain floating tensor, dtypes or devices differ, or x is a tensor subclass, nested
+  or sparse;
 - the call is traced for a file (``torch.export``, ``torch.jit.trace``) or transformed
   (``torch.func``, forward-mode derivatives);
 - a mixed batch (``adapter_names=``) or aLoRA is compiled, or a mixed batch meets dropout or DoRA.
