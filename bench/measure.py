@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ def quartiles(samples: list[float]) -> dict[str, float]:
 
 
 def samples(
-    steps: dict[str, Callable[[], Any]],
+    steps: Mapping[str, Callable[[], Any]],
     seconds: float,
     *,
     lasting: float = 0.0,
@@ -201,7 +201,7 @@ def samples(
     return found
 
 
-def medians(steps: dict[str, Callable[[], Any]], seconds: float, **how: Any) -> dict[str, float]:
+def medians(steps: Mapping[str, Callable[[], Any]], seconds: float, **how: Any) -> dict[str, float]:
     """The median of each step's :func:`samples`."""
     found = samples(steps, seconds, **how)
     return {name: statistics.median(times) for name, times in found.items()}

@@ -1,11 +1,15 @@
 """The measurement of layers of PEFT: it runs, and refuses what our kernels did not answer."""
 
+import time
+from functools import partial
+
 import pytest
 
 pytest.importorskip("peft")
 
 import lora_kernels as lk
 from bench import peft_layer
+from bench.measure import samples
 
 
 def test_a_row_of_each_kind():
@@ -53,3 +57,25 @@ def test_a_wrong_result_has_no_speed(monkeypatch):
     monkeypatch.setattr(peft_layer, "layers_of", spoiled)
     with pytest.raises(AssertionError, match="over the budget"):
         peft_layer.measure(peft_layer.Case(1, 32, "float32", layers=2), 0.0)
+
+
+def test_samples_take_turns_and_each_is_prepared():
+    called = []
+    steps = {name: partial(called.append, name) for name in "ab"}
+    found = samples(steps, 0.0, before=lambda name: called.append(f"before {name}"))
+    assert [len(times) for times in found.values()] == [5, 5]
+    there, back = ["before a", "a", "before b", "b"], ["before b", "b", "before a", "a"]
+    assert called[-20:] == there + back + there + back + there
+
+
+def test_a_sample_is_a_run_of_steps_after_one_that_is_not_timed():
+    called = []
+
+    def step():
+        called.append(1)
+        time.sleep(0.001)
+
+    (times,) = samples({"a": step}, 0.0, lasting=0.01).values()
+    assert len(times) == 5 and min(times) > 1000
+    # Four to warm up; then five samples of as many, one of each untimed.
+    assert len(called) % 5 == 4 and len(called) >= 4 + 5 * 2
