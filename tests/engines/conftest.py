@@ -23,6 +23,6 @@ else:
 @pytest.fixture(scope="session", params=["llama", "qwen3"])
 def served_model(request, tmp_path_factory):
     """A model of each family on disk, its adapters, and what is right: see ``Served``."""
-    from bench.engine_models import Served
+    from served_models import Served
 
     return Served(request.param, tmp_path_factory.mktemp(request.param))

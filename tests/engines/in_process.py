@@ -4,12 +4,12 @@ import contextlib
 import os
 from collections import Counter
 
+from served_models import prompt
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 
 import lora_kernels as lk
-from bench.engine_models import prompt
 
 SLOTS, TOKENS, LAYERS = 3, 16, 2
 

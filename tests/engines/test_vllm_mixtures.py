@@ -3,8 +3,7 @@ router of each request have its adapter's."""
 
 import pytest
 from in_process import LAYERS, TOKENS, check, engine, generate, mixed
-
-from bench.engine_models import prompt
+from served_models import prompt
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,7 @@ and our kernels computed them."""
 
 import pytest
 from in_process import LAYERS, TOKENS, check, engine, generate, mixed
-
-from bench.engine_models import ADAPTERS, prompt
+from served_models import ADAPTERS, prompt
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
-
-from bench.engine_models import ADAPTERS, Adapter, merged, prompt, save_adapter
+from served_models import ADAPTERS, Adapter, merged, prompt, save_adapter
 
 CLIENTS, TOKENS = 16, 8
 WHOLE = 1000
