@@ -131,18 +131,54 @@ Tensor without_padding(const Tensor& s, int64_t r) {
   return s.size(1) == r ? s : s.narrow(1, 0, r).contiguous();
 }
 
+// The weights of experts, each [K, N] to a product: a stack of matrices or, flat one after the
+// other, four-bit ones.
+struct Weights {
+  Tensor stack;  // [E, K, N]
+  std::optional<FourBit> four_bit;
+  int64_t K, N;
+
+  // `transposed`: what is stored are [N, K].
+  Weights(const Tensor& given, bool transposed, const Quant& quant, int64_t block, int64_t experts,
+          int64_t K, int64_t N)
+      : K(K), N(N) {
+    if (quant) {
+      const int64_t rows = transposed ? N : K, cols = transposed ? K : N;
+      four_bit = four_bit_of(given, *quant, block, experts * rows, cols, transposed);
+      return;
+    }
+    TORCH_CHECK_VALUE(given.dim() == 3, "weight must be 3-D, got ", given.sizes());
+    stack = transposed ? given.transpose(1, 2) : given;
+    check_stack(stack, "weight", experts, K, N);
+  }
+
+  ConstMatrix matrix(int64_t expert) const {
+    return four_bit ? ConstMatrix{nullptr, Kind::kFloat, K, N, 0, 0} : of_expert(stack, expert);
+  }
+
+  FourBit bytes(int64_t expert) const {
+    const int64_t rows = four_bit->inner ? N : K;
+    return four_bit->part(expert * rows, rows);
+  }
+};
+
 // y = x w + s b^T + bias and s = scale x a^T: the forward, and with the roles of A and B swapped
-// dX. w is [E, K, N], a [E, r, K], b [E, N, r].
-std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& w, const OptionalTensor& lora_a,
-                                   const OptionalTensor& lora_b, const Tensor& scale,
-                                   const Tensor& offs, const OptionalTensor& bias) {
-  TORCH_CHECK_VALUE(x.dim() == 2 && w.dim() == 3, "the rows must be [M, K] and weight 3-D, got ",
-                    x.sizes(), " and ", w.sizes());
-  const Mixture mixture(offs, x.size(0));
-  const int64_t E = mixture.experts, M = x.size(0), K = x.size(1), N = w.size(2);
-  check_stack(w, "weight", E, K, N);
+// dX. w is [E, K, N], or with `transposed` [E, N, K], a [E, r, K], b [E, N, r]; a four-bit w has a
+// and b, of rank 0 where there is no adapter.
+std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& w, bool transposed,
+                                   const Quant& quant, int64_t quant_block,
+                                   const OptionalTensor& lora_a, const OptionalTensor& lora_b,
+                                   const Tensor& scale, const Tensor& offs,
+                                   const OptionalTensor& bias) {
+  TORCH_CHECK_VALUE(x.dim() == 2, "the rows must be [M, K], got ", x.sizes());
   TORCH_CHECK_VALUE(lora_a.has_value() == lora_b.has_value(), "A and B belong together");
-  const int64_t r = lora_a ? lora_a->size(1) : 0;
+  TORCH_CHECK_VALUE(lora_b ? lora_b->dim() == 3 : !quant && w.dim() == 3,
+                    "weight, A and B must be 3-D, and a four-bit weight has A and B");
+  const Mixture mixture(offs, x.size(0));
+  const int64_t E = mixture.experts, M = x.size(0), K = x.size(1);
+  const int64_t N = lora_b ? lora_b->size(1) : w.size(transposed ? 1 : 2);
+  const int64_t r = lora_a ? lora_b->size(2) : 0;
+  const Weights weights(w, transposed, quant, quant_block, E, K, N);
   Tensor a, b, added;
   if (lora_a) {
     a = stack(*lora_a, "an adapter", x.scalar_type(), E, r, K);
@@ -159,21 +195,25 @@ std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& w, const Optio
     Tensor copy;
     const Rows<C> rows = as_rows<C>(x, "the rows", copy);
     Tensor s = at::empty({M, 0}, x.options().dtype(c10::CppTypeToScalarType<C>::value));
-    if (lora_a) s = shrunk(mixture, rows, a, factor(scale, 0.0), x.options());
+    if (r > 0) s = shrunk(mixture, rows, a, factor(scale, 0.0), x.options());
     const Rows<C> tails = {s.const_data_ptr<C>(), M, r, s.size(1)};
     std::vector<Tail<C>> tail(mixture.own.size());
     std::vector<TailedRows<C>> segments(mixture.own.size());
+    std::vector<FourBit> bytes(mixture.own.size());
     std::vector<TailProduct<C>> products;
     for (size_t i = 0; i < mixture.own.size(); ++i) {
       const Own& own = mixture.own[i];
-      if (lora_a)
-        tail[i] = {rows_of(tails, own), of_expert(b, own.expert).transposed(), 0, nullptr};
+      if (r > 0) tail[i] = {rows_of(tails, own), of_expert(b, own.expert).transposed(), 0, nullptr};
       segments[i] = {0, own.rows, &tail[i], 1};
       TailProduct<C> p = {};
       p.x = rows_of(rows, own);
-      p.w = of_expert(w, own.expert);
+      p.w = weights.matrix(own.expert);
+      if (weights.four_bit) {
+        bytes[i] = weights.bytes(own.expert);
+        p.four_bit = &bytes[i];
+      }
       p.segments = &segments[i];
-      p.count = lora_a ? 1 : 0;
+      p.count = r > 0 ? 1 : 0;
       p.bias = bias ? added.const_data_ptr<float>() + own.expert * N : nullptr;
       p.y = rows_of(whole, own);
       products.push_back(p);
@@ -203,23 +243,24 @@ std::tuple<Tensor, Tensor> expert_linear_fwd(const Tensor& x, const Tensor& weig
                                              const OptionalTensor& lora_a,
                                              const OptionalTensor& lora_b, const Tensor& scale,
                                              const Tensor& offs, const OptionalTensor& bias,
-                                             bool fan_in_fan_out) {
+                                             bool fan_in_fan_out, const Quant& quant,
+                                             int64_t quant_block) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  return product(x, fan_in_fan_out ? weight : weight.transpose(-1, -2), lora_a, lora_b, scale, offs,
-                 bias);
+  return product(x, weight, !fan_in_fan_out, quant, quant_block, lora_a, lora_b, scale, offs, bias);
 }
 
 std::tuple<Tensor, Tensor> expert_linear_dx(const Tensor& dy, const Tensor& weight,
                                             const OptionalTensor& lora_a,
                                             const OptionalTensor& lora_b, const Tensor& scale,
-                                            const Tensor& offs, bool fan_in_fan_out) {
+                                            const Tensor& offs, bool fan_in_fan_out,
+                                            const Quant& quant, int64_t quant_block) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const auto swapped = [](const OptionalTensor& t) -> OptionalTensor {
     if (!t) return std::nullopt;
     return t->transpose(-1, -2);
   };
-  return product(dy, fan_in_fan_out ? weight.transpose(-1, -2) : weight, swapped(lora_b),
-                 swapped(lora_a), scale, offs, std::nullopt);
+  return product(dy, weight, fan_in_fan_out, quant, quant_block, swapped(lora_b), swapped(lora_a),
+                 scale, offs, std::nullopt);
 }
 
 std::tuple<Tensor, Tensor> expert_linear_dab(const Tensor& dy, const OptionalTensor& x,
@@ -276,10 +317,12 @@ TORCH_LIBRARY_FRAGMENT(lora_kernels_cpu, m) {
   m.def("expert_shrink(Tensor x, Tensor lora_a, Tensor scale, Tensor offs) -> Tensor");
   m.def(
       "expert_linear_fwd(Tensor x, Tensor weight, Tensor? lora_a, Tensor? lora_b, Tensor scale, "
-      "Tensor offs, Tensor? bias=None, bool fan_in_fan_out=False) -> (Tensor, Tensor)");
+      "Tensor offs, Tensor? bias=None, bool fan_in_fan_out=False, Tensor[]? quant=None, "
+      "int quant_block=0) -> (Tensor, Tensor)");
   m.def(
       "expert_linear_dx(Tensor dy, Tensor weight, Tensor? lora_a, Tensor? lora_b, Tensor scale, "
-      "Tensor offs, bool fan_in_fan_out=False) -> (Tensor, Tensor)");
+      "Tensor offs, bool fan_in_fan_out=False, Tensor[]? quant=None, int quant_block=0) "
+      "-> (Tensor, Tensor)");
   m.def(
       "expert_linear_dab(Tensor dy, Tensor? x, Tensor? s, Tensor? d, Tensor offs, "
       "ScalarType? da_dtype=None, ScalarType? db_dtype=None) -> (Tensor, Tensor)");

@@ -252,8 +252,8 @@ __attribute__((always_inline)) inline void decode_rows(const Values& codes, cons
   const int shift = shift_of(w);
   float scales[kScales];
   for (int64_t i = i0; i < i1; ++i, out += ld) {
-    int64_t f = i * w.cols + j0;
-    const int64_t end = i * w.cols + j1, last = (end - 1) >> shift;
+    int64_t f = (w.first + i) * w.cols + j0;
+    const int64_t end = f + j1 - j0, last = (end - 1) >> shift;
     Out* to = out;
     for (int64_t first = f >> shift; first <= last; first += kScales) {
       const int64_t count = std::min(kScales, last + 1 - first);

@@ -15,6 +15,7 @@ struct FourBit {
   const uint8_t* data;
   int64_t rows, cols;
   bool inner;         // whether its columns are the axis that the product sums over
+  int64_t first;      // of its rows in what is stored: an expert's lie among those of all
   int64_t block;      // a power of two
   const float* code;  // [16]
   const float* absmax;
@@ -26,6 +27,14 @@ struct FourBit {
   // As the product's right-hand operand.
   int64_t inner_size() const { return inner ? cols : rows; }
   int64_t columns() const { return inner ? rows : cols; }
+
+  // `count` rows from number `row` on. A block may begin before them.
+  FourBit part(int64_t row, int64_t count) const {
+    FourBit some = *this;
+    some.first = first + row;
+    some.rows = count;
+    return some;
+  }
 };
 
 inline int shift_of(const FourBit& w) { return std::countr_zero(static_cast<uint64_t>(w.block)); }

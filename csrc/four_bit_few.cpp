@@ -23,7 +23,7 @@ constexpr int kFew = 4;
 // not see streams that end with every stretch.
 void ask_for(const FourBit& w, int64_t row, int64_t count, int64_t k, int64_t end) {
   for (int64_t i = row; i < std::min(row + count, w.rows); ++i) {
-    const uint8_t* bytes = w.data + i * w.cols / 2;
+    const uint8_t* bytes = w.data + (w.first + i) * w.cols / 2;
     for (int64_t at = k / 2; at < end / 2; at += 64) __builtin_prefetch(bytes + at, 0, 2);
   }
 }
@@ -56,7 +56,7 @@ __attribute__((target("avx512bf16"))) void few(int64_t K, const BFloat16* x, con
   }
   const __m512 code = _mm512_loadu_ps(w.code);
   const int shift = shift_of(w) - 6;
-  const uint8_t* bytes = w.data + row * w.cols / 2;
+  const uint8_t* bytes = w.data + (w.first + row) * w.cols / 2;
   for (int64_t b = 0; b < K / 64; ++b, x += kM * 64) {
 #pragma GCC unroll 4
     for (int j = 0; j < kN; ++j) {
@@ -91,7 +91,7 @@ void few(int64_t K, const float* x, const FourBit& w, int64_t row, const float* 
   for (auto& rows : acc) std::fill(rows, rows + kN, _mm512_setzero_ps());
   const __m512 code = _mm512_loadu_ps(w.code);
   const int shift = shift_of(w);
-  const uint8_t* bytes = w.data + row * w.cols / 2;
+  const uint8_t* bytes = w.data + (w.first + row) * w.cols / 2;
   for (int64_t k = 0; k < K; k += 128, x += kM * 128) {
 #pragma GCC unroll 4
     for (int j = 0; j < kN; ++j) {
@@ -129,7 +129,7 @@ void few_rows(int64_t M, int64_t cols, const C* x, const FourBit& w, int64_t n, 
   float* scales = part_scratch.of<float>(4 * blocks);
   const auto read = [&](int64_t j, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-      scales_of(w, (n + j + i) * K / w.block, blocks, scales + i * blocks);
+      scales_of(w, (w.first + n + j + i) * K / w.block, blocks, scales + i * blocks);
     }
   };
   int64_t j = 0;

@@ -7,6 +7,8 @@ import small
 import torch
 import transformers
 
+import lora_kernels as lk
+
 SIZES = {
     "vocab_size": small.VOCABULARY,
     "hidden_size": 32,
@@ -110,3 +112,17 @@ def in_float64(model):
         if hasattr(module, "is_transposed"):
             module.config._experts_implementation = "eager"
     return model
+
+
+def in_four_bits(family, **options):
+    """A model in four bits, experts and linear layers, and one with what its bytes mean."""
+    quantized, decoded = build(family), build(family)
+    lk.quantize_base(quantized, experts=True, **options)
+    plain, found = dict(decoded.named_parameters()), 0
+    with torch.no_grad():
+        for name, parameter in quantized.named_parameters():
+            if isinstance(parameter, lk.FourBitParameter):
+                plain[name].copy_(parameter.dequantize())
+                found += ".experts." in name
+    assert found and found % 2 == 0
+    return quantized, decoded

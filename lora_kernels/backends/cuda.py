@@ -23,7 +23,7 @@ from ..planning.validity import has_kernels
 from ..spec import reference
 from ..spec.linears import reference_of
 from ..spec.operators import of_operator
-from ..spec.problem import PROBLEM_OF, Problem, rows_of, sizes
+from ..spec.problem import PROBLEM_OF, Problem, decoded_shape, rows_of
 from . import vendor
 
 
@@ -69,16 +69,26 @@ def _decoded(op: str, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments with a plain weight in the place of a four-bit one."""
     from ..kernels import four_bit
 
-    rows = rows_of(given)
-    _, n, k, *_ = sizes(rows, given)
-    shape = (k, n) if given["fan_in_fan_out"] else (n, k)
+    shape, dtype = decoded_shape(given), rows_of(given).dtype
     quant, block = given["quant"], given["quant_block"]
-    weight = four_bit.lora_decode(given["weight"], quant, block, shape, rows.dtype)
-    return given | {"weight": weight, "quant": None, "quant_block": 0}
+    # It takes any shape.
+    decode: Callable[..., Tensor] = four_bit.lora_decode
+    weight = decode(given["weight"], quant, block, shape, dtype)
+    plain = given | {"weight": weight, "quant": None, "quant_block": 0}
+    if "offs" in given:
+        # The kernels of experts have no such arguments.
+        del plain["quant"], plain["quant_block"]
+        if given["lora_a"].shape[1] == 0:
+            plain |= {"lora_a": None, "lora_b": None}
+    return plain
 
 
 _DECODED = {
-    op: of_operator(op, _decoded) for op in ("lora_linear_fwd", "lora_linear_dx", *MIXED_LINEAR_OPS)
+    op: of_operator(op, _decoded)
+    for op in (
+        *("lora_linear_fwd", "lora_linear_dx", "expert_linear_fwd", "expert_linear_dx"),
+        *MIXED_LINEAR_OPS,
+    )
 }
 
 

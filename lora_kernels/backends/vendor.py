@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec.experts import rows_of_experts
-from ..spec.four_bit import base_weight
+from ..spec.four_bit import base_weight, decode
 from ..spec.linears import dab_by_projection, rng_of
 from ..spec.reference import scaled_rows, tail_dtype
 
@@ -352,8 +352,11 @@ def expert_linear_fwd(
     offs: Tensor,
     bias: Tensor | None = None,
     fan_in_fan_out: bool = False,
+    quant: Sequence[Tensor] | None = None,
+    quant_block: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    w = weight if fan_in_fan_out else weight.transpose(1, 2)
+    w = _stack_of(weight, quant, quant_block, lora_a, lora_b, fan_in_fan_out, x.dtype)
+    w = w if fan_in_fan_out else w.transpose(1, 2)
     y, s = _product_of_experts(x, w, lora_a, lora_b, scale, offs)
     if bias is not None:
         # Of the rows that belong to none the bias is zero, too.
@@ -371,11 +374,32 @@ def expert_linear_dx(
     scale: Tensor,
     offs: Tensor,
     fan_in_fan_out: bool = False,
+    quant: Sequence[Tensor] | None = None,
+    quant_block: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    w = weight.transpose(1, 2) if fan_in_fan_out else weight
+    w = _stack_of(weight, quant, quant_block, lora_a, lora_b, fan_in_fan_out, dy.dtype)
+    w = w.transpose(1, 2) if fan_in_fan_out else w
     a, b = (None if t is None else t.transpose(1, 2) for t in (lora_b, lora_a))
     dx, d = _product_of_experts(dy, w, a, b, scale, offs)
     return dx.to(dy.dtype).contiguous(), d
+
+
+def _stack_of(
+    weight: Tensor,
+    quant: Sequence[Tensor] | None,
+    quant_block: int,
+    a: Tensor | None,
+    b: Tensor | None,
+    fan_in_fan_out: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weights of experts as they are stored, of four-bit ones decoded."""
+    if quant is None:
+        return weight
+    assert a is not None and b is not None
+    (experts, n, _), k = b.shape, a.shape[2]
+    shape = (experts, k, n) if fan_in_fan_out else (experts, n, k)
+    return decode(weight, list(quant), quant_block, shape, dtype)
 
 
 def _product_of_experts(
@@ -384,7 +408,7 @@ def _product_of_experts(
     """Base and tail in the tail's dtype, and S; w is [E, in, out]."""
     tail = tail_dtype(x.dtype)
     y = _of_experts(x, _as_matrices(w, x.dtype), offs).to(tail)
-    if a is None or b is None:
+    if a is None or b is None or b.shape[2] == 0:
         return y, x.new_empty(len(x), 0, dtype=tail)
     s = _shrink_of_experts(x, a, scale, offs)
     y.add_(_of_experts(s, _as_matrices(b.transpose(1, 2), tail), offs))

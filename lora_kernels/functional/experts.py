@@ -10,8 +10,10 @@ from torch.autograd.function import once_differentiable
 
 from ..spec.dtypes import accumulate_dtype
 from ..spec.experts import rows_of_experts
+from ..spec.four_bit import QuantState, quant_state_of
 from . import ops
-from .checks import check_local, compute_dtype, scale_tensor
+from .checks import check_local, compute_dtype, scale_tensor, stand_in
+from .linear import quant_arguments
 
 
 def expert_linear(
@@ -31,7 +33,9 @@ def expert_linear(
     Args:
         x: [M, K], rows sorted by expert; any strides; float32, float16, bfloat16 or float64.
         weight: [E, N, K], or [E, K, N] with ``fan_in_fan_out``, in x's dtype; any strides. Under
-            autocast any floating dtype: it is rounded on its way, never copied.
+            autocast any floating dtype: it is rounded on its way, never copied. A four-bit stack
+            (:class:`lora_kernels.FourBitParameter`) is read as its bytes lie, in x's dtype, of the
+            experts that have rows; it does not train.
         lora_a: [E, r, K], lora_b: [E, N, r], any strides and floating dtype; both None: no adapter.
         offs: int32 [E] on x's device, rising: the rows of expert e end before ``offs[e]``, where
             those of e + 1 begin (as in ``torch.nn.functional.grouped_mm``). Rows from ``offs[-1]``
@@ -62,9 +66,16 @@ def expert_linear(
             [1., 1., 1., 1.],
             [0., 0., 0., 0.]])
     """
-    _check(x, weight, lora_a, lora_b, offs, bias, fan_in_fan_out)
-    dtype = compute_dtype(x, weight)
-    call = _Call(offs, scale_tensor(scale, x.device, dtype), fan_in_fan_out, dtype)
+    quant = None if type(weight) in ops.PLAIN else quant_state_of(weight)
+    shape = weight if quant is None else stand_in(x, weight, quant)
+    _check(x, shape, lora_a, lora_b, offs, bias, fan_in_fan_out)
+    dtype = compute_dtype(x, shape)
+    if quant is not None:
+        weight = weight.data
+        if lora_a is None:
+            n, k = quant.shape[:0:-1] if fan_in_fan_out else quant.shape[1:]
+            lora_a, lora_b = x.new_empty(len(offs), 0, k), x.new_empty(len(offs), n, 0)
+    call = _Call(offs, scale_tensor(scale, x.device, dtype), fan_in_fan_out, dtype, quant)
     given = [t for t in (x, weight, lora_a, lora_b, bias) if t is not None]
     if ops.records_gradients() and any(t.requires_grad for t in given):
         y: Tensor = _ExpertLinear.apply(x, weight, lora_a, lora_b, bias, call)
@@ -79,6 +90,8 @@ class _Call(NamedTuple):
     scale: Tensor
     fan_in_fan_out: bool
     dtype: torch.dtype
+    # what the bytes of a four-bit weight mean
+    quant: QuantState | None
 
 
 def _forward(
@@ -90,7 +103,15 @@ def _forward(
     call: _Call,
 ) -> tuple[Tensor, Tensor]:
     found: tuple[Tensor, Tensor] = ops.expert_linear_fwd(
-        x.to(call.dtype), weight, lora_a, lora_b, call.scale, call.offs, bias, call.fan_in_fan_out
+        x.to(call.dtype),
+        weight,
+        lora_a,
+        lora_b,
+        call.scale,
+        call.offs,
+        bias,
+        call.fan_in_fan_out,
+        **quant_arguments(call.quant),
     )
     return found
 
@@ -110,7 +131,7 @@ class _ExpertLinear(torch.autograd.Function):
         _, need_w, need_a, need_b, *_ = ctx.needs_input_grad
         kept = x if need_a or need_w else None, s if need_b else None
         ctx.save_for_backward(*kept, weight, lora_a, lora_b, call.scale, call.offs)
-        ctx.options = call.fan_in_fan_out, call.dtype
+        ctx.options = call.fan_in_fan_out, call.dtype, call.quant
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -119,12 +140,14 @@ class _ExpertLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, s, weight, lora_a, lora_b, scale, offs = ctx.saved_tensors
         need_x, need_w, need_a, need_b, need_bias, _ = ctx.needs_input_grad
-        fan_in_fan_out, dtype = ctx.options
+        fan_in_fan_out, dtype, quant = ctx.options
         dy = grad.to(dtype)
         rows = None if x is None else x.to(dtype)
         dx = dw = da = db = dbias = d = None
         if need_x:
-            dx, d = ops.expert_linear_dx(dy, weight, lora_a, lora_b, scale, offs, fan_in_fan_out)
+            dx, d = ops.expert_linear_dx(
+                dy, weight, lora_a, lora_b, scale, offs, fan_in_fan_out, **quant_arguments(quant)
+            )
         elif need_a:
             d = ops.expert_shrink(dy, lora_b.transpose(1, 2), scale, offs)
         if need_a or need_b:

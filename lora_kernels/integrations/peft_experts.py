@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..functional import ops
-from ..layers import experts
+from ..layers import routed
 from .peft_calls import Calls
 from .peft_layers import is_called_plainly
 
@@ -46,7 +45,7 @@ class FusedParamWrapper(ParamWrapper):
             return y
         if counts:
             self.kernel_calls.fused += 1
-        return experts.experts_forward(self.get_base_layer(), found, x, *args, **kwargs)
+        return routed.experts_forward(self.get_base_layer(), found, x, *args, **kwargs)
 
     def warmup_call(
         self, rows: int, dtype: torch.dtype | None
@@ -56,25 +55,25 @@ class FusedParamWrapper(ParamWrapper):
         if isinstance(found, str):
             # PEFT's forward answers: there is nothing to compile.
             return torch.zeros(0), lambda x: x.detach()
-        x, *routing = experts.warmup_inputs(base, rows, dtype)
-        return x, lambda x: experts.experts_forward(base, found, x, *routing)
+        x, *routing = routed.warmup_inputs(base, rows, dtype)
+        return x, lambda x: routed.experts_forward(base, found, x, *routing)
 
-    def _factors(self, kwargs: dict[str, Any]) -> dict[str, experts.Factors] | str:
+    def _factors(self, kwargs: dict[str, Any]) -> dict[str, routed.Factors] | str:
         """The active adapters of this wrapper and of those inside it; or why PEFT's forward has to
         be called."""
         base: Any = self.get_base_layer()
-        if parametrize.is_parametrized(base):
+        if _is_parametrised(base):
             return _NOTHING
         if "adapter_names" in kwargs:
             return "adapter_names on experts"
         if ops.is_transformed() or torch._C._get_tracing_state() is not None:
             return "experts traced by torch.jit or transformed"
-        reason = experts.unsupported_reason(base)
+        reason = routed.unsupported_reason(base)
         if reason is not None:
             return f"its base {reason}"
         if not is_called_plainly(base):
             return "a hook, or a forward of its own, on the experts"
-        factors: dict[str, experts.Factors] = {}
+        factors: dict[str, routed.Factors] = {}
         for wrapper in _chain(self):
             if wrapper is not self and not is_called_plainly(wrapper):
                 return "a hook, or a forward of its own, on a wrapper"
@@ -90,6 +89,12 @@ class FusedParamWrapper(ParamWrapper):
 FusedParamWrapper.__name__ = ParamWrapper.__name__
 
 
+def _is_parametrised(base: Any) -> bool:
+    """Whether something else than bitsandbytes' decoding is: an adapter, by PEFT's forward."""
+    names = getattr(base, "parametrizations", ())
+    return any(routed.weight_of(base, name) is None for name in names)
+
+
 def _chain(layer: Any) -> list[ParamWrapper]:
     """The wrapper and those inside it."""
     found = []
@@ -99,7 +104,7 @@ def _chain(layer: Any) -> list[ParamWrapper]:
     return found
 
 
-def _active_factors(wrapper: Any, base: Any) -> experts.Factors | None | str:
+def _active_factors(wrapper: Any, base: Any) -> routed.Factors | None | str:
     """A, B and the scale of the one active adapter, None without one; or why not."""
     if wrapper.merged or wrapper.disable_adapters:
         return None
@@ -114,20 +119,20 @@ def _active_factors(wrapper: Any, base: Any) -> experts.Factors | None | str:
     a, b = (part._parameters["weight"] for part in parts)
     if type(a) not in ops.PLAIN or type(b) not in ops.PLAIN or parts[1].bias is not None:
         return "a weight of the adapter that is no plain Parameter"
-    count, in_features, out_features = experts.sizes(base, wrapper.parameter_name)
+    count, in_features, out_features = routed.sizes(base, wrapper.parameter_name)
     if a.shape[1] != in_features or b.shape[0] != out_features or a.shape[0] % count:
         return "shapes that do not fit"
     scaling: Any = wrapper.scaling[names[0]]
-    return experts.Factors(*experts.stored_factors(a, b, count), scaling)
+    return routed.Factors(*routed.stored_factors(a, b, count), scaling)
 
 
 def unsupported_reason(layer: ParamWrapper) -> str | None:
     """Why no call of this wrapper could be fused, or None if some could."""
     base: Any = layer.get_base_layer()
-    reason = experts.unsupported_reason(base)
+    reason = routed.unsupported_reason(base)
     if reason is not None:
         return f"is a ParamWrapper, and its base {reason}"
-    if layer.parameter_name not in experts.expert_matrices(base):
+    if layer.parameter_name not in routed.expert_matrices(base):
         return f"wraps {layer.parameter_name}, which is no matrix of these experts"
     return None
 
@@ -147,7 +152,7 @@ def restore(layer: Any) -> None:
 def description(layer: Any) -> str:
     """ "kind.Parameter [E, out, in], adapters" of a swapped wrapper."""
     base = layer.get_base_layer()
-    count, in_features, out_features = experts.sizes(base, layer.parameter_name)
+    count, in_features, out_features = routed.sizes(base, layer.parameter_name)
     adapters = [f"{name} r={a.weight.shape[0] // count}" for name, a in layer.lora_A.items()]
     kind = f"{type(base).__name__}.{layer.parameter_name}"
     return f"{kind} [{count}, {out_features}, {in_features}], {', '.join(adapters)}"

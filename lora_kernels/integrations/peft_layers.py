@@ -442,7 +442,7 @@ def is_called_plainly(module: Any) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-    ):
+    ) and not _only_caches(module):
         return False
     forward = module.__dict__.get("forward")
     if forward is None or _is_own_forward(forward, module):
@@ -455,6 +455,14 @@ def is_called_plainly(module: Any) -> bool:
         type(hook).__name__ == "AlignDevicesHook"
         and not hook.offload
         and _is_device(hook.execution_device, module)
+    )
+
+
+def _only_caches(module: nn.Module) -> bool:
+    """Whether the hooks are those of bitsandbytes' parametrisation, for what it decodes."""
+    own = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return not (module._backward_hooks or module._backward_pre_hooks) and all(
+        getattr(hook, "__module__", None) == "bitsandbytes.nn.parametrize" for hook in own
     )
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional.segmented import segmented_lora
-from ..layers.experts import SlotFactors, experts_forward
+from ..layers.routed import SlotFactors, experts_forward
 from ..spec.segments import SegmentTable
 
 INTERLEAVED = "swigluoai"

@@ -3,191 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..functional import ops
-from ..functional.experts import expert_linear
-from ..functional.segmented import segmented_lora
-from ..spec.segments import SegmentTable
-from .foreign import expert_matrices, is_dispatched
+from ..spec.four_bit import dequantize, quant_state_of
+from .four_bit_experts import give_back, take_over
 from .fused import check_lora_arguments, default_scaling
-from .merging import is_offloaded, write_obstacle
-from .replacing import is_forward_of_class
-
-
-class Factors(NamedTuple):
-    """One adapter as :func:`expert_linear` takes it: A [E, r, in], B [E, out, r], the scale."""
-
-    a: Tensor
-    b: Tensor
-    scale: float | Tensor
-
-
-class SlotFactors(NamedTuple):
-    """The adapters of many slots: A [S*E, r_max, in] and B [S*E, out, r_max], the experts of a slot
-    one after the other, or one of each for every slice of the output; ``table`` has the slot of
-    each row of hidden_states."""
-
-    a: Tensor | Sequence[Tensor]
-    b: Tensor | Sequence[Tensor]
-    table: SegmentTable
-
-    def routed(self, expert: Tensor, token: Tensor, experts: int) -> SegmentTable:
-        """The table of rows that were dealt out: of which expert, and of which row before that.
-        Nothing waits for the device."""
-        if torch.compiler.is_dynamo_compiling():
-            # A table is made by the host, and no graph has one.
-            return torch.compiler.disable(SlotFactors._routed)(self, expert, token, experts)
-        return self._routed(expert, token, experts)
-
-    def _routed(self, expert: Tensor, token: Tensor, experts: int) -> SegmentTable:
-        seg = self.table
-        slot = seg.slot_of_row[token]
-        own = torch.where((slot >= 0) & (expert < experts), slot * experts + expert, -1)
-        slots = len(seg.rank_of_slot) * experts
-        ranks, scales = (
-            t.repeat_interleave(experts, output_size=slots)
-            for t in (seg.rank_of_slot, seg.scale_of_slot)
-        )
-        return SegmentTable.from_token_mapping(
-            own, slots, seg.max_rank, rank_of_slot=ranks, scale_of_slot=scales
-        )
-
-    def onto(self, y: Tensor, rows: Tensor, table: SegmentTable) -> Tensor:
-        """y and what the adapters make of ``rows``; in y's place where no gradient is wanted."""
-        rows = rows.to(y.dtype)
-        if ops.records_gradients():
-            return y + segmented_lora(rows, self.a, self.b, table)
-        return segmented_lora(rows, self.a, self.b, table, out=y)
-
-
-def unsupported_reason(module: nn.Module) -> str | None:
-    """Why ``module`` cannot be adapted as experts, or None if it can."""
-    names = expert_matrices(module)
-    if not names:
-        return "is no experts module that transformers' use_experts_implementation made"
-    if not is_forward_of_class(module):
-        return "computes in its own way: forward was set on the module object"
-    for name in names:
-        weight = module._parameters.get(name)
-        if weight is None or weight.dim() != 3:
-            return f"its {name} is no 3-D Parameter (parametrised or sharded)"
-        if type(weight) not in ops.PLAIN or not weight.is_floating_point() or weight.itemsize < 2:
-            return f"its {name} is a {type(weight).__name__} of {weight.dtype}"
-    if is_offloaded(module):
-        return "its weights are offloaded by accelerate"
-    return None
-
-
-def sizes(module: Any, name: str) -> tuple[int, int, int]:
-    """E, in and out features of the Parameter ``name`` of experts."""
-    shape = getattr(module, name).shape
-    return shape if module.is_transposed else (shape[0], shape[2], shape[1])
-
-
-def stored_factors(lora_a: Tensor, lora_b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Views A [E, r, in] and B [E, out, r] of PEFT's lora_A [r*E, in], where an expert's rows are
-    neighbours, and lora_B [out, r*E], where the experts of a column of B are."""
-    r = lora_a.shape[0] // experts
-    b = lora_b.reshape(lora_b.shape[0], r, experts).permute(2, 0, 1)
-    return lora_a.reshape(experts, r, lora_a.shape[1]), b
-
-
-def experts_forward(
-    experts: Any,
-    adapters: Mapping[str, Factors | SlotFactors],
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-) -> Tensor:
-    """What transformers' experts compute (``ExpertsInterface``), with ``adapters`` on the
-    Parameters of these names: hidden_states [T, H], top_k_index and top_k_weights [T, k] -> [T, H].
-
-    Rows are sorted by expert once. Activations and routing weights are the module's own and the
-    sum over k is that of transformers' ``grouped_mm``. An index from E on (another device's expert)
-    adds nothing.
-    """
-    k = top_k_index.shape[-1]
-    expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    every = torch.arange(experts.num_experts, device=expert.device)
-    offs = torch.searchsorted(expert, every, right=True).int()
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    # Of a batch's tables; usually both Parameters have the same.
-    tables: dict[int, SegmentTable] = {}
-
-    def product(rows: Tensor, name: str) -> Tensor:
-        weight = getattr(experts, name)
-        bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
-        if not torch.is_autocast_enabled(rows.device.type):
-            rows = rows.to(weight.dtype)
-        own, kn = adapters.get(name), experts.is_transposed
-        if isinstance(own, Factors):
-            a, b, scale = own
-            return expert_linear(rows, weight, a, b, offs, scale, bias, fan_in_fan_out=kn)
-        y = expert_linear(rows, weight, None, None, offs, bias=bias, fan_in_fan_out=kn)
-        if own is None:
-            return y
-        if id(own.table) not in tables:
-            tables[id(own.table)] = own.routed(expert, order // k, len(every))
-        return own.onto(y, rows, tables[id(own.table)])
-
-    rows: Tensor = _Sorted.apply(hidden_states, order, place, k)
-    if experts.has_gate:
-        rows = experts._apply_gate(product(rows, "gate_up_proj"))
-    else:
-        rows = experts.act_fn(product(rows, "up_proj"))
-    rows = product(rows, "down_proj")
-    if getattr(experts, "has_post_expert_norm", False):
-        rows = experts.post_expert_norm(rows)
-    rows = _Unsorted.apply(rows, order, place).view(*top_k_index.shape, -1)
-    return (rows * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
-
-
-def warmup_inputs(experts: Any, rows: int, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-    """For :func:`lora_kernels.warmup`: hidden_states of zeros, and a router that deals them out to
-    as many experts a row as the model's does, in turns."""
-    first = "gate_up_proj" if experts.has_gate else "up_proj"
-    weight, (count, in_features, _) = getattr(experts, first), sizes(experts, first)
-    x = weight.new_zeros(rows, in_features, dtype=dtype)
-    k = getattr(getattr(experts, "config", None), "num_experts_per_tok", None) or 1
-    index = torch.arange(rows * k, device=x.device).view(rows, k) % count
-    return x, index, x.new_ones(rows, k)
-
-
-class _Sorted(torch.autograd.Function):
-    """Row ``order[i] // k`` of x for every i; the gradient is a sum over k instead of a scatter."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.k = k
-        return x.index_select(0, order // k)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (place,) = ctx.saved_tensors
-        rows = grad.index_select(0, place).view(-1, ctx.k, grad.shape[1])
-        return rows.sum(1), None, None, None
-
-
-class _Unsorted(torch.autograd.Function):
-    """The rows in the order that they had."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return rows.index_select(0, place)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (order,) = ctx.saved_tensors
-        return grad.index_select(0, order), None, None
+from .merging import write_obstacle
+from .replacing import become, put_back
+from .routed import (
+    Factors,
+    experts_forward,
+    sizes,
+    stored_factors,
+    unsupported_reason,
+    warmup_inputs,
+    weight_dtype,
+    weight_of,
+)
 
 
 class ExpertAdapter(nn.Module):
@@ -196,8 +33,8 @@ class ExpertAdapter(nn.Module):
 
     def __init__(
         self,
-        weight: Tensor,
-        shape: tuple[int, int, int],
+        module: nn.Module,
+        name: str,
         *,
         r: int,
         lora_alpha: float,
@@ -207,17 +44,17 @@ class ExpertAdapter(nn.Module):
     ) -> None:
         check_lora_arguments(r, lora_alpha, 0.0, init_lora_weights)
         super().__init__()
-        self.experts, self.in_features, self.out_features = shape
+        self.experts, self.in_features, self.out_features = sizes(module, name)
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.init_lora_weights = init_lora_weights
         self.scaling = default_scaling(lora_alpha, r, use_rslora)
-        dtype = weight.dtype
+        dtype, device = weight_dtype(module, name), weight_of(module, name).device
         if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16):
             dtype = torch.float32
         columns = r * self.experts
         a, b = (columns, self.in_features), (self.out_features, columns)
-        self.lora_A = nn.Parameter(torch.empty(a, device=weight.device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.empty(b, device=weight.device, dtype=dtype))
+        self.lora_A = nn.Parameter(torch.empty(a, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(b, device=device, dtype=dtype))
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
@@ -235,15 +72,17 @@ class ExpertAdapter(nn.Module):
         return Factors(*stored_factors(self.lora_A, self.lora_B, self.experts), self.scaling)
 
     @torch.no_grad()
-    def added_to(self, weight: Tensor, is_transposed: bool) -> Tensor:
+    def added_to(self, weight: Tensor, dtype: torch.dtype, is_transposed: bool) -> Tensor:
         """``weight + scaling * B_e A_e``, one expert after the other, in float32 or wider and
-        rounded once."""
-        a, b, _ = self.factors()
-        merged = torch.empty_like(weight)
-        acc = torch.promote_types(weight.dtype, torch.float32)
+        rounded once to ``dtype``; a four-bit weight is decoded."""
+        (a, b, _), quant = self.factors(), quant_state_of(weight)
+        shape = weight.shape if quant is None else quant.shape
+        merged = torch.empty(shape, dtype=dtype, device=weight.device)
+        acc = torch.promote_types(dtype, torch.float32)
         for e in range(self.experts):
             delta = (b[e].to(acc) @ a[e].to(acc)).mul_(self.scaling)
-            merged[e] = weight[e].to(acc) + (delta.t() if is_transposed else delta)
+            plain = weight[e].to(acc) if quant is None else dequantize(weight.data, quant, acc, e)
+            merged[e] = plain + (delta.t() if is_transposed else delta)
         return merged
 
     def extra_repr(self) -> str:
@@ -260,7 +99,7 @@ class FusedLoRAExperts(nn.Module):
     merged, the Parameters are new ones; the pristine ones are kept aside and come back, the same
     objects, on :meth:`unmerge`. What ``state_dict``, ``load_state_dict``, ``.to`` and ``train()``
     do while merged is as for :class:`FusedLoRALinear`. Disabled or merged, the model's own code
-    computes.
+    computes, over weights in four bits :class:`QuantizedExperts`.
     """
 
     _kind: type[nn.Module]
@@ -283,13 +122,10 @@ class FusedLoRAExperts(nn.Module):
         reason = unsupported_reason(module)
         if reason is not None:
             raise TypeError(f"the module {reason}")
-        held = module._parameters
         lora = nn.ModuleDict(
-            {
-                name: ExpertAdapter(cast(Tensor, held[name]), sizes(module, name), **own)
-                for name, own in arguments.items()
-            }
+            {name: ExpertAdapter(module, name, **own) for name, own in arguments.items()}
         )
+        take_over(module)
         module.requires_grad_(False)
         become(module, FusedLoRAExperts)
         self = cast(FusedLoRAExperts, module)
@@ -306,7 +142,9 @@ class FusedLoRAExperts(nn.Module):
             if hook is _merge_again:
                 del self._load_state_dict_post_hooks[handle]
         self._modules.pop("lora", None)
-        return put_back(self)
+        module = put_back(self)
+        give_back(module)
+        return module
 
     @property
     def is_exported(self) -> bool:
@@ -377,7 +215,8 @@ class FusedLoRAExperts(nn.Module):
                 raise RuntimeError(f"cannot merge the adapters of these experts: {obstacle}")
             for name, adapter in self.adapters().items():
                 base = cast(nn.Parameter, self._parameters[name])
-                values = adapter.added_to(base, cast(bool, self.is_transposed))
+                dtype, kn = weight_dtype(self, name), cast(bool, self.is_transposed)
+                values = adapter.added_to(base, dtype, kn)
                 self._base[name] = base, nn.Parameter(values, requires_grad=False)
                 self._parameters[name] = self._base[name][1]
             self.merged = True
@@ -441,38 +280,3 @@ def _merge_again(module: FusedLoRAExperts, _: Any) -> None:
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
-
-
-_classes: dict[tuple[type, type[nn.Module]], type[nn.Module]] = {}
-
-
-def become(module: nn.Module, family: type[nn.Module]) -> None:
-    """Give ``module`` the subclass of ``family`` and its own class, whose ``_kind`` that is."""
-    _set_class(module, _class_of(family, type(module)))
-
-
-def put_back(module: Any) -> nn.Module:
-    """Give the module the class back that it had before :func:`become`."""
-    _set_class(module, module._kind)
-    return cast(nn.Module, module)
-
-
-def _class_of(family: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
-    if (family, kind) not in _classes:
-        name = family.__name__.removesuffix("Experts") + kind.__name__
-        own = {"_kind": kind, "__reduce__": lambda self: (_blank, (family, kind), self.__dict__)}
-        _classes[family, kind] = type(name, (family, kind), own)
-    return _classes[family, kind]
-
-
-def _blank(family: type[nn.Module], kind: type[nn.Module]) -> nn.Module:
-    made = _class_of(family, kind)
-    return made.__new__(made)
-
-
-def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    dispatched = is_dispatched(module)
-    module.__class__ = kind
-    if dispatched:
-        # accelerate's hook calls the forward that it found.
-        vars(module)["_old_forward"] = kind.forward.__get__(module)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .four_bit_parameter import FourBitParameter
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether ``module`` is transformers' Conv1D, without importing transformers for it."""
@@ -67,7 +69,24 @@ def expert_matrices(module: nn.Module) -> tuple[str, ...]:
     Experts are those whose class ``use_experts_implementation`` (transformers >= 5) decorated: it
     says by attributes how any implementation computes them, whatever the family.
     """
-    code = getattr(type(module).forward, "__code__", None)
+    kind: Any = type(module)
+    if kind.forward is getattr(kind, "_four_bit_forward", None):
+        # Ours, over experts in four bits.
+        kind = kind._kind
+    code = getattr(kind.forward, "__code__", None)
     if "experts_interface" not in getattr(code, "co_freevars", ()):
         return ()
     return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+
+
+def four_bit_original(module: Any, name: str) -> FourBitParameter | None:
+    """The bytes of a Parameter that bitsandbytes decodes at every access
+    (``replace_parameter_4bit``), or None where it does not, or something else has a part in it."""
+    known = sys.modules.get("bitsandbytes.nn.parametrize")
+    held = getattr(module, "_modules", {}).get("parametrizations")
+    if known is None or held is None or name not in held:
+        return None
+    chain = held[name]
+    if len(chain) != 1 or type(chain[0]) is not known.Bnb4bitParametrization:
+        return None
+    return FourBitParameter(chain.original.data, chain[0].quant_state)

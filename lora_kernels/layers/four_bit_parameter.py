@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..spec.four_bit import QuantState, dequantize
+from ..spec.four_bit import QuantState, dequantize, from_state_dict, quant_state_of, to_state_dict
 
 
 class FourBitParameter(nn.Parameter):
-    """The bytes of a four-bit weight, uint8 [ceil(N K / 2), 1], and in ``quant_state`` what they
-    mean (:class:`lora_kernels.spec.four_bit.QuantState`).
+    """The bytes of a four-bit weight, uint8 [ceil(N K / 2), 1], or of the weights of a mixture's
+    experts, and in ``quant_state`` what they mean
+    (:class:`lora_kernels.spec.four_bit.QuantState`).
 
     Copies, pickles and moves take the state along. Casts leave it and the bytes alone; it never
     trains.
@@ -27,7 +28,8 @@ class FourBitParameter(nn.Parameter):
         return self
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight [N, K], in the dtype that it was quantised from or in ``dtype``."""
+        """The weight [N, K], of experts [E, N, K], in the dtype that it was quantised from or in
+        ``dtype``."""
         return dequantize(self.data, self.quant_state, dtype)
 
     def requires_grad_(self, requires_grad: bool = True) -> FourBitParameter:
@@ -60,3 +62,33 @@ class FourBitParameter(nn.Parameter):
     def __repr__(self) -> str:  # type: ignore[override]
         kind, shape = self.quant_state.quant_type, list(self.quant_state.shape)
         return f"FourBitParameter({kind}, {shape}, device={self.device})"
+
+
+def save_quant_state(weight: Tensor, destination: dict[str, Any], key: str) -> None:
+    """The bytes of ``weight`` at ``key`` of a state_dict and, behind it, what they mean, as
+    bitsandbytes saves them; nothing of a plain weight."""
+    quant = quant_state_of(weight)
+    if quant is not None:
+        destination[key] = weight.data
+        for name, value in to_state_dict(quant).items():
+            destination[f"{key}.{name}"] = value
+
+
+def load_quant_state(quant: QuantState, found: Any, key: str, error_msgs: list[str]) -> None:
+    """Fill ``quant`` with what a state_dict has behind ``key``, if it has the weight."""
+    if key not in found:
+        return
+    mine = f"{key}."
+    try:
+        held = {k[len(mine) :]: v for k, v in found.items() if k.startswith(mine)}
+        given = from_state_dict(held, quant.absmax.device)
+    except ValueError as error:
+        error_msgs.append(f"{key}: {error}")
+        return
+    ours, theirs = quant.tensors(), given.tensors()
+    if quant[:3] != given[:3] or len(ours) != len(theirs):
+        error_msgs.append(f"{key} is {quant[:3]}, and the state_dict has {given[:3]}")
+        return
+    with torch.no_grad():
+        for one, other in zip(ours[1:], theirs[1:], strict=True):
+            one.copy_(other)

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from ..functional.ops import PLAIN
 from ..spec.four_bit import dequantize, quant_state_of
+from .four_bit_parameter import save_quant_state
 from .packed import PackedLinear, gathered_by_fsdp
 
 # What is nn.Module's own, what a plain layer takes over otherwise, and accelerate's hook, which is
@@ -214,7 +215,7 @@ class MergeableLinear(PackedLinear):
         if self._base:
             base = self._base[0]
             destination[prefix + "weight"] = base if keep_vars else base.detach()
-            self._save_quant_state(base, destination, prefix)
+            save_quant_state(base, destination, prefix + "weight")
             if not keep_vars:
                 _warn_of_merged(destination)
 

@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 from ..spec.segments import SegmentTable
 from .batches import Owner
-from .experts import (
+from .four_bit_experts import give_back, take_over
+from .multi import SlottedLayer
+from .replacing import become, put_back
+from .routed import (
     SlotFactors,
-    become,
     experts_forward,
-    put_back,
     sizes,
     unsupported_reason,
     warmup_inputs,
+    weight_dtype,
+    weight_of,
 )
-from .multi import SlottedLayer
 
 
 class ExpertSlots(SlottedLayer):
@@ -106,13 +108,14 @@ class MultiLoRAExperts(nn.Module):
             reason = unsupported_reason(module)
             if reason is not None:
                 raise TypeError(f"the module {reason}")
-        weight = cast(nn.Parameter, module._parameters[name])
+        weight, dtype = weight_of(module, name), dtype or weight_dtype(module, name)
         own = ExpertSlots(
             weight, sizes(module, name), slots, max_rank,
             path=path, owner=owner, device=device, dtype=dtype,
         ).train(module.training)  # fmt: skip
         weight.requires_grad_(False)
         if not isinstance(module, MultiLoRAExperts):
+            take_over(module)
             become(module, MultiLoRAExperts)
             module.slots = nn.ModuleDict()
         cast(nn.ModuleDict, module.slots)[name] = own
@@ -124,7 +127,7 @@ class MultiLoRAExperts(nn.Module):
             del self.slots[name]
         if not self.slots:
             del self._modules["slots"]
-            put_back(self)
+            give_back(put_back(self))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, H], [T, k] and [T, k] -> [T, H]."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..backends import cpu
 from ..functional.linear import NOT_PACKED, Packed, four_bit_linear, packed_linear
 from ..functional.ops import PLAIN, autocast_enabled, is_observed
-from ..spec.four_bit import from_state_dict, quant_state_of, to_state_dict
-from .four_bit_parameter import FourBitParameter
+from ..spec.four_bit import quant_state_of
+from .four_bit_parameter import FourBitParameter, load_quant_state, save_quant_state
 
 _Layer = TypeVar("_Layer", bound="Packing")
 
@@ -268,7 +268,7 @@ class PackedLinear(Packing, nn.Linear):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        self._save_quant_state(self.weight, destination, prefix)
+        save_quant_state(self.weight, destination, prefix + "weight")
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -284,14 +284,6 @@ class PackedLinear(Packing, nn.Linear):
         if quant is not None and type(weight) in PLAIN:
             # A pickle of bitsandbytes' parameter comes back as one.
             self._parameters["weight"] = FourBitParameter(weight.data, quant)
-
-    def _save_quant_state(self, weight: Tensor, destination: dict[str, Any], prefix: str) -> None:
-        """What the bytes of a four-bit ``weight`` mean, as bitsandbytes' Linear4bit saves it."""
-        quant = quant_state_of(weight)
-        if quant is not None:
-            destination[prefix + "weight"] = weight.data
-            for key, value in to_state_dict(quant).items():
-                destination[f"{prefix}weight.{key}"] = value
 
     def _load_from_state_dict(
         self,
@@ -309,18 +301,5 @@ class PackedLinear(Packing, nn.Linear):
         )
         mine = f"{prefix}weight."
         unexpected_keys += [k for k in found if quant is None or not k.startswith(mine)]
-        if quant is None or prefix + "weight" not in state_dict:
-            return
-        try:
-            held = {k[len(mine) :]: v for k, v in state_dict.items() if k.startswith(mine)}
-            given = from_state_dict(held, quant.absmax.device)
-        except ValueError as error:
-            error_msgs.append(f"{prefix}weight: {error}")
-            return
-        ours, theirs = quant.tensors(), given.tensors()
-        if quant[:3] != given[:3] or len(ours) != len(theirs):
-            error_msgs.append(f"{mine[:-1]} is {quant[:3]}, and the state_dict has {given[:3]}")
-            return
-        with torch.no_grad():
-            for one, other in zip(ours[1:], theirs[1:], strict=True):
-                one.copy_(other)
+        if quant is not None:
+            load_quant_state(quant, state_dict, prefix + "weight", error_msgs)

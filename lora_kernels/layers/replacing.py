@@ -197,3 +197,43 @@ def weight_dtype(module: nn.Module) -> torch.dtype:
 def share_hooks(layer: nn.Module, module: nn.Module) -> None:
     for name in _HOOKS:
         setattr(layer, name, getattr(module, name))
+
+
+_made: dict[tuple[type, type[nn.Module]], type[nn.Module]] = {}
+
+
+def become(module: nn.Module, family: type[nn.Module]) -> None:
+    """Give ``module`` the subclass of ``family`` and its own class, whose ``_kind`` that is."""
+    _set_class(module, _class_of(family, type(module)))
+
+
+def put_back(module: Any) -> nn.Module:
+    """Give the module the class back that it had before :func:`become`."""
+    _set_class(module, module._kind)
+    return cast(nn.Module, module)
+
+
+def _class_of(family: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    if (family, kind) not in _made:
+        name = family.__name__.removesuffix("Experts") + kind.__name__
+        classes = family, *vars(kind).get("_classes", (kind,))
+        own = {"_kind": kind, "_classes": classes}
+        own["__reduce__"] = lambda self: (_blank, classes, self.__dict__)
+        _made[family, kind] = type(name, (family, kind), own)
+    return _made[family, kind]
+
+
+def _blank(*classes: type[nn.Module]) -> nn.Module:
+    """An instance without a state, of the last class and the families that it became one of."""
+    *families, made = classes
+    for family in reversed(families):
+        made = _class_of(family, made)
+    return made.__new__(made)
+
+
+def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    dispatched = is_dispatched(module)
+    module.__class__ = kind
+    if dispatched:
+        # accelerate's hook calls the forward that it found.
+        vars(module)["_old_forward"] = kind.forward.__get__(module)

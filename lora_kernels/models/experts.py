@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.experts import FusedLoRAExperts, sizes, unsupported_reason
-from ..layers.foreign import expert_matrices
+from ..layers.experts import FusedLoRAExperts
+from ..layers.routed import matrices_of, sizes, unsupported_reason
 from .config import LoRAConfig
 from .on_disk import Layer
 
@@ -35,8 +35,10 @@ def select_experts(
     selection = ExpertSelection()
     for path, module in model.named_modules():
         found: list[str] = []
-        matrices = expert_matrices(module)
-        for name, _ in module.named_parameters(recurse=False):
+        matrices = matrices_of(module)
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        # Those that bitsandbytes parametrised are no Parameters.
+        for name in (*names, *(n for n in matrices if n not in names)):
             full = f"{path}.{name}"
             named = config.is_target_parameter(full)
             if not named and name not in matrices:
@@ -58,6 +60,7 @@ def select_experts(
             else:
                 selection.skipped[full] = reason
         if found:
+            found.sort(key=matrices.index)
             selection.targets[module] = path, found
     return selection
 

@@ -1,13 +1,16 @@
-"""``quantize_base``: the linear layers of a model in four bits."""
+"""``quantize_base``: the linear layers of a model, and its experts, in four bits."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from ..layers import routed
+from ..layers.experts import FusedLoRAExperts
 from ..layers.four_bit import QuantizedLinear
+from ..layers.four_bit_experts import QuantizedExperts
 from ..layers.fused import FusedLoRALinear
 from ..layers.replacing import replace_modules, unsupported_reason
 from ..spec.four_bit import DTYPES, check_format
@@ -23,6 +26,7 @@ def quantize_base(
     double_quant: bool = True,
     block: int = 64,
     compute_dtype: torch.dtype | None = None,
+    experts: bool = False,
 ) -> ModelT:
     """Quantise the linear layers of ``model`` to four bits, in place, and return the model: QLoRA's
     base (Dettmers et al., arXiv:2305.14314), ready for :func:`lora_kernels.apply_lora`.
@@ -35,9 +39,12 @@ def quantize_base(
     Args:
         quant_type, double_quant, block, compute_dtype: as for
             :meth:`lora_kernels.QuantizedLinear.from_linear`.
+        experts: quantise every experts module of a mixture too (transformers >= 5): its 3-D
+            Parameters keep their place and become bytes, as bitsandbytes'
+            ``replace_parameter_4bit`` makes them of a whole Parameter.
 
     Raises:
-        ValueError: an unknown type or block; no layer to quantise; a model with LoRA layers: the
+        ValueError: an unknown type or block; nothing to quantise; a model with LoRA layers: the
             base is quantised first.
 
     >>> import lora_kernels as lk
@@ -51,7 +58,7 @@ def quantize_base(
     check_format(quant_type, block)
     owners: dict[nn.Parameter, set[nn.Module]] = {}
     for module in model.modules():
-        if isinstance(module, FusedLoRALinear):
+        if isinstance(module, (FusedLoRALinear, FusedLoRAExperts)):
             raise ValueError("the model has LoRA layers: quantise its base first, then apply_lora")
         for parameter in module.parameters(recurse=False):
             owners.setdefault(parameter, set()).add(module)
@@ -80,7 +87,29 @@ def quantize_base(
                 block=block,
                 compute_dtype=compute_dtype,
             )
-    if not chosen:
-        raise ValueError(f"{type(model).__name__} has no linear layer to quantise")
+    mixtures = [m for m in paths if experts and _is_quantisable_mixture(m, owners)]
+    if not chosen and not mixtures:
+        what = "neither a linear layer nor experts" if experts else "no linear layer"
+        raise ValueError(f"{type(model).__name__} has {what} to quantise")
     replace_modules(model, chosen)
+    for module in mixtures:
+        QuantizedExperts.quantize(
+            module,
+            quant_type,
+            double_quant=double_quant,
+            block=block,
+            compute_dtype=compute_dtype,
+        )
     return model
+
+
+def _is_quantisable_mixture(module: nn.Module, owners: dict[nn.Parameter, set[nn.Module]]) -> bool:
+    if routed.unsupported_reason(module) is not None:
+        return False
+    weights: list[Any] = [routed.weight_of(module, name) for name in routed.matrices_of(module)]
+    return all(
+        getattr(weight, "quant_state", None) is None
+        and weight.dtype in DTYPES
+        and len(owners[weight]) == 1
+        for weight in weights
+    )

@@ -63,6 +63,9 @@ def plan(problem: Problem, facts: DeviceFacts) -> Config:
     >>> plan(problem, DeviceFacts("xpu", "some accelerator", "unknown")).plan
     'reference'
     """
+    if problem.experts:
+        # No kernel of theirs decodes a weight: the plan is that of the decoded one.
+        problem = problem._replace(four_bit=False)
     if _forced is not None:
         reason = invalid_reason(_forced, problem, facts)
         if reason is not None:

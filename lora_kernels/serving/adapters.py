@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.dora import dora_norm
+from ..layers import routed
 from ..layers.batches import Adapter
-from ..layers.experts import stored_factors
-from ..layers.experts import unsupported_reason as unsupported_experts_reason
 from ..layers.multi import MultiLoRALinear, unsupported_embedding_reason
 from ..layers.multi_experts import ExpertSlots, MultiLoRAExperts
 from ..layers.replacing import features, unsupported_reason, weight_dtype
@@ -167,7 +166,7 @@ class LayerIndex:
                 reason: str | None = "is not among the store's target_modules"
                 if self.open:
                     held = isinstance(module, MultiLoRAExperts)
-                    reason = None if held else unsupported_experts_reason(module)
+                    reason = None if held else routed.unsupported_reason(module)
                 if reason is not None:
                     raise ValueError(f"{parameter!r} {reason}")
             path, _, name = parameter.rpartition(".")
@@ -274,10 +273,11 @@ def match(
     for parameter, prefix in prefixes.items():
         a, b = pairs.pop(prefix)
         path, _, name = parameter.rpartition(".")
-        weight: Any = getattr(experts[path][0], name)
-        a, b = stored_factors(a, b, len(weight))
+        module = experts[path][0]
+        a, b = routed.stored_factors(a, b, routed.sizes(module, name)[0])
         scale = config.scaling(parameter, b.shape[2])
-        layers[parameter] = limits.weights(parameter, weight.dtype, a, b, scale)
+        dtype = routed.weight_dtype(module, name)
+        layers[parameter] = limits.weights(parameter, dtype, a, b, scale)
     for path, (a, b, *others) in pairs.items():
         first, module = index.resolve(path)
         if b.shape[1] == 0:

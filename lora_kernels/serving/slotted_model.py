@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ..layers.batches import Owner
-from ..layers.foreign import expert_matrices
 from ..layers.multi import MultiLoRAEmbedding, MultiLoRALinear, unsupported_embedding_reason
 from ..layers.multi_experts import ExpertSlots, MultiLoRAExperts
+from ..layers.routed import matrices_of, weight_of
 from ..models.config import LoRAConfig
 from ..models.selection import select
 from .adapters import HostAdapter, LayerIndex, SlotLimits, Weights
@@ -52,8 +52,7 @@ class SlottedModel:
         self._experts = {
             f"{path}.{name}": module
             for path, module in model.named_modules()
-            for name, _ in module.named_parameters(recurse=False)
-            if name in expert_matrices(module)
+            for name in matrices_of(module)
         }
         targets, self.skipped = _select(model, LoRAConfig(target_modules=target_modules))
         self._refused = {
@@ -118,7 +117,7 @@ class SlottedModel:
         try:
             for path in parameters:
                 module, name = self._experts[path], path.rpartition(".")[2]
-                weight = module.get_parameter(name)
+                weight = weight_of(module, name)
                 self._before[path] = module, [path], [weight] if weight.requires_grad else []
                 done.append(path)
                 self.layers[path] = MultiLoRAExperts.add(

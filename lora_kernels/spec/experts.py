@@ -14,12 +14,13 @@ found.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .dtypes import accumulate_dtype, tail_dtype
+from .four_bit import decode
 
 
 def rows_of_experts(offs: Tensor) -> Iterator[tuple[int, slice]]:
@@ -51,10 +52,13 @@ def expert_linear_fwd(
     offs: Tensor,
     bias: Tensor | None = None,
     fan_in_fan_out: bool = False,
+    quant: Sequence[Tensor] | None = None,
+    quant_block: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """x [M,K], weight [E,N,K] (or [E,K,N]), bias [E,N] -> Y [M,N] in x's dtype, and S."""
-    w = weight if fan_in_fan_out else weight.transpose(1, 2)
-    return _product(x, w, lora_a, lora_b, scale, offs, bias)
+    n = weight.shape[2 if fan_in_fan_out else 1] if lora_b is None else lora_b.shape[1]
+    w = _matrices(weight, quant, quant_block, x.shape[1], n, not fan_in_fan_out, x.dtype)
+    return _product(x, w, n, lora_a, lora_b, scale, offs, bias)
 
 
 def expert_linear_dx(
@@ -65,30 +69,59 @@ def expert_linear_dx(
     scale: Tensor,
     offs: Tensor,
     fan_in_fan_out: bool = False,
+    quant: Sequence[Tensor] | None = None,
+    quant_block: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """dy [M,N] -> dX [M,K] in dy's dtype, and D: the forward with its roles swapped."""
-    w = weight.transpose(1, 2) if fan_in_fan_out else weight
+    k = weight.shape[1 if fan_in_fan_out else 2] if lora_a is None else lora_a.shape[2]
+    w = _matrices(weight, quant, quant_block, dy.shape[1], k, fan_in_fan_out, dy.dtype)
     a, b = (None if t is None else t.transpose(1, 2) for t in (lora_b, lora_a))
-    return _product(dy, w, a, b, scale, offs, None)
+    return _product(dy, w, k, a, b, scale, offs, None)
+
+
+# The matrix [in, out] of an expert.
+_Matrices = Callable[[int], Tensor]
+
+
+def _matrices(
+    weight: Tensor,
+    quant: Sequence[Tensor] | None,
+    quant_block: int,
+    inner: int,
+    outer: int,
+    transposed: bool,
+    dtype: torch.dtype,
+) -> _Matrices:
+    """Of a stack, or of its bytes, in ``dtype``; ``transposed``: each is stored as [out, in]."""
+    shape = (outer, inner) if transposed else (inner, outer)
+
+    def of_expert(e: int) -> Tensor:
+        if quant is None:
+            w = weight[e].to(dtype)
+        else:
+            w = decode(weight, list(quant), quant_block, shape, dtype, e * inner * outer)
+        return w.t() if transposed else w
+
+    return of_expert
 
 
 def _product(
     x: Tensor,
-    w: Tensor,
+    w: _Matrices,
+    width: int,
     a: Tensor | None,
     b: Tensor | None,
     scale: Tensor,
     offs: Tensor,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """w is [E, in, out]."""
     acc, tail = accumulate_dtype(x.dtype), tail_dtype(x.dtype)
     s = x.new_zeros(x.shape[0], 0, dtype=tail)
     if a is not None:
         s = expert_shrink(x, a, scale, offs)
-    y = x.new_zeros(x.shape[0], w.shape[2])
+    y = x.new_zeros(x.shape[0], width)
     for e, rows in rows_of_experts(offs):
-        product = x[rows].to(acc) @ w[e].to(x.dtype).to(acc)
+        product = x[rows].to(acc) @ w(e).to(acc)
         if b is not None:
             product = product + s[rows].to(acc) @ b[e].to(tail).to(acc).t()
         if bias is not None:

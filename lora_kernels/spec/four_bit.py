@@ -49,8 +49,9 @@ class QuantState(NamedTuple):
     """What the bytes of a four-bit weight mean."""
 
     quant_type: str
-    # of the weight, [N, K], or [K, N] for transformers' Conv1D
-    shape: tuple[int, int]
+    # of the weight: [N, K], or [K, N] for transformers' Conv1D; of a mixture's experts [E, N, K] or
+    # [E, K, N], flat one after the other
+    shape: tuple[int, ...]
     block: int
     # what the weight was quantised from, and what it is decoded to by default
     dtype: torch.dtype
@@ -106,30 +107,39 @@ def code8_of(device: torch.device | str) -> Tensor:
         return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
-def blocks_of(shape: tuple[int, int], block: int) -> int:
+def blocks_of(shape: tuple[int, ...], block: int) -> int:
     return -(-math.prod(shape) // block)
 
 
-def decode_absmax(absmax: Tensor, nested: Nested | None) -> Tensor:
-    """float32 [blocks]."""
+def decode_absmax(absmax: Tensor, nested: Nested | None, first: int = 0) -> Tensor:
+    """float32 [blocks], of a weight's blocks from ``first`` on."""
     if nested is None:
         return absmax
-    outer = nested.absmax.repeat_interleave(OUTER_BLOCK)[: absmax.numel()]
+    of_block = torch.arange(first, first + absmax.numel(), device=absmax.device) // OUTER_BLOCK
+    outer = nested.absmax[of_block]
     return nested.code[absmax.int()] * outer + nested.offset
 
 
 def decode(
-    data: Tensor, tensors: list[Tensor], block: int, shape: tuple[int, int], dtype: torch.dtype
+    data: Tensor,
+    tensors: list[Tensor],
+    block: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    first: int = 0,
 ) -> Tensor:
-    """The weight [rows, cols]: ``code[q] * absmax`` in float32, rounded once to ``dtype``; in
-    float64 exact."""
+    """The weight of ``shape``: ``code[q] * absmax`` in float32, rounded once to ``dtype``; in
+    float64 exact. ``first``: where its values begin among those of the bytes."""
     code, absmax, *nested = tensors
     n = math.prod(shape)
-    q = data.flatten()
-    values = code[torch.stack([q >> 4, q & 15], dim=1).flatten().int()][:n]
-    scales = decode_absmax(absmax, Nested(*nested) if nested else None)
+    begin, end = first // block, -(-(first + n) // block)
+    start = begin * block
+    q = data.flatten()[start // 2 : -(-(first + n) // 2)]
+    values = code[torch.stack([q >> 4, q & 15], dim=1).flatten().int()][first - start :][:n]
+    scales = decode_absmax(absmax[begin:end], Nested(*nested) if nested else None, begin)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return (values.to(wide) * scales.to(wide).repeat_interleave(block)[:n]).to(dtype).view(shape)
+    each = scales.to(wide).repeat_interleave(block)[first - start :][:n]
+    return (values.to(wide) * each).to(dtype).view(shape)
 
 
 def base_weight(
@@ -148,28 +158,53 @@ def base_weight(
     return (weight.t() if fan_in_fan_out else weight).to(dtype)
 
 
-def dequantize(data: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight of ``state.shape``, in the dtype that it was quantised from or in ``dtype``."""
-    return decode(data, state.tensors(), state.block, state.shape, dtype or state.dtype)
+def dequantize(
+    data: Tensor, state: QuantState, dtype: torch.dtype | None = None, expert: int | None = None
+) -> Tensor:
+    """The weight of ``state.shape``, or that of one expert of them, in the dtype that it was
+    quantised from or in ``dtype``."""
+    shape = state.shape if expert is None else state.shape[1:]
+    first = 0 if expert is None else expert * math.prod(shape)
+    return decode(data, state.tensors(), state.block, shape, dtype or state.dtype, first)
 
 
 @torch.no_grad()
 def quantize(
     weight: Tensor, quant_type: str = "nf4", *, block: int = 64, double_quant: bool = True
 ) -> tuple[Tensor, QuantState]:
-    """The bytes uint8 [ceil(N K / 2), 1] of ``weight`` [N, K], those of bitsandbytes on a CPU, and
-    what they mean.
+    """The bytes uint8 [ceil(N K / 2), 1] of ``weight`` [N, K], or of the experts [E, N, K], those
+    of bitsandbytes on a CPU, and what they mean.
 
     Raises:
-        ValueError: an unknown type or block size, or a weight that is not 2-D or empty.
+        ValueError: an unknown type or block size, or a weight that is not 2-D or 3-D, or empty.
         TypeError: a dtype other than float32, bfloat16, float16.
     """
     check_format(quant_type, block)
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(f"a weight [N, K] is quantised, not {list(weight.shape)}")
+    if weight.dim() not in (2, 3) or weight.numel() == 0:
+        raise ValueError(f"a weight [N, K] or [E, N, K] is quantised, not {list(weight.shape)}")
     if weight.dtype not in DTYPES:
         raise TypeError(f"float32, bfloat16 and float16 are quantised, not {weight.dtype}")
-    flat, code = weight.reshape(-1).float(), code_of(quant_type, weight.device)
+    code = code_of(quant_type, weight.device)
+    stretches = [
+        _quantize4(flat.float(), code, block) for flat in weight.reshape(-1).split(_STRETCH)
+    ]
+    data, absmax = (torch.cat(parts) for parts in zip(*stretches, strict=True))
+    shape = tuple(weight.shape)
+    if not double_quant:
+        return data, QuantState(quant_type, shape, block, weight.dtype, absmax)
+    offset = absmax.mean()
+    q8, outer = _quantize8(absmax - offset)
+    nested = Nested(code8_of(weight.device), outer, offset)
+    return data, QuantState(quant_type, shape, block, weight.dtype, q8, nested)
+
+
+# Values that are quantised at once, whole blocks of any size: what they take on the way is some ten
+# times their memory.
+_STRETCH = 1 << 22
+
+
+def _quantize4(flat: Tensor, code: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The bytes [ceil(n / 2), 1] of n values, and the absmax of every block."""
     n, whole = flat.numel(), flat.numel() // block * block
     parts = flat[:whole].view(-1, block)
     absmax = parts.abs().amax(dim=1)
@@ -183,14 +218,7 @@ def quantize(
         scaled = torch.nn.functional.pad(scaled, (0, 1))
     order = code.argsort(stable=True)
     q = order.to(torch.uint8)[torch.bucketize(scaled, (code[order[:-1]] + code[order[1:]]) / 2)]
-    data = (q[::2] << 4 | q[1::2]).view(-1, 1)
-    shape = (weight.shape[0], weight.shape[1])
-    if not double_quant:
-        return data, QuantState(quant_type, shape, block, weight.dtype, absmax)
-    offset = absmax.mean()
-    q8, outer = _quantize8(absmax - offset)
-    nested = Nested(code8_of(weight.device), outer, offset)
-    return data, QuantState(quant_type, shape, block, weight.dtype, q8, nested)
+    return (q[::2] << 4 | q[1::2]).view(-1, 1), absmax
 
 
 @functools.cache
@@ -251,8 +279,8 @@ def _of_bitsandbytes(held: Any) -> QuantState:
             )
         nested = Nested(held.state2.code, held.state2.absmax, held.offset)
     shape = tuple(held.shape or ())
-    if len(shape) != 2:
-        raise ValueError(f"a four-bit weight has two dimensions, this one {list(shape)}")
+    if len(shape) not in (2, 3):
+        raise ValueError(f"a four-bit weight has two or three dimensions, this one {list(shape)}")
     return QuantState(held.quant_type, shape, held.blocksize, held.dtype, held.absmax, nested)
 
 

@@ -42,7 +42,8 @@ The operators of experts take rows that are sorted by expert,
                                (as in ``torch.nn.functional.grouped_mm``); rows from offs[E-1] on
                                belong to none, and their results are zero
     weight     [E, N, K]       any floating dtype, rounded on use; [E, K, N] with ``fan_in_fan_out``
-    lora_a     [E, r, K]       or, with lora_b, None: no adapter, and s and d are [M, 0]
+    lora_a     [E, r, K]       or, with lora_b, None: no adapter, and s and d are [M, 0]. With a
+                               four-bit weight, whose bytes have no shape, both of rank 0 instead
     lora_b     [E, N, r]
     bias       [E, N]
 """
@@ -110,11 +111,11 @@ SCHEMAS = {
     ),
     "expert_shrink": "(Tensor x, Tensor lora_a, Tensor scale, Tensor offs) -> Tensor s",
     "expert_linear_fwd": (
-        f"(Tensor x, {_EXPERTS}, Tensor? bias=None, bool fan_in_fan_out=False) "
+        f"(Tensor x, {_EXPERTS}, Tensor? bias=None, bool fan_in_fan_out=False, {_QUANT}) "
         "-> (Tensor y, Tensor s)"
     ),
     "expert_linear_dx": (
-        f"(Tensor dy, {_EXPERTS}, bool fan_in_fan_out=False) -> (Tensor dx, Tensor d)"
+        f"(Tensor dy, {_EXPERTS}, bool fan_in_fan_out=False, {_QUANT}) -> (Tensor dx, Tensor d)"
     ),
     "expert_linear_dab": (
         "(Tensor dy, Tensor? x, Tensor? s, Tensor? d, Tensor offs, ScalarType? da_dtype=None, "

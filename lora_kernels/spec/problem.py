@@ -164,7 +164,10 @@ def sizes_of_experts(given: dict[str, Any]) -> tuple[int, int, int, int, int]:
     """M, N, K, r and E of a call for experts."""
     rows, weight = rows_of(given), given.get("weight")
     a, b = given.get("lora_a"), given.get("lora_b")
-    if weight is not None:
+    if weight is not None and given["quant"] is not None:
+        assert a is not None and b is not None
+        (_, r, k), n = a.shape, b.shape[1]
+    elif weight is not None:
         n, k = weight.shape[:0:-1] if given["fan_in_fan_out"] else weight.shape[1:]
         r = 0 if b is None else b.shape[2]
     elif a is not None:
@@ -190,6 +193,7 @@ def _expert(op: str, given: dict[str, Any]) -> Problem:
         fan_in_fan_out=given.get("fan_in_fan_out", False),
         aligned=not rows.is_cuda or is_aligned(given),
         experts=experts,
+        four_bit=given.get("quant") is not None,
     )
 
 
@@ -217,11 +221,20 @@ def is_aligned(given: dict[str, Any]) -> bool:
 def _decoded_is_aligned(given: dict[str, Any]) -> bool:
     """The same with the weight that the bytes of ``given`` are decoded to."""
     rows = rows_of(given)
-    _, n, k, *_ = sizes(rows, given)
     # No memory of it is looked at, nor made.
-    shape = (k, n) if given["fan_in_fan_out"] else (n, k)
-    plain = torch.empty(shape, dtype=rows.dtype, device="meta")
+    plain = torch.empty(decoded_shape(given), dtype=rows.dtype, device="meta")
     return is_aligned(given | {"weight": plain, "quant": None})
+
+
+def decoded_shape(given: dict[str, Any]) -> tuple[int, ...]:
+    """Of the four-bit weight of a call: [N, K] or [K, N], of experts [E, N, K] or [E, K, N]."""
+    experts: tuple[int, ...] = ()
+    if "offs" in given:
+        _, n, k, _, count = sizes_of_experts(given)
+        experts = (count,)
+    else:
+        _, n, k, *_ = sizes(rows_of(given), given)
+    return (*experts, k, n) if given["fan_in_fan_out"] else (*experts, n, k)
 
 
 def _stack_suits(stack: Tensor, rows: Tensor) -> bool:

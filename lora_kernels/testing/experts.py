@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..planning.answers import record_plans
 from ..spec import reference
-from .linear import LAYOUTS, Arguments, assert_within_budget, poisoned_memory
+from .linear import LAYOUTS, Arguments, assert_within_budget, poisoned_memory, quantized
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class ExpertCase:
     peft_layout: bool = True
     layout: str = "contiguous"
     zero_weight: bool = False
+    # the weight is four-bit: its type, its block, and whether absmax is quantised too
+    quant: tuple[str, int, bool] | None = None
     scale: float = 0.75
     device: str = "cpu"
     seed: int = 0
@@ -47,10 +49,16 @@ class ExpertCase:
         layout = LAYOUTS[self.layout]
         adapter_dtype = self.adapter_dtype or self.dtype
         weight = normal(experts, self.n, self.k) / self.k**0.5 * (not self.zero_weight)
+        packed = None
+        if self.fan_in_fan_out:
+            weight = weight.transpose(1, 2).contiguous()
+        if self.quant is not None:
+            weight, packed = quantized(weight, self.quant)
         a = b = None
-        if self.r:
+        if self.r or packed is not None:
             a = (normal(experts, self.r, self.k) / self.k**0.5).to(adapter_dtype)
-            b = (normal(experts, self.n, self.r) / (self.scale * self.r**0.5)).to(adapter_dtype)
+            amplify = self.scale * max(self.r, 1) ** 0.5
+            b = (normal(experts, self.n, self.r) / amplify).to(adapter_dtype)
             if self.peft_layout:
                 stored = b.permute(1, 2, 0).reshape(self.n, -1).contiguous()
                 b = stored.view(self.n, self.r, experts).permute(2, 0, 1)
@@ -58,9 +66,7 @@ class ExpertCase:
             case=self,
             x=layout(normal(m, self.k).to(self.dtype)),
             dy=layout(normal(m, self.n).to(self.dtype)),
-            weight=(weight.transpose(1, 2).contiguous() if self.fan_in_fan_out else weight).to(
-                self.weight_dtype or self.dtype
-            ),
+            weight=weight if packed is not None else weight.to(self.weight_dtype or self.dtype),
             lora_a=a,
             lora_b=b,
             scale=torch.tensor(
@@ -70,6 +76,7 @@ class ExpertCase:
             ),
             offs=torch.tensor(self.counts, device=self.device).cumsum(0).int(),
             bias=normal(experts, self.n).to(self.dtype) if self.bias else None,
+            packed=packed,
         )
 
 
@@ -78,12 +85,15 @@ class ExpertInputs:
     case: ExpertCase
     x: Tensor
     dy: Tensor
+    # of four-bit ones the values, in float64
     weight: Tensor
     lora_a: Tensor | None
     lora_b: Tensor | None
     scale: Tensor
     offs: Tensor
     bias: Tensor | None
+    # of four-bit ones the arguments of the operators
+    packed: Arguments | None = None
 
     def expert_of_row(self) -> Tensor:
         """int64 [M]; E: none."""
@@ -95,12 +105,16 @@ class ExpertInputs:
         tail: Arguments = {"scale": self.scale, "offs": self.offs}
         if op == "expert_shrink":
             return tail | {"x": self.x, "lora_a": self.lora_a}
-        linear = tail | {
-            "weight": self.weight,
-            "lora_a": self.lora_a,
-            "lora_b": self.lora_b,
-            "fan_in_fan_out": self.case.fan_in_fan_out,
-        }
+        linear = (
+            tail
+            | {
+                "weight": self.weight,
+                "lora_a": self.lora_a,
+                "lora_b": self.lora_b,
+                "fan_in_fan_out": self.case.fan_in_fan_out,
+            }
+            | (self.packed or {})
+        )
         if op == "expert_linear_fwd":
             return linear | {"x": self.x, "bias": self.bias}
         if op == "expert_linear_dx":
@@ -146,7 +160,7 @@ def naive(inputs: ExpertInputs, op: str, dtype: torch.dtype) -> list[Tensor]:
     if op == "expert_shrink":
         assert a is not None
         return [scale * times(x, of_rows(a).transpose(1, 2)) * live]
-    weight = of_rows(inputs.weight, inputs.x.dtype)
+    weight = of_rows(inputs.weight, None if inputs.packed else inputs.x.dtype)
     weight = weight if inputs.case.fan_in_fan_out else weight.transpose(1, 2)
     tail = x.new_zeros(len(x), 0, dtype=dtype)
     if op == "expert_linear_dx":
@@ -199,5 +213,26 @@ MUTATIONS: dict[str, Callable[[Callable[..., Any], Arguments], Any]] = {
     "the next expert's A": lambda run, given: _with(run, given, lora_a=given["lora_a"].roll(1, 0)),
     "a row too few for the first": lambda run, given: _with(
         run, given, offs=given["offs"] - (torch.arange(len(given["offs"])) == 0).int()
+    ),
+}
+
+
+def _with_quant(change: Callable[[list[Tensor]], list[Tensor]]) -> Any:
+    return lambda run, given: _with(run, given, quant=change(given["quant"]))
+
+
+# Of double-quantised bytes.
+FOUR_BIT_MUTATIONS: dict[str, Callable[[Callable[..., Any], Arguments], Any]] = {
+    "the halves of a byte swapped": lambda run, given: _with(
+        run, given, weight=given["weight"] >> 4 | given["weight"] << 4
+    ),
+    "the absmax of the block before": _with_quant(lambda q: [q[0], q[1].roll(1), *q[2:]]),
+    "no offset": _with_quant(lambda q: [*q[:4], torch.zeros_like(q[4])]),
+    "another code": _with_quant(lambda q: [q[0].roll(1), *q[1:]]),
+    "the next expert's bytes": lambda run, given: _with(
+        run, given, weight=given["weight"].view(len(given["offs"]), -1).roll(1, 0).view(-1, 1)
+    ),
+    "the other orientation": lambda run, given: _with(
+        run, given, fan_in_fan_out=not given["fan_in_fan_out"]
     ),
 }

@@ -13,7 +13,13 @@ from lora_kernels.backends import cpu
 from lora_kernels.functional import ops
 from lora_kernels.functional.experts import expert_linear
 from lora_kernels.planning.device import facts
-from lora_kernels.testing.experts import MUTATIONS, ExpertCase, check_experts
+from lora_kernels.spec import four_bit
+from lora_kernels.testing.experts import (
+    FOUR_BIT_MUTATIONS,
+    MUTATIONS,
+    ExpertCase,
+    check_experts,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -133,6 +139,99 @@ def test_a_wrong_kernel_turns_the_check_red(op, mutation, monkeypatch):
         check_experts(op, broken, case)
 
 
+BASE_OPERATORS = ["expert_linear_fwd", "expert_linear_dx"]
+# Where experts begin with a block, within one, and within a byte; few rows and several blocks of
+# them; no adapter; rows that are decoded in registers, along rows and in panels.
+FOUR_BIT_SIZES = [
+    ExpertCase((0, 0), 64, 32, 2),
+    ExpertCase((5,), 20, 31, 3),
+    ExpertCase((0, 70, 0), 33, 24, 5, spare=2),
+    ExpertCase((1, 0, 3, 2), 7, 5, 1),
+    ExpertCase((3, 40, 0, 1, 9), 130, 65, 17, spare=4),
+    ExpertCase((4, 1, 0, 2), 66, 256, 6, bias=True),
+    ExpertCase((2, 30, 0), 70, 48, 0, spare=1, bias=True),
+    ExpertCase((200, 17, 0, 33), 136, 264, 24),
+    ExpertCase(tuple(i * 7 % 5 for i in range(128)), 48, 64, 8),
+]
+FOUR_BIT_VARIANTS = [{}, {"fan_in_fan_out": True}, {"adapter_dtype": torch.float32}]
+FORMATS = [("nf4", 64, True), ("nf4", 64, False), ("fp4", 128, True), ("fp4", 4096, False)]
+
+
+def four_bit_cases():
+    whole = itertools.product(FOUR_BIT_SIZES, FOUR_BIT_VARIANTS, DTYPES, FORMATS)
+    for size, variant, dtype, quant in whole:
+        yield replace(size, dtype=dtype, quant=quant, **variant)
+
+
+@pytest.mark.parametrize("op", BASE_OPERATORS)
+@pytest.mark.parametrize("case", list(four_bit_cases()), ids=str)
+def test_four_bit_experts_keep_the_budget(op, case, device):
+    check_experts(op, operator(op), replace(case, device=device), backend=device)
+
+
+@pytest.mark.parametrize("op", BASE_OPERATORS)
+@pytest.mark.parametrize("case", FOUR_BIT_SIZES, ids=str)
+@pytest.mark.parametrize(("plan", "dtype"), [("vendor", torch.bfloat16), ("reference", None)])
+def test_other_plans_of_four_bit_experts(op, case, plan, dtype, device):
+    case = replace(case, dtype=dtype or case.dtype, quant=("nf4", 64, True), device=device)
+    with lk.force_plan(plan):
+        check_experts(op, operator(op), case, backend="reference" if dtype is None else device)
+
+
+@pytest.mark.parametrize("op", BASE_OPERATORS)
+@pytest.mark.parametrize("mutation", FOUR_BIT_MUTATIONS)
+def test_a_wrong_decoding_turns_the_check_red(op, mutation, device):
+    case = ExpertCase((3, 40, 0, 9), 64, 64, 6, quant=("nf4", 64, True), device=device)
+    sound = operator(op)
+    check_experts(op, sound, case)
+    with pytest.raises(AssertionError, match="over the budget"):
+        check_experts(op, lambda **given: FOUR_BIT_MUTATIONS[mutation](sound, given), case)
+
+
+def four_bit_weight(inputs, quant=("nf4", 64, True)):
+    kind, block, double = quant
+    made = four_bit.quantize(inputs.weight.float(), kind, block=block, double_quant=double)
+    return lk.FourBitParameter(*made)
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("r", [0, 6])
+def test_gradients_over_a_four_bit_weight(r, fan_in_fan_out, device):
+    case = ExpertCase((3, 40, 0, 9), 70, 49, r, bias=True, spare=2, fan_in_fan_out=fan_in_fan_out)
+    inputs = replace(case, device=device).draw()
+    weight = four_bit_weight(inputs)
+    results = []
+    for w in weight, weight.dequantize(torch.float32):
+        given = inputs.x, inputs.lora_a, inputs.lora_b, inputs.bias
+        leaves = [None if t is None else t.clone().requires_grad_() for t in given]
+        x, a, b, bias = leaves
+        with lk.record_plans() as answers:
+            y = expert_linear(x, w, a, b, inputs.offs, 0.75, bias, fan_in_fan_out=fan_in_fan_out)
+            y.backward(inputs.dy)
+        products = [answer for answer in answers if answer.op in BASE_OPERATORS]
+        assert [p.problem.four_bit for p in products] == [w is weight] * 2
+        results.append([y.detach(), *(t.grad for t in leaves if t is not None)])
+    for ours, plain in zip(*results, strict=True):
+        assert (ours - plain).abs().max() < 1e-5 * plain.abs().max()
+    half = expert_linear(
+        x.bfloat16(), weight, a, b, inputs.offs, 0.75, fan_in_fan_out=fan_in_fan_out
+    )
+    assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not has_kernels(), reason="no native kernels")
+def test_only_experts_that_have_rows_are_decoded():
+    """And none of them as a whole: what the others' absmax say is never read."""
+    case = ExpertCase((3, 0, 9, 0), 64, 64, 6, quant=("nf4", 64, False))
+    for op in BASE_OPERATORS:
+        given = case.draw().arguments(op)
+        expected = operator(op)(**given)
+        absmax = given["quant"][1].clone().view(4, -1)
+        absmax[1], absmax[3] = torch.nan, torch.nan
+        given["quant"] = [given["quant"][0], absmax.view(-1)]
+        assert all(map(torch.equal, operator(op)(**given), expected))
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -206,6 +305,12 @@ def test_opcheck(op, requires_grad, device):
     torch.library.opcheck(operator(op), (), arguments)
 
 
+@pytest.mark.parametrize("op", BASE_OPERATORS)
+def test_opcheck_of_four_bits(op, device):
+    case = ExpertCase((2, 0, 3), 6, 8, 2, bias=True, quant=("nf4", 64, True), device=device)
+    torch.library.opcheck(operator(op), (), case.draw().arguments(op))
+
+
 @pytest.mark.parametrize("op", ops.EXPERT_OPERATORS)
 def test_what_a_compiler_for_a_gpu_is_told(op):
     """The results' shapes, dtypes and strides, of tensors that have no memory to look at."""
@@ -268,6 +373,23 @@ def test_a_wrong_call_is_named(name):
     )
     with pytest.raises(kind, match=r"lora_|offs|x |weight|bias"):
         expert_linear(**given | WRONG[name])
+
+
+def test_a_wrong_four_bit_weight_is_named():
+    inputs = ExpertCase((3, 1), 6, 8, 2).draw()
+    weight = four_bit_weight(inputs)
+    given = inputs.lora_a, inputs.lora_b, inputs.offs
+    with pytest.raises(ValueError, match="do not fit"):
+        expert_linear(inputs.x[:, :4], weight, *given)
+    with pytest.raises(ValueError, match="do not fit"):
+        expert_linear(inputs.x, weight, *given, fan_in_fan_out=True)
+    with pytest.raises(ValueError, match="3-D weight"):
+        flat = inputs.weight.view(-1, 8)
+        expert_linear(inputs.x, lk.FourBitParameter(*four_bit.quantize(flat)), *given)
+    with pytest.raises(ValueError, match="2-D weight"):
+        lk.lora_linear(inputs.x, weight, inputs.lora_a[0], inputs.lora_b[0])
+    with pytest.raises(ValueError, match=r"48 bytes|bytes in a row"):
+        expert_linear(inputs.x, lk.FourBitParameter(weight.data[1:], weight.quant_state), *given)
 
 
 @pytest.mark.skipif(not facts("cpu").native, reason="no native kernels")

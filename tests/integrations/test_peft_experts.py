@@ -126,3 +126,32 @@ def test_other_parameters_are_left_to_peft():
     assert all("use_experts_implementation" in reason for reason in report.skipped.values())
     assert len(report.skipped) == 2
     assert small.relative_difference(logits(ours), logits(theirs)) < 1e-5
+
+
+def test_experts_that_bitsandbytes_parametrised():
+    """Their bytes are read; PEFT decodes all of them and adds the delta to all."""
+    bnb = pytest.importorskip("bitsandbytes.nn.parametrize")
+    base = mixtures.build("qwen3_moe")
+    targets = []
+    for i, layer in enumerate(base.model.layers):
+        for name in ("gate_up_proj", "down_proj"):
+            bnb.replace_parameter_4bit(layer.mlp.experts, name, quant_type="nf4")
+            targets.append(f"model.layers.{i}.mlp.experts.{name}")
+    theirs = mixtures.stock_model("qwen3_moe", base, target_parameters=targets)
+    ours = copy.deepcopy(theirs)
+    report = lk.accelerate_peft(ours)
+    assert len(report.fused) == len(targets) and not report.skipped
+    described = [text for text in report.fused.values() if "down_proj" in text]
+    assert described == ["ParametrizedQwen3MoeExperts.down_proj [6, 32, 24], default r=3"] * 2
+    expected, expected_gradients = mixtures.step(theirs)
+    with lk.record_plans() as answers:
+        output, gradients = mixtures.step(ours)
+    assert report.calls.fused == 2 and not report.calls.fallen_back
+    products = [a for a in answers if a.op in ("expert_linear_fwd", "expert_linear_dx")]
+    assert products and all(a.problem.four_bit for a in products)
+    assert small.relative_difference(output, expected) < 1e-5
+    assert gradients.keys() == expected_gradients.keys() and len(gradients) == 8
+    for name, gradient in gradients.items():
+        assert small.relative_difference(gradient, expected_gradients[name]) < 1e-4, name
+    with ours.disable_adapter(), theirs.disable_adapter():
+        assert torch.equal(logits(ours), logits(theirs))

@@ -13,8 +13,12 @@ pytest.importorskip("triton")
 from test_kernels import DEVICE, DTYPES, skinny, tile
 from test_kernels import pytestmark as pytestmark
 
+from lora_kernels.backends import cuda
 from lora_kernels.functional.ops import EXPERT_OPERATORS
-from lora_kernels.kernels import experts
+from lora_kernels.kernels import experts, four_bit
+from lora_kernels.planning.config import Config
+from lora_kernels.planning.device import DeviceFacts
+from lora_kernels.spec.problem import PROBLEM_OF, is_aligned
 from lora_kernels.testing.experts import MUTATIONS, ExpertCase, check_experts
 
 # Two tiles of 16 x 32 x 16 and a remainder, and a rank of two tiles and a remainder.
@@ -64,6 +68,25 @@ def test_kernels_of_experts(op, counts, variant, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_an_adapter(op, dtype):
     check_experts(op, launch(op), replace(SIZE, r=0, spare=2, dtype=dtype))
+
+
+@pytest.mark.parametrize("triton", [True, False])
+@pytest.mark.parametrize("r", [0, 6])
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("op", ["expert_linear_fwd", "expert_linear_dx"])
+def test_four_bit_weights_are_decoded_once(op, fan_in_fan_out, r, triton, monkeypatch):
+    """All experts together; without Triton by the library."""
+    decoded, sound = [], four_bit.lora_decode
+    monkeypatch.setattr(four_bit, "lora_decode", lambda *args: decoded.append(args) or sound(*args))
+    sizes = {"r": r, "spare": 2, "fan_in_fan_out": fan_in_fan_out, "quant": ("nf4", 64, True)}
+    case, known = replace(SIZE, **sizes), DeviceFacts("cuda", "sm_90", "sm_90", processors=4)
+    known = replace(known, shared_memory=232448, triton=triton)
+    arguments = case.draw().arguments(op)
+    problem = PROBLEM_OF[op](**arguments)._replace(aligned=is_aligned(arguments))
+    config = tile("tail") if triton else Config("vendor")
+    assert problem.four_bit and (problem.n, problem.k, problem.experts) == (69, 43, 4)
+    check_experts(op, functools.partial(cuda.run, op, config, problem, known), case)
+    assert len(decoded) == triton
 
 
 @pytest.mark.parametrize("op", EXPERT_OPERATORS)

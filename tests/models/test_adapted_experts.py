@@ -14,7 +14,8 @@ import torch
 from mixtures import BATCH, FAMILIES, PARAMETERS
 
 import lora_kernels as lk
-from lora_kernels.layers.experts import FusedLoRAExperts, experts_forward
+from lora_kernels.layers.experts import FusedLoRAExperts
+from lora_kernels.layers.routed import experts_forward
 from lora_kernels.models.experts import expert_layers
 from lora_kernels.planning.device import facts
 from lora_kernels.testing.linear import assert_within_budget

@@ -49,6 +49,15 @@ def test_the_heuristic_on_a_gpu():
     assert plan.heuristic(problem(m=128, experts=1), HOPPER).split_k == 1
 
 
+def test_four_bit_weights_are_decoded_to_memory():
+    for op, m in itertools.product(("expert_linear_fwd", "expert_linear_dx"), (1, 64, 4096)):
+        for facts in (HOPPER, AMPERE, INSTINCT, CPU):
+            chosen = plan.plan(problem(op, m, four_bit=True), facts)
+            assert chosen == plan.plan(problem(op, m), facts) and not chosen.decodes
+    with plan.force_plan(Config("tail", decodes=True)), pytest.raises(ValueError, match="forced"):
+        plan.plan(problem(four_bit=True), HOPPER)
+
+
 def test_what_is_not_valid_says_why():
     for name in ("in_loop", "producer", "preload"):
         assert "comes from a shrink" in invalid_reason(Config(name), problem(), HOPPER)

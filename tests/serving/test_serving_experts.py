@@ -87,6 +87,44 @@ def test_tokens_are_the_merged_models(zoo):
     check_logits(zoo, store)
 
 
+@pytest.mark.parametrize("of_bitsandbytes", [False, True])
+def test_tokens_over_experts_in_four_bits(zoo, of_bitsandbytes):
+    """They are those of merged models with what the bytes mean."""
+    family, folder, _ = zoo
+    base, decoded = mixtures.in_four_bits(family)
+    if of_bitsandbytes:
+        bnb = pytest.importorskip("bitsandbytes.nn.parametrize")
+        base = mixtures.build(family)
+        options = {"compress_statistics": True, "quant_type": "nf4"}
+        for layer in base.model.layers:
+            for name in ("gate_up_proj", "down_proj"):
+                bnb.replace_parameter_4bit(layer.mlp.experts, name, **options)
+        lk.quantize_base(base)
+    kinds, plain = [type(m).__name__ for m in base.modules()], generate(base, PROMPTS)
+    store = lk.AdapterStore(base, max_adapters=4, max_rank=8)
+    merged = {None: decoded}
+    for name in ADAPTERS:
+        store.load(name, folder / name)
+        merged[name] = lk.load_adapter(mixtures.in_four_bits(family)[1], folder / name)
+        lk.merge_adapter(merged[name])
+    slots = store.model.model.layers[0].mlp.experts.slots["down_proj"]
+    assert slots.lora_A.dtype == torch.float32
+    with lk.record_plans() as answers, store.batch(NAMES):
+        tokens = generate(store.model, PROMPTS)
+    assert {a.problem.four_bit for a in answers if a.op == "expert_linear_fwd"} == {True}
+    expected = [
+        generate(merged[name], row[None])[0] for name, row in zip(NAMES, PROMPTS, strict=True)
+    ]
+    assert torch.equal(tokens, torch.stack(expected))
+    assert [torch.equal(*pair) for pair in zip(tokens, plain, strict=True)] == [
+        name is None for name in NAMES
+    ]
+    check_logits((family, folder, merged), store)
+    store.close()
+    assert [type(m).__name__ for m in store.model.modules()] == kinds
+    assert torch.equal(generate(store.model, PROMPTS), plain)
+
+
 def test_the_reference_serves_the_same(zoo):
     store = open_store(zoo)
     with lk.force_plan("reference"):
