@@ -77,7 +77,11 @@ def test_launchers():
     ]
     assert {op for op, _ in launchers} == set(KERNELS)
     for op, module in launchers:
-        assert of_function(getattr(module, op)) == schema_of(op), (op, module.__name__)
+        wanted = schema_of(op)
+        if op in ops.EXPERT_OPERATORS:
+            # The backend decodes their weights first.
+            wanted = [pair for pair in wanted if not pair[0].startswith("quant")]
+        assert of_function(getattr(module, op)) == wanted, (op, module.__name__)
 
 
 @pytest.mark.skipif(native.load() is None, reason=f"no CPU extension: {native.why_not()}")

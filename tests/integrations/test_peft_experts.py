@@ -8,6 +8,7 @@ import safetensors.torch
 import small
 import torch
 from mixtures import BATCH, FAMILIES
+from peft.tuners.lora.layer import ParamWrapper
 
 import lora_kernels as lk
 from lora_kernels.integrations.peft_experts import FusedParamWrapper
@@ -129,29 +130,48 @@ def test_other_parameters_are_left_to_peft():
 
 
 def test_experts_that_bitsandbytes_parametrised():
-    """Their bytes are read; PEFT decodes all of them and adds the delta to all."""
+    """Against PEFT over the decoded weights: over such experts PEFT 0.21 forgets one of two
+    adapters, and removes none behind a call."""
     bnb = pytest.importorskip("bitsandbytes.nn.parametrize")
-    base = mixtures.build("qwen3_moe")
+    base, decoded = mixtures.build("qwen3_moe"), mixtures.build("qwen3_moe")
     targets = []
-    for i, layer in enumerate(base.model.layers):
+    for i, (one, other) in enumerate(zip(base.model.layers, decoded.model.layers, strict=True)):
         for name in ("gate_up_proj", "down_proj"):
-            bnb.replace_parameter_4bit(layer.mlp.experts, name, quant_type="nf4")
+            bnb.replace_parameter_4bit(one.mlp.experts, name, quant_type="nf4")
             targets.append(f"model.layers.{i}.mlp.experts.{name}")
-    theirs = mixtures.stock_model("qwen3_moe", base, target_parameters=targets)
-    ours = copy.deepcopy(theirs)
+            with torch.no_grad():
+                getattr(other.mlp.experts, name).copy_(getattr(one.mlp.experts, name))
+    bare = logits(decoded)
+    ours, theirs = (
+        mixtures.stock_model("qwen3_moe", model, target_parameters=targets)
+        for model in (base, decoded)
+    )
+    wrappers = [{}, {}]
+    for found, model in zip(wrappers, (ours, theirs), strict=True):
+        for path, wrapper in model.named_modules():
+            if isinstance(wrapper, ParamWrapper):
+                found[path.removesuffix(".base_layer"), wrapper.parameter_name] = wrapper
+    assert wrappers[0].keys() == wrappers[1].keys() and len(wrappers[0]) == len(targets)
+    pairs = [(wrapper, wrappers[1][key]) for key, wrapper in wrappers[0].items()]
+    for pair in pairs:
+        for part in ("lora_A", "lora_B"):
+            mine, other = (getattr(w, part)["default"].weight for w in pair)
+            other.data.copy_(mine.data)
     report = lk.accelerate_peft(ours)
     assert len(report.fused) == len(targets) and not report.skipped
     described = [text for text in report.fused.values() if "down_proj" in text]
     assert described == ["ParametrizedQwen3MoeExperts.down_proj [6, 32, 24], default r=3"] * 2
-    expected, expected_gradients = mixtures.step(theirs)
+    expected, _ = mixtures.step(theirs)
     with lk.record_plans() as answers:
         output, gradients = mixtures.step(ours)
-    assert report.calls.fused == 2 and not report.calls.fallen_back
+    assert report.calls.fused == 2 and not report.calls.fallen_back and len(gradients) == 8
     products = [a for a in answers if a.op in ("expert_linear_fwd", "expert_linear_dx")]
     assert products and all(a.problem.four_bit for a in products)
     assert small.relative_difference(output, expected) < 1e-5
-    assert gradients.keys() == expected_gradients.keys() and len(gradients) == 8
-    for name, gradient in gradients.items():
-        assert small.relative_difference(gradient, expected_gradients[name]) < 1e-4, name
-    with ours.disable_adapter(), theirs.disable_adapter():
-        assert torch.equal(logits(ours), logits(theirs))
+    for pair in pairs:
+        for part in ("lora_A", "lora_B"):
+            mine, other = (getattr(w, part)["default"].weight.grad for w in pair)
+            assert small.relative_difference(mine, other) < 1e-4
+    with ours.disable_adapter():
+        assert small.relative_difference(logits(ours), bare) < 1e-5
+    assert small.relative_difference(output, bare) > 0.1

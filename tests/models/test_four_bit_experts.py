@@ -10,6 +10,7 @@ import peft
 import pytest
 import small
 import torch
+import transformers
 from mixtures import BATCH
 
 import lora_kernels as lk
@@ -302,6 +303,35 @@ def test_an_error_half_way_leaves_parametrised_experts_as_they_were(monkeypatch)
         lk.apply_lora(model, experts=True)
     assert [type(m).__name__ for m in model.modules()] == kinds
     assert torch.equal(logits(model), before)
+
+
+def test_a_model_that_transformers_loads_in_four_bits(tmp_path):
+    """Its quantiser leaves experts plain; the rest of the way is ours."""
+    bnb = pytest.importorskip("bitsandbytes")
+    mixtures.build("qwen3_moe").save_pretrained(tmp_path)
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    options["bnb_4bit_compute_dtype"] = torch.float32
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True, **options),
+        dtype=torch.float32,
+        device_map="cpu",
+    )
+    layer = loaded.model.layers[0]
+    assert isinstance(layer.self_attn.q_proj, bnb.nn.Linear4bit)
+    assert layer.mlp.experts.down_proj.dtype == torch.float32
+    lk.quantize_base(loaded, experts=True)
+    assert isinstance(layer.mlp.experts, QuantizedExperts)
+    lk.apply_lora(loaded, r=3, lora_alpha=5, experts=True)
+    ours, _ = adapted("qwen3_moe")
+    found = dict(ours.named_parameters())
+    with torch.no_grad():
+        for name, parameter in loaded.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(found[name])
+    output, gradients = mixtures.step(loaded)
+    assert small.relative_difference(output, logits(ours)) < 1e-4
+    assert any(".experts." in name and gradient.any() for name, gradient in gradients.items())
 
 
 @pytest.mark.slow
