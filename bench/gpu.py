@@ -145,8 +145,8 @@ class Command:
 
 
 # Those of gpu_work.OF_FAMILY; here since this process does without torch.
-FAMILIES = ["vendor", "preload", "tail", "in_loop", "skinny", "grouped", "decode", "mixed"]
-FAMILIES += ["four_bit", "experts", _LAST]
+FAMILIES = ["vendor", "preload", "tail", "in_loop", "persistent", "skinny", "grouped", "decode"]
+FAMILIES += ["mixed", "four_bit", "experts", _LAST]
 
 
 def main() -> None:

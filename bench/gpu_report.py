@@ -18,7 +18,8 @@ from .gpu import ROWS
 from .tables import Table, number, piped
 
 Line = dict[str, Any]
-_PLANS = ("vendor", "preload", "tail", "in_loop", "producer", "skinny", "decode", "grouped")
+_PLANS = ("vendor", "preload", "tail", "in_loop", "persistent", "producer")
+_PLANS += ("skinny", "decode", "grouped")
 # Of four-bit weights besides; that of bitsandbytes is the base alone.
 _PLANS += ("decoding_tail", "decoding_in_loop", "bitsandbytes")
 _BASE, _LAYERS = ("lora_linear_fwd", "lora_linear_dx"), ("plain", "addmm", "peft", "fused")
@@ -197,11 +198,11 @@ def plot(lines: list[Line], path: Path) -> bool:
     rows = [row for row in operators(lines) if row["work"]["op"] == "lora_linear_fwd"]
     rows = [row for row in rows if "plain" in row["best"]]
     figure, axes = pyplot.subplots(figsize=(8, 0.6 + 0.5 * len(rows)))
-    for place, name in enumerate(_PLANS[:5]):
+    for place, name in enumerate(_PLANS[:6]):
         found = [row["best"].get(name, (0.0, 0))[0] / row["best"]["plain"][0] for row in rows]
-        axes.barh([i + 0.16 * place for i in range(len(rows))], found, 0.15, label=name)
+        axes.barh([i + 0.14 * place for i in range(len(rows))], found, 0.13, label=name)
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_yticks([i + 0.32 for i in range(len(rows))], [size_of(row["work"]) for row in rows])
+    axes.set_yticks([i + 0.35 for i in range(len(rows))], [size_of(row["work"]) for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("times the plain product")
     axes.legend()

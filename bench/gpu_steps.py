@@ -90,6 +90,7 @@ def compile_share(machine: Machine, what: str, share: str) -> None:
         time.sleep(0.2)
     elsewhere = Machine(machine.out, machine.rehearse, machine.skip)
     elsewhere.device, elsewhere.known = "cpu", DeviceFacts(**known[0])
+    elsewhere.dtype = torch.bfloat16
     begin, failed = time.monotonic(), 0
     with compiling(elsewhere.known.arch) as counts:
         for call in list(_compiled(elsewhere, what))[number::step]:
@@ -161,7 +162,7 @@ def replay(machine: Machine) -> None:
     case = Case(300, 520, 200, 16, machine.dtype, bias=False, device=machine.device)
     if machine.rehearse:
         case = replace(case, m=20, n=40, k=72)
-    for name in ("vendor", "preload", "tail", "in_loop"):
+    for name in ("vendor", "preload", "tail", "in_loop", "persistent"):
         for op in LINEAR_OPS if machine.admits(Config(name)) else ():
             arguments = case.draw().arguments(op)
             step = functools.partial(operator(machine, op, Config(name)), **arguments)

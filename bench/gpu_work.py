@@ -45,7 +45,9 @@ OF_FAMILY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mixed": (MIXED_LINEAR_OPS, ("tail", "preload", "vendor")),
     "four_bit": (LINEAR_OPS, ("vendor", "preload", "tail", "in_loop")),
     "experts": (EXPERT_OPERATORS, ("tail", "skinny", "vendor")),
-} | {name: (LINEAR_OPS, (name,)) for name in ("preload", "tail", "in_loop", "producer")}
+} | {
+    name: (LINEAR_OPS, (name,)) for name in ("preload", "tail", "in_loop", "persistent", "producer")
+}
 
 # In a rehearsal: what a plan may ask of the device, and sizes that the interpreter is done with.
 _STAND_IN = DeviceFacts(
@@ -89,9 +91,16 @@ class Machine:
     def admits(self, config: Config) -> bool:
         return config.plan not in (*self.skip, "reference", "native")
 
+    def planned(self, problem: Problem) -> Problem:
+        """What the planner is asked; in a rehearsal as on a GPU, which computes in bfloat16."""
+        if not self.rehearse:
+            return problem
+        return problem._replace(dtype="bfloat16", adapter_dtype="bfloat16")
+
     def candidates(self, problem: Problem, names: Sequence[str] = PLANS) -> list[Config]:
         """Of the plans of these ``names``; in a rehearsal one of each, the last and smallest."""
-        found = [c for c in candidates(problem, self.known) if c.plan in names and self.admits(c)]
+        every = candidates(self.planned(problem), self.known)
+        found = [c for c in every if c.plan in names and self.admits(c)]
         return [*{c.plan: c for c in found}.values()] if self.rehearse else found
 
 
@@ -203,7 +212,7 @@ def rows(rehearse: bool) -> list[Row]:
         for op in ("fwd", "dx", "dab")[: 3 if m > 128 else 1]
     ]
     rest = [*four_bit, *of_experts, *mixed_rows, *masked[5:]]
-    far = [Far(name) for name in ("preload", "vendor", "tail", "in_loop", "producer")]
+    far = [Far(name) for name in ("preload", "vendor", "tail", "in_loop", "persistent", "producer")]
     return [*plain, *masked[:5], *decode, *rest, *far]
 
 
@@ -271,6 +280,9 @@ def checks_of(machine: Machine, family: str) -> Iterator[tuple[str, AnyCase, Con
             # Rows of whole units, and such as begin within a byte.
             odd = replace(odd, k=odd.k | 1, quant=("nf4", 64, True))
             even = replace(even, k=even.k // 32 * 32, quant=("fp4", 128, False))
+        if family == "persistent":
+            # Rows of whole 16 bytes, and a tail of two steps.
+            odd = replace(odd, n=odd.n // 8 * 8, k=odd.k // 8 * 8, r=72)
         every, cases = even, [odd, even, replace(even, m=5)]
         if not machine.rehearse:
             cases += [replace(even, dtype=dtype) for dtype in (torch.float16, torch.float32)]
@@ -302,7 +314,7 @@ def problem_of(op: str, arguments: dict[str, Any]) -> Problem:
 
 def operator(machine: Machine, op: str, config: Config) -> Callable[..., Any]:
     def run(**arguments: Any) -> Any:
-        problem = problem_of(op, arguments)
+        problem = machine.planned(problem_of(op, arguments))
         with torch.no_grad():
             return cuda.run(op, config, problem, machine.known, **arguments)
 

@@ -149,6 +149,7 @@ def run_kernel(
         experts,
         linear_bwd,
         linear_fwd,
+        linear_persistent,
         linear_preload,
         linear_producer,
         segmented,
@@ -180,7 +181,8 @@ def run_kernel(
     if config.plan == "producer":
         return getattr(linear_producer, op)(*args, **kwargs, config=config)
     shrink = fill_tile_sizes(Config("skinny"), shrink_problem(problem), known)
-    return getattr(linear_fwd, op)(*args, **kwargs, config=config, shrink=shrink)
+    module = linear_persistent if config.plan == "persistent" else linear_fwd
+    return getattr(module, op)(*args, **kwargs, config=config, shrink=shrink)
 
 
 @functools.lru_cache(maxsize=4096)

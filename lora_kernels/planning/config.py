@@ -16,6 +16,7 @@ PLANS = (
     "in_loop",
     "tail",
     "producer",
+    "persistent",
     "preload",
     "skinny",
     "decode",
@@ -26,7 +27,16 @@ PLANS = (
 )
 
 # Plans whose work is done by Triton kernels with tiles; the others take no numbers.
-TILED_PLANS = ("in_loop", "tail", "producer", "preload", "skinny", "decode", "grouped")
+TILED_PLANS = (
+    "in_loop",
+    "tail",
+    "producer",
+    "persistent",
+    "preload",
+    "skinny",
+    "decode",
+    "grouped",
+)
 
 # Those that accumulate S beside the base product, in tiles as wide as the rank.
 WHOLE_RANK_PLANS = ("in_loop", "producer")
@@ -109,6 +119,15 @@ _HALF_TILES = {
     ),
     "sm_100": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (16, 64, 128, 4, 4)),
     "gfx942": ((128, 128, 64, 8, 2), (64, 128, 64, 4, 2), (16, 64, 128, 4, 2)),
+}
+
+# Of one adapter in bfloat16 with tensor descriptors: those of the persistent plan, and of the plans
+# before it where they are not above. The fourth stage has one more load in flight; which of the two
+# shapes is faster depends on how N and M fill the waves (predictions: docs/performance.md). With
+# four stages, the bias and sm_100's scratch do not fit its shared memory.
+_WIDE_TILES = {
+    "sm_90": ((128, 256, 64, 8, 4), (256, 128, 64, 8, 4)),
+    "sm_100": ((128, 256, 64, 8, 3),),
 }
 
 # On NVIDIA, rows that are no multiple of 16 bytes; and float32, which has no tensor cores without
@@ -214,6 +233,8 @@ def tiled_configs(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:
         found = _PRELOAD_TILES[:-1] if half else _PRELOAD_TILES[-1:]
         for block_m, block_n, block_k, warps, stages in found:
             yield Config("preload", block_m, block_n, block_k, 0, 1, warps, stages)
+        if problem.dtype == "bfloat16":
+            yield from _wide_configs(facts)
     shipped: tuple[tuple[int, ...], ...] = _FLOAT_TILES
     if half:
         shipped = _HALF_TILES[family(facts.arch)]
@@ -246,6 +267,15 @@ def tiled_configs(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:
                 )
     if problem.four_bit:
         yield from _decoding_configs(problem, facts)
+
+
+def _wide_configs(facts: DeviceFacts) -> Iterator[Config]:
+    arch, processors = family(facts.arch), max(facts.processors, 1)
+    for tile in _WIDE_TILES.get(arch, ()):
+        block_m, block_n, block_k, warps, stages = tile
+        for plan in ("in_loop", "tail", "persistent"):
+            if plan == "persistent" or tile not in _HALF_TILES[arch]:
+                yield Config(plan, block_m, block_n, block_k, 8, 1, warps, stages, processors, True)
 
 
 def _decoding_configs(problem: Problem, facts: DeviceFacts) -> Iterator[Config]:

@@ -8,6 +8,8 @@ The plans, one contract (how S reaches the accumulator of the base product):
   adapters every row with the B of its own;
 - ``producer``  one persistent launch: of each row block one tile makes S beside its base product
   and publishes it, all tiles add S B^T last;
+- ``persistent`` the tail plan as one flat loop over all tiles and steps, of which the tail is the
+  last of each tile;
 - ``preload``   our kernels write S and S B^T + bias, in a batch that mixes adapters every row's by
   its own, and the library's GEMM accumulates onto it;
 - ``decode``    a batch that mixes adapters, of few rows: shrink and expand in one launch;
@@ -106,12 +108,12 @@ def heuristic(problem: Problem, facts: DeviceFacts) -> Config:
         return next(shipped, Config("reference"))
     if not is_valid(vendor, problem, facts):
         return Config("reference")
-    # The producer plan answers where a tuner measured it or a user forces it: what its tiles wait
-    # for one another is a guess, on which its estimate would win most large shapes.
+    # These answer where a tuner measured them or a user forces them: what the producer's tiles wait
+    # for one another and what the persistent loop gains are guesses, on which they would win.
     tiled = [
         c
         for c in tiled_configs(problem, facts)
-        if c.plan != "producer" and is_valid(c, problem, facts)
+        if c.plan not in ("producer", "persistent") and is_valid(c, problem, facts)
     ]
     # Where the weights of experts are all that counts, the smallest tile leaves the most room.
     return min(
@@ -140,6 +142,10 @@ _CACHE_OVER_MEMORY = 2.5
 _C_SHARE = 0.6
 
 _HANDOVER_US = 1.0
+
+# Of a product's time, what remains where a tile's end overlaps the next one's begin and results
+# leave by descriptors (predicted: 3 to 6% and 3 to 5%).
+_FLAT_SHARE = 0.93
 
 # Of a four-bit weight: bytes with its absmax; weights that a multiprocessor decodes in a
 # microsecond, by nine instructions each (ahead-of-time report) on 128 lanes at 1.7 GHz.
@@ -229,6 +235,8 @@ def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
     making = {"in_loop": 1.0, "producer": 1 / max(tiles_n, 1)}.get(config.plan, 0.0)
     depth = k / config.split_k * (1 + rank / config.block_n * making)
     walked: float = rank
+    if config.plan == "persistent":
+        walked = -(-r // config.block_k) * config.block_k
     if mixed:
         # Every slot that occurs in a tile is walked, by all of its rows.
         occur = min(config.block_m, 1 + (adapters - 1) * config.block_m / max(m, 1))
@@ -252,7 +260,11 @@ def estimate_us(config: Config, problem: Problem, facts: DeviceFacts) -> float:
     # Pointers instead of descriptors cost addresses and registers.
     product *= 1.0 if config.descriptors else 1.05
     product += waves * _HANDOVER_US * (config.plan == "producer")
-    return product + _LAUNCH_US + (shrink if config.plan == "tail" else 0.0)
+    if config.plan == "persistent":
+        # An adapter of another dtype is copied.
+        copied = problem.adapter_dtype != problem.dtype
+        product = product * _FLAT_SHARE + copied * _LAUNCH_US
+    return product + _LAUNCH_US + shrink * (config.plan in ("tail", "persistent"))
 
 
 def _library_launches(problem: Problem, facts: DeviceFacts) -> int:

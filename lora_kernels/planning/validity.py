@@ -50,6 +50,9 @@ def shared_memory(config: Config, problem: Problem) -> int:
         shrink = config.block_k * (config.block_m * size + rank * adapter)
         return config.num_stages * max(shrink, rank * config.block_n * adapter)
     base = (config.block_m + config.block_n) * config.block_k * size
+    if config.plan == "persistent":
+        # And half of a tile of the result.
+        return config.num_stages * base + config.block_m * config.block_n // 2 * size
     if config.plan == "tail":
         return config.num_stages * (max(base, expand) if tail > size else base)
     return config.num_stages * (base + rank * config.block_k * adapter)
@@ -120,6 +123,10 @@ def _tiled_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) 
         return "the mask would be drawn again for every tile of columns"
     if problem.out_scale and problem.op != "lora_linear_fwd":
         return "the kernels read dY once, and out_scale would have to multiply it first"
+    if config.plan == "persistent":
+        reason = _persistent_reason(problem, facts)
+        if reason is not None:
+            return reason
     if config.block_m == 0:
         # A plan by its name alone; the planner fills in the numbers.
         named = (
@@ -127,19 +134,43 @@ def _tiled_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) 
             for c in tiled_configs(problem, facts)
             if (c.plan, c.decodes) == (config.plan, config.decodes)
         )
-        whole = config.plan in (*WHOLE_RANK_PLANS, "preload")
+        whole = config.plan in (*WHOLE_RANK_PLANS, "persistent", "preload")
         if whole and not any(is_valid(c, problem, facts) for c in named):
             return _REGISTERS
         return None
     if config.plan == "producer" and config.split_k > 1:
         return "a tile waits for its owner, and nothing for the shares of a tile"
-    if config.descriptors and (not problem.aligned or not 90 <= sm_number(facts.arch) < 1000):
-        return "tensor descriptors need sm_90 and 16-byte strides"
+    if config.plan == "persistent" and not config.descriptors:
+        return "it loads and stores by tensor descriptors"
+    if config.descriptors and not _has_descriptors(problem, facts):
+        return _DESCRIPTORS
     if facts.shared_memory and shared_memory(config, problem) > facts.shared_memory - 1024:
         return f"its stages do not fit {facts.shared_memory} bytes of shared memory"
     if config.decodes:
         return _decoding_registers(config, problem, facts)
     return _float16_reason(config, problem, facts) or _register_reason(config, problem, facts)
+
+
+_DESCRIPTORS = "tensor descriptors need sm_90 and 16-byte strides"
+
+
+def _has_descriptors(problem: Problem, facts: DeviceFacts) -> bool:
+    return problem.aligned and 90 <= sm_number(facts.arch) < 1000
+
+
+def _persistent_reason(problem: Problem, facts: DeviceFacts) -> str | None:
+    """Why the tail cannot be one more step of the base's loop."""
+    if problem.dtype != "bfloat16":
+        return "the tail is a step of the base's loop, whose dtype is the tail's in bfloat16 alone"
+    if problem.dropout and problem.op == "lora_linear_dx":
+        return "the mask multiplies the tail alone, which has no accumulator of its own"
+    if problem.out_scale:
+        return "it has no out_scale"
+    if not _has_descriptors(problem, facts) or problem.columns % 8:
+        return _DESCRIPTORS
+    if problem.r == 0 or problem.r % 8:
+        return "S and the adapter have descriptors: the rank is a multiple of 8"
+    return None
 
 
 def _segmented_invalid_reason(config: Config, problem: Problem, facts: DeviceFacts) -> str | None:
@@ -284,7 +315,10 @@ def _register_reason(config: Config, problem: Problem, facts: DeviceFacts) -> st
                 return _REGISTERS
         half = problem.dtype != "float32"
         masked = problem.dropout and problem.op in ("lora_linear_dx", "segmented_linear_dx")
-        if config.block_n > 128 and (masked or problem.out_scale or not config.descriptors):
+        wide = config.block_m * config.block_n > 128 * 128
+        if wide and (masked or problem.out_scale or not config.descriptors):
+            return _REGISTERS
+        if config.block_m > 128 and config.plan in WHOLE_RANK_PLANS:
             return _REGISTERS
         if half and masked and config.block_m > 16 and config.num_warps < 8:
             return _REGISTERS

@@ -39,7 +39,7 @@ def test_a_smoke_against_a_stand_in(tmp_path):
     kinds = [line["kind"] for line in lines]
     assert kinds.count("operator") == 2 and {"device", "floors", "replay"} <= {*kinds}
     families = {line["family"]: line for line in lines if line["kind"] == "family"}
-    assert {*families} == {"vendor", "preload", "mixed", "four_bit", "experts"}
+    assert {*families} == {"vendor", "preload", "persistent", "mixed", "four_bit", "experts"}
     assert all(line["right"] >= 6 and not line["wrong"] for line in families.values())
     (compiled,) = (line for line in lines if line["kind"] == "compiled")
     assert compiled["hits"] + compiled["misses"] > 0 and not compiled["failed"]
@@ -52,7 +52,7 @@ def test_a_smoke_against_a_stand_in(tmp_path):
 @pytest.mark.slow
 def test_a_run_against_a_stand_in_and_its_page(tmp_path, capsys):
     pytest.importorskip("triton")
-    lines = rehearse("run", tmp_path, "tail,in_loop,grouped,decode,producer")
+    lines = rehearse("run", tmp_path, "tail,in_loop,persistent,grouped,decode,producer")
     expected = gpu_work.rows(True)
     assert [line["row"] for line in lines if "row" in line] == [*range(len(expected))]
     kinds = {line["kind"] for line in lines}

@@ -207,6 +207,9 @@ def predicted(call: Call, kernel: str, c: dict[str, Any]) -> list[int]:
         loops = 2 * [of_tail(c["BLOCK_C"], c["BLOCK_R"], c["BLOCK_M"])]
     elif kernel == "_lora_decode_kernel":
         loops = []
+    elif kernel == "_lora_linear_persistent_kernel":
+        # The tail is a step of the base's loop.
+        loops = [product(c["BLOCK_M"], c["BLOCK_N"], c["BLOCK_K"])]
     elif kernel.startswith("_segmented"):
         loops = [of_tail(*sizes) for sizes in aot_segmented.products(kernel, c)]
     else:

@@ -10,7 +10,8 @@ covering set of it, each member there for what it costs in registers or in addre
   ([N, K] weight, bias) and as dX ([K, N] weight; masked in the tail plan), for aligned and odd
   operands, with descriptors as well where they are valid; each smaller rank bucket once, as the
   aligned forward. Adapters are fp32 in half of these and bf16 in the others. Tiles of 16 rows are
-  split along K, and so is the tile of 64 rows once. The producer plan, which is not split, is there
+  split along K, and so is the tile of 64 rows once. The widest tiles and the persistent plan are
+  there without masks, and with descriptors alone. The producer plan, which is not split, is there
   as dX and as the forward both masked and not.
 - once per architecture, plan and way to load, the first tile: columns with strides (no unit
   stride at all), a weight that is a Conv1D's, and out_scale.
@@ -128,12 +129,15 @@ def _linear(arch: str) -> Iterator[Call]:
             continue
         # A longer tail is walked in steps of 32.
         largest = min(64, max(admitted)) if config.plan == "tail" else max(admitted)
-        for r in admitted:
+        # To the persistent plan a rank is a number of steps.
+        for r in admitted if config.plan != "persistent" else ():
             if r < largest and (config.descriptors or arch not in ("sm_90", "sm_100")):
                 yield from _call(arch, config, fwd._replace(r=r), "aligned")
         for layout, adapters in (("aligned", "float32"), ("odd", "bfloat16")):
             yield from _call(arch, config, fwd._replace(r=largest, adapter_dtype=adapters), layout)
-        dx = fwd._replace(op="lora_linear_dx", r=largest, dropout=config.plan == "tail")
+        # The widest tiles have no mask.
+        masked = config.plan == "tail" and config.block_m * config.block_n <= 128 * 128
+        dx = fwd._replace(op="lora_linear_dx", r=largest, dropout=masked)
         for layout, adapters in (("aligned", "bfloat16"), ("odd", "float32")):
             yield from _call(arch, config, dx._replace(adapter_dtype=adapters), layout)
             if config.plan == "producer":

@@ -289,7 +289,9 @@ def test_main_loops_hold_the_predicted_instructions_at_most(rows_of, arch):
 def test_half_types_use_the_tensor_cores(rows_of, arch, instruction):
     """Those of the architecture, from 64 rows on; below, sm_90 and sm_100 have only sm_80's."""
     wrong = []
-    for row in rows_of(arch, "lora_linear", "lora_linear_producer", "expert_linear"):
+    for row in rows_of(
+        arch, "lora_linear", "lora_linear_producer", "lora_linear_persistent", "expert_linear"
+    ):
         if not row.dtypes.startswith("fp32"):
             name = instruction if row.rows >= 64 or "gfx" in arch else "HMMA"
             names = [part.split()[1] for loop in row.loops for part in loop.split(" + ")]

@@ -63,7 +63,7 @@ def leaves_of(inputs):
     return [t.requires_grad_() for t in (inputs.x, inputs.lora_a, inputs.lora_b)]
 
 
-@pytest.mark.parametrize("plan", [None, "tail", "producer", "preload", "vendor"])
+@pytest.mark.parametrize("plan", [None, "tail", "producer", "persistent", "preload", "vendor"])
 @pytest.mark.parametrize("m", [5, 300])
 def test_graph_replay_takes_new_inputs_scales_and_masks(plan, m):
     case = Case(m, 512, 256, 16, torch.bfloat16, bias=False, dropout_p=0.0, device="cuda")
@@ -130,7 +130,7 @@ def test_graph_replay_advances_dropout():
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(results, 2))
 
 
-@pytest.mark.parametrize("plan", ["in_loop", "tail", "producer", "preload", "vendor"])
+@pytest.mark.parametrize("plan", ["in_loop", "tail", "producer", "persistent", "preload", "vendor"])
 def test_rows_beyond_two_to_the_31(plan):
     """x, Y and the gradients have more than 2^31 elements; the last rows are compared."""
     k, n, r = 4096, 64, 16
@@ -231,6 +231,7 @@ def test_every_candidate_of_the_planner_for_a_mixed_batch(op, m, dropout_p, dtyp
             tried.add(config.plan)
         if op in MIXED_LINEAR_OPS:
             assert "vendor" in tried and ("tail" in tried or dtype == torch.float32)
+            assert ("preload" in tried) == (dtype != torch.float16)
         else:
             assert "grouped" in tried
 
@@ -239,7 +240,7 @@ def test_every_candidate_of_the_planner_for_a_mixed_batch(op, m, dropout_p, dtyp
     ("op", "plan"),
     [
         *itertools.product(["segmented_lora", "segmented_lora_"], ["grouped", "decode"]),
-        *itertools.product(MIXED_LINEAR_OPS, ["tail", "vendor"]),
+        *itertools.product(MIXED_LINEAR_OPS, ["tail", "preload", "vendor"]),
     ],
 )
 def test_graph_replay_takes_another_mapping(op, plan):
@@ -341,7 +342,7 @@ def test_a_row_has_the_same_bits_under_a_base_of_ours(op):
             assert torch.equal(result(rows), whole[rows])
 
 
-@pytest.mark.parametrize("plan", ["tail", "vendor"])
+@pytest.mark.parametrize("plan", ["tail", "preload", "vendor"])
 def test_rows_of_a_mixed_batch_beyond_two_to_the_31(plan):
     """x and y have more than 2^31 elements; the last rows, of several slots, are compared."""
     k, n, r = 4096, 4096, 16
