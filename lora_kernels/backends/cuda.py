@@ -71,9 +71,7 @@ def _decoded(op: str, given: dict[str, Any]) -> dict[str, Any]:
 
     shape, dtype = decoded_shape(given), rows_of(given).dtype
     quant, block = given["quant"], given["quant_block"]
-    # It takes any shape.
-    decode: Callable[..., Tensor] = four_bit.lora_decode
-    weight = decode(given["weight"], quant, block, shape, dtype)
+    weight = four_bit.lora_decode(given["weight"], quant, block, shape, dtype)
     plain = given | {"weight": weight, "quant": None, "quant_block": 0}
     if "offs" in given:
         # The kernels of experts have no such arguments.

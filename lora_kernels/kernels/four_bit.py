@@ -118,7 +118,7 @@ def lora_decode(
     weight: Tensor,
     quant: Sequence[Tensor],
     quant_block: int,
-    shape: tuple[int, int],
+    shape: Sequence[int],
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:

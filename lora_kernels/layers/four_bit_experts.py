@@ -93,8 +93,9 @@ class QuantizedExperts(nn.Module):
         )
         known = tuple(f"{prefix}{name}." for name in quants)
         unexpected_keys += [key for key in found if not key.startswith(known)]
+        assign = local_metadata.get("assign_to_params_buffers", False)
         for name, quant in quants.items():
-            load_quant_state(quant, state_dict, prefix + name, error_msgs)
+            load_quant_state(self, name, quant, state_dict, prefix, assign, error_msgs)
 
     def extra_repr(self) -> str:
         weights = self._in_four_bits().items()

@@ -74,20 +74,34 @@ def save_quant_state(weight: Tensor, destination: dict[str, Any], key: str) -> N
             destination[f"{key}.{name}"] = value
 
 
-def load_quant_state(quant: QuantState, found: Any, key: str, error_msgs: list[str]) -> None:
-    """Fill ``quant`` with what a state_dict has behind ``key``, if it has the weight."""
+def load_quant_state(
+    module: nn.Module,
+    name: str,
+    quant: QuantState,
+    found: Any,
+    prefix: str,
+    assign: bool,
+    error_msgs: list[str],
+) -> None:
+    """What the bytes of ``module``'s Parameter ``name`` mean, from behind its key of a state_dict
+    that was loaded: written into ``quant``, which they had before, or with ``assign`` taken."""
+    key, held = prefix + name, module._parameters
     if key not in found:
         return
     mine = f"{key}."
     try:
-        held = {k[len(mine) :]: v for k, v in found.items() if k.startswith(mine)}
-        given = from_state_dict(held, quant.absmax.device)
+        state = {k[len(mine) :]: v for k, v in found.items() if k.startswith(mine)}
+        given = from_state_dict(state, found[key].device if assign else quant.absmax.device)
     except ValueError as error:
         error_msgs.append(f"{key}: {error}")
         return
     ours, theirs = quant.tensors(), given.tensors()
     if quant[:3] != given[:3] or len(ours) != len(theirs):
         error_msgs.append(f"{key} is {quant[:3]}, and the state_dict has {given[:3]}")
+        return
+    weight = held[name]
+    if assign and weight is not None and weight.dtype == torch.uint8:
+        held[name] = FourBitParameter(weight.data, given)
         return
     with torch.no_grad():
         for one, other in zip(ours[1:], theirs[1:], strict=True):

@@ -302,4 +302,5 @@ class PackedLinear(Packing, nn.Linear):
         mine = f"{prefix}weight."
         unexpected_keys += [k for k in found if quant is None or not k.startswith(mine)]
         if quant is not None:
-            load_quant_state(quant, state_dict, prefix + "weight", error_msgs)
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            load_quant_state(self, "weight", quant, state_dict, prefix, assign, error_msgs)

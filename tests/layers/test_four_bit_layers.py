@@ -120,8 +120,9 @@ def test_copies_pickles_and_casts_keep_the_bytes(make):
     assert absmax.dtype == torch.float32
 
 
+@pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("make", MAKERS)
-def test_state_dict_passes_both_ways(make):
+def test_state_dict_passes_both_ways(make, assign):
     layer = adapted(make(64, 128)).eval()
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
@@ -132,7 +133,9 @@ def test_state_dict_passes_both_ways(make):
     other = adapted(lk.QuantizedLinear.from_linear(nn.Linear(128, 64))).eval()
     x = torch.randn(2, 128)
     assert not torch.equal(other(x), layer(x))
-    other.load_state_dict(state)
+    if assign:  # Into a layer without values, too.
+        other.to("meta")
+    other.load_state_dict(state, assign=assign)
     assert torch.equal(other(x), layer(x))
     wrong = adapted(lk.QuantizedLinear.from_linear(nn.Linear(128, 64), "fp4"))
     with pytest.raises(RuntimeError, match="'fp4'"):

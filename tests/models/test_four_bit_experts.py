@@ -193,7 +193,8 @@ def test_adapters_pass_through_pefts_files(tmp_path):
     assert torch.equal(logits(again), logits(ours))
 
 
-def test_a_state_dict_passes_both_ways():
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_passes_both_ways(assign):
     first, _ = mixtures.in_four_bits("gpt_oss")
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
@@ -207,7 +208,7 @@ def test_a_state_dict_passes_both_ways():
             parameter.mul_(1.5)
     lk.quantize_base(other, experts=True)
     assert not torch.equal(logits(other), logits(first))
-    other.load_state_dict(state)
+    other.load_state_dict(state, assign=assign)
     assert torch.equal(logits(other), logits(first))
     del state[f"{key}.absmax"]
     with pytest.raises(RuntimeError, match=f"{key}: no state of a four-bit weight"):
