@@ -7,7 +7,7 @@ import os
 import pytest
 
 if importlib.util.find_spec("vllm") is None:
-    collect_ignore_glob = ["test_*.py"]
+    collect_ignore_glob = ["test_*.py", "in_process.py"]
 else:
     # Before vllm is imported, and for the processes that it starts. The plug-in is named, nothing
     # else.
