@@ -33,7 +33,7 @@ class Variant:
     computes: ClassVar[str] = "lora"
     # Where it is measured unless told otherwise.
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
-    # Somebody else's code, whose failure is a reason and no failure of the run.
+    # Another project's code: its failure is a reason in the report, not a failure of the run.
     peer: ClassVar[bool] = False
     # Whether a CUDA graph can hold it; else the host's time is in its own.
     captured: ClassVar[bool] = True
@@ -96,7 +96,7 @@ def naive(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, p: floa
 class Eager(Variant):
     key, label = "eager", "eager"
     what = "F.linear(x, W) + scale * (dropout(x) A^T) B^T as written, by autograd"
-    devices = ("cuda",)
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
     function: Any = staticmethod(naive)
 
     def __init__(self, setting: Any, inputs: Any) -> None:
@@ -196,7 +196,7 @@ class Ours(Variant):
     """A FusedLoRALinear over the frozen weight."""
 
     package = "lora_kernels"
-    operators = ("lora_linear_fwd",)
+    operators: ClassVar[tuple[str, ...]] = ("lora_linear_fwd",)
     pack_weight: ClassVar[str] = "eval"
     layer: lk.FusedLoRALinear
 

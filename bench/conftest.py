@@ -100,9 +100,11 @@ class Session:
         asked = {name: _parsed(name, option(name)) for name in _LISTS}
         self.quick = option("--quick")
         self.device = option("--bench-device") or ("cuda" if torch.cuda.is_available() else "cpu")
-        of_rows = {name[2:]: asked[name] for name in ("--shapes", "--ranks", "--modes")}
+        of_rows: dict[str, Any] = {
+            name[2:]: asked[name] for name in ("--shapes", "--ranks", "--modes")
+        }
         of_rows["dropouts"] = asked["--dropout"]
-        common = {"dtypes": asked["--dtypes"], "quick": self.quick}
+        common: dict[str, Any] = {"dtypes": asked["--dtypes"], "quick": self.quick}
         self.settings = cases.settings(self.device, **of_rows, **common)
         # Who asks for rows of the fused layer wants those.
         mixed = not any(of_rows.values())
@@ -139,7 +141,11 @@ class Session:
     def add_row(
         self, setting: Any, measured: dict[str, dict[str, float]], found: Prepared
     ) -> dict[str, Any]:
-        row = {"setting": asdict(setting), "variants": measured, "missing": found.missing}
+        row: dict[str, Any] = {
+            "setting": asdict(setting),
+            "variants": measured,
+            "missing": found.missing,
+        }
         row |= {"backend": self.device, "plans": found.plans, "packed_copies": found.copies}
         (self.rows if isinstance(setting, cases.Setting) else self.mixed_rows).append(row)
         return row
@@ -185,7 +191,8 @@ def _parsed(option: str, text: str | None) -> list[Any] | None:
         found = [convert(one.strip()) for one in text.split(",") if one.strip()]
     except (ValueError, KeyError):
         raise pytest.UsageError(f"{option}: {text!r} is not {part},...: {meaning}") from None
-    known = {"--modes": cases.MODES, "--baselines": _EVERY}.get(option, found)
+    every: dict[str, Any] = {"--modes": cases.MODES, "--baselines": _EVERY}
+    known = every.get(option, found)
     if unknown := [one for one in found if one not in known]:
         raise pytest.UsageError(f"{option}: there is no {unknown}; there are {', '.join(known)}")
     return found

@@ -43,8 +43,8 @@ def save_adapter(folder, model, number, rank):
                 tensors[f"base_model.model.{path}.lora_{side}.weight"] = tensor.bfloat16()
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
-    config |= {"r": rank, "lora_alpha": scale * rank, "target_modules": sorted(LINEAR)}
+    sizes = {"r": rank, "lora_alpha": scale * rank, "target_modules": sorted(LINEAR)}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"} | sizes
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 

@@ -20,7 +20,7 @@ import transformers
 import lora_kernels as lk
 from lora_kernels.integrations.continuous_batching import adapt_requests
 
-from .engine_vllm import surroundings
+from .engine_vllm import WARM_UP, surroundings
 
 
 def main() -> int:
@@ -30,10 +30,11 @@ def main() -> int:
 
 @torch.no_grad()
 def measure(task: dict[str, Any]) -> dict[str, Any]:
-    rows, answers = [], Counter()
+    rows: list[dict[str, Any]] = []
+    answers: Counter[str] = Counter()
     for adapters in task["adapters"]:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            task["model"], dtype=torch.bfloat16
+            task["model"], dtype=getattr(torch, task["dtype"])
         ).eval()
         model.generation_config.eos_token_id = -1
         run = {"merged": Merged, "peft": Peft, "ours": Ours}[task["mode"]](model, task, adapters)
@@ -44,7 +45,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
                 for _ in range(task["requests"])
             ]
             with lk.record_plans() as answered:
-                run(prompts, 2)
+                run([prompt[:WARM_UP] for prompt in prompts], 2)
             answers.update(f"{a.op} {a.backend} {a.plan}" for a in answered)
             seconds = run(prompts, tokens)
             rows.append({"workload": name, "adapters": adapters, "seconds": seconds})

@@ -16,6 +16,8 @@ from importlib.metadata import version
 from typing import Any
 
 EXTENSION = "bench.engine_worker.Extension"
+# Tokens of a prompt at most: 32 requests then fill a step of 2048 tokens.
+WARM_UP = 64
 
 
 def main() -> int:
@@ -37,7 +39,7 @@ def start(task: dict[str, Any]) -> Any:
     return LLM(
         model=task["model"],
         skip_tokenizer_init=True,
-        dtype="bfloat16",
+        dtype=task["dtype"],
         max_num_seqs=task["requests"],
         max_model_len=1024,
         max_num_batched_tokens=2048,
@@ -73,13 +75,14 @@ def generate(llm: Any, task: dict[str, Any], length: int, tokens: int, adapters:
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
-    llm, answers = start(task), Counter()
+    llm = start(task)
+    answers: Counter[str] = Counter()
     rows = []
     for adapters in task["adapters"] if task["mode"] != "none" else [0]:
         for name, (length, tokens) in task["workloads"].items():
             if task["mode"] == "ours":
                 llm.collective_rpc("record_answers")
-            generate(llm, task, length, 2, adapters)
+            generate(llm, task, min(length, WARM_UP), 2, adapters)
             if task["mode"] == "ours":
                 answers.update(llm.collective_rpc("answers")[0])
                 llm.collective_rpc("stop_recording")
@@ -114,7 +117,7 @@ def profile(task: dict[str, Any]) -> dict[str, Any]:
     adapters = 0 if task["mode"] == "none" else task["adapters"][0]
     found = {}
     for name, (length, tokens) in task["workloads"].items():
-        generate(llm, task, length, 2, adapters)
+        generate(llm, task, min(length, WARM_UP), 2, adapters)
         with torch.profiler.profile() as profiler:
             seconds = generate(llm, task, length, tokens, adapters)
         times = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}

@@ -2,10 +2,11 @@
 and with ours, and transformers' continuous batching. ``python -m bench.engines``.
 
 Every measurement is a process of its own, and those that are compared take turns. The model is a
-small Llama with random weights in bfloat16; the requests of a batch use the adapters in turn. Timed
-is one batch of requests from its first to its last token, after a short one of the same kind. A row
-that our kernels did not compute is a failure, and so is the exit status then; a bar that is missed
-is shown. vLLM runs in the environment of `make vllm`, transformers and PEFT in that of `make test`.
+small Llama with random weights; the requests of a batch use the adapters in turn. Timed is one
+batch of requests from its first to its last token, after one whose prompts are cut to 64 tokens:
+every adapter is loaded then, and every shape of a step was seen. A row that our kernels did not
+compute is a failure, and so is the exit status then; a bar that is missed is shown. vLLM runs in
+the environment of `make vllm`, transformers and PEFT in that of `make test`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -84,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--adapters", nargs="+", type=int, default=[1, 8, 32])
     add("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     add("--modes", nargs="+", help="of each engine; default: all")
+    text = "float32 where the CPU has no instructions for bfloat16"
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=text)
     add("--layers", type=int, default=4)
     add("--requests", type=int, default=32)
     add("--vocabulary", type=int, default=8192)
@@ -106,7 +110,8 @@ def run(args: argparse.Namespace) -> Content:
         args.hidden, args.adapters, args.layers, args.requests = [128], [1, 3], 2, 4
         args.runs, args.vocabulary = 1, 512
     workloads = {name: (8, 4) if args.quick else WORKLOADS[name] for name in args.workloads}
-    settings = {key: getattr(args, key) for key in ("layers", "requests", "vocabulary", "runs")}
+    asked = ("layers", "dtype", "requests", "vocabulary", "runs")
+    settings = {key: getattr(args, key) for key in asked}
     content: Content = {
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",
         "settings": settings | {"ranks": RANKS, "workloads": workloads},
@@ -133,7 +138,8 @@ def _tasks(
         for mode in ENGINES[engine].modes:
             if not args.modes or mode in args.modes:
                 task = {"mode": mode, "hidden": hidden, "ranks": RANKS, "workloads": workloads}
-                task |= {key: getattr(args, key) for key in ("requests", "vocabulary", "profile")}
+                asked = ("dtype", "requests", "vocabulary", "profile")
+                task |= {key: getattr(args, key) for key in asked}
                 task |= {"adapters": [8] if args.profile else args.adapters, **models[hidden]}
                 yield engine, mode, number, task
 
@@ -184,7 +190,7 @@ def _process(engine: Engine, mode: str, task: dict[str, Any]) -> dict[str, Any]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [ROOT / engine.python, "-m", engine.module, json.dumps(task)]
+    command = [str(ROOT / engine.python), "-m", engine.module, json.dumps(task)]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PROCESS_SECONDS
     )
@@ -220,11 +226,14 @@ def table(content: Content) -> list[str]:
         versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
         lines.append(f"- {engine}: {about['device']}; {versions}")
     settings = content["settings"]
+    cells = ("engine", "mode", "hidden", "workload", "adapters")
+    counts = Counter(tuple(row[key] for key in cells) for row in content["rows"]).values()
+    runs = sorted({min(counts), max(counts)}) if counts else [settings["runs"]]
     lines += [
-        f"- Llama, {settings['layers']} layers, bfloat16, {settings['vocabulary']} words; "
-        f"{settings['requests']} requests at once; adapters of ranks "
+        f"- Llama, {settings['layers']} layers, {settings['dtype']}, {settings['vocabulary']} "
+        f"words; {settings['requests']} requests at once; adapters of ranks "
         f"{', '.join(map(str, settings['ranks']))} on all linear layers; "
-        f"the median of {settings['runs']} processes",
+        f"the median of {' to '.join(map(str, runs))} processes",
         "- decode: 32 tokens in, 128 out, tokens out per second; prefill: 512 in, 16 out, all "
         "tokens per second. A ratio above 1: ours has more tokens per second",
     ]
@@ -284,17 +293,22 @@ def picture(content: Content, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    cells = [c for c in comparisons(content) if c[0]["engine"] == "vllm" and c[1]["none"]]
-    workloads = list(dict.fromkeys(where["workload"] for where, _ in cells))
-    if not cells:
+    # Where it is, and its rates over those without LoRA.
+    bars = [
+        (where, {mode: (rate or 0.0) / rates["none"] for mode, rate in rates.items()})
+        for where, rates in comparisons(content)
+        if where["engine"] == "vllm" and rates["none"]
+    ]
+    workloads = list(dict.fromkeys(where["workload"] for where, _ in bars))
+    if not bars:
         return
     figure, axes = pyplot.subplots(
         1, len(workloads), figsize=(6 * len(workloads), 4), squeeze=False
     )
     for axis, workload in zip(axes[0], workloads, strict=True):
-        here = [c for c in cells if c[0]["workload"] == workload]
+        here = [bar for bar in bars if bar[0]["workload"] == workload]
         for offset, mode, label in ((-0.2, "vllm", "vLLM's LoRA"), (0.2, "ours", "ours")):
-            heights = [(rates[mode] or 0.0) / rates["none"] for _, rates in here]
+            heights = [over[mode] for _, over in here]
             axis.bar([i + offset for i in range(len(here))], heights, 0.4, label=label)
         ticks = [f"{where['hidden']}\n{where['adapters']}" for where, _ in here]
         axis.set_xticks(range(len(here)), ticks)

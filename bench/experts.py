@@ -21,6 +21,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeModel
 
 import lora_kernels as lk
 from lora_kernels.integrations.compare_memory import step_peak
+from lora_kernels.integrations.peft_calls import PeftReport
 from lora_kernels.testing.linear import assert_within_budget
 
 from .command import Report, Row
@@ -45,24 +46,28 @@ class Case(NamedTuple):
 CASES = [Case(what, dtype) for what in ("experts", "model") for dtype in ("float32", "bfloat16")]
 
 
-def variants(case: Case) -> tuple[dict[str, nn.Module], lk.PeftReport]:
+def variants(case: Case) -> tuple[dict[str, nn.Module], PeftReport]:
     """The models, with the same adapter."""
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=256,
-        hidden_size=case.hidden,
-        intermediate_size=case.hidden,
-        moe_intermediate_size=case.intermediate,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        num_experts=case.experts,
-        num_experts_per_tok=case.top,
-        decoder_sparse_step=1,
-        initializer_range=0.05,
+    shape = {
+        "vocab_size": 256,
+        "hidden_size": case.hidden,
+        "intermediate_size": case.hidden,
+        "moe_intermediate_size": case.intermediate,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "num_experts": case.experts,
+        "num_experts_per_tok": case.top,
+        "decoder_sparse_step": 1,
+        "initializer_range": 0.05,
+    }
+    bare = (
+        Qwen3MoeModel(Qwen3MoeConfig.from_dict(shape))
+        .to(getattr(torch, case.dtype))
+        .requires_grad_(False)
     )
-    bare = Qwen3MoeModel(config).to(getattr(torch, case.dtype)).requires_grad_(False)
     options: Any = {"r": RANK, "lora_alpha": RANK, "target_modules": []}
     options["target_parameters"] = TARGETS
     stock: Any = peft.get_peft_model(

@@ -82,7 +82,7 @@ def pairs_of(case: Case) -> dict[str, Pair]:
         plain, RANK, ALPHA, enable_lora=SLICES, autocast_adapter_dtype=False
     )
     filled(sliced, lora_A=merged.lora_A, lora_B=merged.lora_B)
-    magnitude = {"lora_magnitude_vector": m}
+    magnitude: dict[str, Any] = {"lora_magnitude_vector": m}
     return {
         PLAIN: Pair(base, None, w),
         LORA: pair(whole, *lora()),
@@ -121,7 +121,7 @@ def left_to_peft(case: Case) -> dict[str, dict[str, Callable[[], Any]]]:
         "Conv2d": (nn.Conv2d(width // 8, width // 8, 3, padding=1), (image,)),
         "MultiheadAttention": (nn.MultiheadAttention(width, 8, batch_first=True), (x, x, x)),
     }
-    found = {}
+    found: dict[str, dict[str, Callable[[], Any]]] = {}
     for name, (layer, given) in kinds.items():
         layer = layer.to(dtype).requires_grad_(False)
         theirs = peft_layer(copy.deepcopy(layer), peft.LoraConfig(r=RANK, **_OF_CONFIG))

@@ -61,7 +61,8 @@ def layers(case: Case) -> dict[str, Any]:
         model: Any = nn.Sequential(linear_4bit(plain, dtype).to("cpu"))
         model.is_loaded_in_4bit = True
         config = peft.LoraConfig(r=RANK, target_modules=["0"], init_lora_weights=False)
-        made[PEFT] = peft.get_peft_model(model, config).base_model.model[0]
+        adapted: Any = peft.get_peft_model(model, config)
+        made[PEFT] = adapted.base_model.model[0]
     return {name: layer.train(case.train) for name, layer in made.items()}
 
 

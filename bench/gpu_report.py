@@ -18,10 +18,12 @@ from .gpu import ROWS
 from .tables import Table, number, piped
 
 Line = dict[str, Any]
-_PLANS = ("vendor", "preload", "tail", "in_loop", "persistent", "producer")
-_PLANS += ("skinny", "decode", "grouped")
-# Of four-bit weights besides; that of bitsandbytes is the base alone.
-_PLANS += ("decoding_tail", "decoding_in_loop", "bitsandbytes")
+_PLANS = (
+    *("vendor", "preload", "tail", "in_loop", "persistent", "producer"),
+    *("skinny", "decode", "grouped"),
+    # Of four-bit weights besides; that of bitsandbytes is the base alone.
+    *("decoding_tail", "decoding_in_loop", "bitsandbytes"),
+)
 _BASE, _LAYERS = ("lora_linear_fwd", "lora_linear_dx"), ("plain", "addmm", "peft", "fused")
 
 

@@ -33,6 +33,7 @@ from .cases import Setting
 from .gpu import FAMILIES, ROWS
 from .gpu_work import (
     LINEAR_OPS,
+    AnyCase,
     Far,
     Layer,
     Machine,
@@ -93,9 +94,9 @@ def compile_share(machine: Machine, what: str, share: str) -> None:
     elsewhere.dtype = torch.bfloat16
     begin, failed = time.monotonic(), 0
     with compiling(elsewhere.known.arch) as counts:
-        for call in list(_compiled(elsewhere, what))[number::step]:
+        for op, config, arguments in list(_compiled(elsewhere, what))[number::step]:
             try:
-                call()
+                operator(elsewhere, op, config)(**arguments())
             except Exception as error:
                 failed += 1
                 print(f"does not compile: {error!r}"[:300], flush=True)
@@ -104,23 +105,24 @@ def compile_share(machine: Machine, what: str, share: str) -> None:
     print(f"share {share}: {counted}", flush=True)
 
 
-def _compiled(machine: Machine, what: str) -> Iterator[Callable[[], Any]]:
-    def operands(work: Work) -> dict[str, Any]:
-        # Nobody touches them, and those of the library cost nothing.
-        return work.arguments(machine.dtype, "meta")
-
+def _compiled(
+    machine: Machine, what: str
+) -> Iterator[tuple[str, Config, Callable[[], dict[str, Any]]]]:
+    """Operators, their plans, and what makes the arguments."""
     for work in works_of(what, machine.rehearse):
-        problem = problem_of(work.op, operands(work))
+        # Only their addresses are used, and those of the library cost nothing.
+        arguments = functools.partial(work.arguments, machine.dtype, "meta")
+        problem = problem_of(work.op, arguments())
         for config in configs(machine, problem):
-            yield lambda work=work, config=config: operator(machine, work.op, config)(
-                **operands(work)
-            )
+            yield work.op, config, arguments
     if what == "smoke":
         for family in FAMILIES:
             for op, case, config in checks_of(machine, family):
-                yield lambda op=op, case=case, config=config: operator(machine, op, config)(
-                    **drawn(case).arguments(op)
-                )
+                yield op, config, functools.partial(_drawn_arguments, case, op)
+
+
+def _drawn_arguments(case: AnyCase, op: str) -> dict[str, Any]:
+    return drawn(case).arguments(op)
 
 
 def families(machine: Machine, *names: str) -> None:
@@ -355,7 +357,7 @@ def _plain(work: Work, arguments: dict[str, Any]) -> Callable[[], Any] | None:
     """The base product alone; of a four-bit weight that of the plain one."""
     if "weight" not in arguments:
         return None
-    weight, rows_ = arguments["weight"], arguments.get("x", arguments.get("dy"))
+    weight, rows_ = arguments["weight"], arguments["x" if "x" in arguments else "dy"]
     if work.four_bit:
         quant, shape = arguments["quant"], (sum(work.n), work.k)
         weight = four_bit.decode(weight, quant, arguments["quant_block"], shape, rows_.dtype)
@@ -403,7 +405,7 @@ def _called_us(machine: Machine, op: str, config: Config, arguments: dict[str, A
 
 
 def _watched() -> subprocess.Popen[str]:
-    """Clocks, power and heat while a row is timed; nothing where nobody can say."""
+    """Clocks, power and heat while a row is timed; nothing where no tool reads them."""
     asked = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,temperature.gpu"]
     if shutil.which(asked[0]) is None:
         asked = ["true"]

@@ -200,18 +200,18 @@ def rows(rehearse: bool) -> list[Row]:
         for m in (32, 8, 128, 4096)
         for op in ("segmented_lora_", "segmented_linear_fwd")
     ]
-    four_bit = [
+    four_bits = [
         Work("lora_linear_fwd", m, 4096, (4096,), four_bit=True) for m in (1, 16, 64, 256, 4096)
     ]
-    four_bit.append(Work("lora_linear_dx", 4096, 4096, (4096,), four_bit=True))
-    four_bit.append(Work("segmented_linear_fwd", 32, 4096, (12288, 12288), 32, 0.0, 8, True))
+    four_bits.append(Work("lora_linear_dx", 4096, 4096, (4096,), four_bit=True))
+    four_bits.append(Work("segmented_linear_fwd", 32, 4096, (12288, 12288), 32, 0.0, 8, True))
     # Qwen3-30B-A3B's gate_up_proj: 2048 tokens of a step, and 16 sequences that decode; top 8.
     of_experts = [
         Work(f"expert_linear_{op}", m, 2048, (1536,), 16, experts=128)
         for m in (16384, 128)
         for op in ("fwd", "dx", "dab")[: 3 if m > 128 else 1]
     ]
-    rest = [*four_bit, *of_experts, *mixed_rows, *masked[5:]]
+    rest: list[Row] = [*four_bits, *of_experts, *mixed_rows, *masked[5:]]
     far = [Far(name) for name in ("preload", "vendor", "tail", "in_loop", "persistent", "producer")]
     return [*plain, *masked[:5], *decode, *rest, *far]
 
@@ -308,7 +308,7 @@ def drawn(case: AnyCase) -> Any:
 
 
 def problem_of(op: str, arguments: dict[str, Any]) -> Problem:
-    """As on a GPU: elsewhere nobody asks whether operands are aligned."""
+    """As on a GPU: elsewhere the alignment of operands is not asked."""
     return PROBLEM_OF[op](**arguments)._replace(aligned=is_aligned(arguments))
 
 

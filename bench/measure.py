@@ -208,7 +208,7 @@ def medians(steps: Mapping[str, Callable[[], Any]], seconds: float, **how: Any) 
 
 
 def native_answers(call: Callable[[], Any]) -> list[lk.Answer]:
-    """What a call asked; the run ends where other than our native kernels answered, or nobody."""
+    """The answers of a call; the run ends unless our native kernels gave all, one at least."""
     with lk.record_plans() as answers:
         call()
     if {(answer.backend, answer.plan) for answer in answers} != {("cpu", "native")}:
@@ -242,6 +242,7 @@ def roofline(clock: Clock, device: str, dtypes: list[str]) -> dict[str, Any]:
         rates[dtype] = flop / _best(clock, partial(torch.mm, a, b.t()), repeats)
         if not gpu and cpu.packs(b):
             packed = PackedWeight().get(b, False)
+            assert packed is not None
             product = partial(packed_linear, a, b, None, False, packed)
             own_rates[dtype] = flop / _best(clock, product, repeats)
     source = torch.randn(copied // 4, device=device)

@@ -297,7 +297,7 @@ class LoraFusion(TrainingPeer):
     @classmethod
     def load(cls) -> Any:
         operators = "lorafusion.ops.triton_ops"
-        own = {
+        own: StandIns = {
             "lorafusion.utils.common": {"get_device_short_name": cls._device},
             # Written for a descriptor interface that Triton has dropped; where that is so, the
             # function that the other file defines is chosen by its own code.
@@ -329,14 +329,17 @@ class Unsloth(TrainingPeer):
 
     @classmethod
     def load(cls) -> Any:
-        device = {"DEVICE_TYPE": "cuda", "DEVICE_TYPE_TORCH": "cuda"}
+        device: dict[str, Any] = {"DEVICE_TYPE": "cuda", "DEVICE_TYPE_TORCH": "cuda"}
         device |= {"is_hip": lambda: False, "get_device_type": lambda: "cuda"}
         device |= {"DEVICE_COUNT": torch.cuda.device_count(), "ALLOW_PREQUANTIZED_MODELS": False}
         own = {
             "unsloth.bnb_availability": {"native_kernels_ready": lambda *ignored: False},
             "unsloth.device_type": device,
         }
-        foreign = {"unsloth_zoo": {}, "unsloth_zoo.utils": {"Version": lambda text: Version(text)}}
+        foreign: StandIns = {
+            "unsloth_zoo": {},
+            "unsloth_zoo.utils": {"Version": lambda text: Version(text)},
+        }
         return load("unsloth", ["unsloth.kernels.fast_lora"], own, foreign)[0].LoRA_W
 
 

@@ -26,6 +26,9 @@ _MOST_DECODING = 512
 
 class Peer(peers.Peer):
     computes = "mixed"
+    # As the engine lays the adapters out.
+    a: Any
+    b: Any
 
     def build(self) -> None:
         """The metadata of the batch, in the way the engine builds it for every batch."""
@@ -96,10 +99,10 @@ class Vllm(Peer):
             is_device_capability=lambda n: torch.cuda.get_device_capability()[0] == n // 10,
             has_device_capability=lambda n: _capability(n // 10),
         )
-        # As they are where nobody sets them.
+        # The defaults.
         unset = ["BATCH_INVARIANT", "LORA_DISABLE_PDL", "LORA_ENABLE_DUAL_STREAM"]
         environment = dict.fromkeys((f"VLLM_{name}" for name in unset), False)
-        own = {
+        own: peers.StandIns = {
             "vllm.envs": environment | {"VLLM_TUNED_CONFIG_FOLDER": None},
             "vllm.logger": {"init_logger": lambda name: told_once},
             "vllm.platforms": {"current_platform": platform},
@@ -149,7 +152,7 @@ class _Layout(enum.Enum):
 
 
 class _Unset:
-    """SGLang's environment variables where nobody sets them."""
+    """The defaults of SGLang's environment variables."""
 
     def __getattr__(self, name: str) -> Any:
         return SimpleNamespace(get=lambda: None, is_set=lambda: False)
@@ -220,7 +223,7 @@ class Sglang(Peer):
     def load(cls) -> Any:
         settings = SimpleNamespace(max_lora_chunk_size=16)
         layout = SimpleNamespace(lora_batch_layout=_Layout.DP_LOCAL)
-        own = {
+        own: peers.StandIns = {
             "sglang.srt.environ": {"envs": _Unset()},
             "sglang.srt.runtime_context": {
                 "LoRABatchLayout": _Layout,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_kernels as lk
+from lora_kernels.integrations.peft_calls import PeftReport
 from lora_kernels.testing.linear import assert_within_budget
 
 from .command import Report
@@ -54,7 +55,7 @@ CASES += [
 ]
 
 
-def layers_of(case: Case, accelerated: bool) -> tuple[list[Any], lk.PeftReport | None]:
+def layers_of(case: Case, accelerated: bool) -> tuple[list[Any], PeftReport | None]:
     torch.manual_seed(0)
     size, dtype = (case.width, case.width), getattr(torch, case.dtype)
     plain = nn.Sequential(*(nn.Linear(*size, False, dtype=dtype) for _ in range(case.layers)))
@@ -100,8 +101,8 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
     (stock, _), (ours, report) = layers_of(case, False), layers_of(case, True)
     assert report is not None
     x, dy = (torch.randn(case.rows, case.width, dtype=getattr(torch, case.dtype)) for _ in "xy")
-    for pair in zip(stock, ours, strict=True):
-        check(*(layer.eval() for layer in pair), x)
+    for theirs, own in zip(stock, ours, strict=True):
+        check(theirs.eval(), own.eval(), x)
     steps = {}
     for name, layers in (
         (PLAIN, [layer.base_layer for layer in stock]),

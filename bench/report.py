@@ -64,8 +64,8 @@ _MIXED = (
     (PREFILL, "segmented_part", "gather_part", 10.0),
 )
 TARGETS = (
-    *(Target("bfloat16", *of, least) for *of, least, _ in _ONE_LINEAR),
-    *(Target("float32", *of, least) for *of, _, least in _ONE_LINEAR),
+    *(Target("bfloat16", *row[:4], row[4]) for row in _ONE_LINEAR),
+    *(Target("float32", *row[:4], row[5]) for row in _ONE_LINEAR),
     *(
         Target("bfloat16", "forward", ours, theirs, "mean", least, shape)
         for shape, ours, theirs, least in _MIXED

@@ -50,7 +50,7 @@ class Ours(Tail):
     key, label = "segmented", "ours"
     what = "F.linear, then segmented_lora(out=y)"
     package = "lora_kernels"
-    operators = ("segmented_lora_",)
+    operators: ClassVar[tuple[str, ...]] = ("segmented_lora_",)
 
     def __init__(self, setting: Any, inputs: Any) -> None:
         super().__init__(setting, inputs)

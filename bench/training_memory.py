@@ -64,15 +64,16 @@ class Setting(NamedTuple):
     four_bits: bool = False
 
 
-# Each trick with all those before it.
-SETTINGS = [Setting("baseline: float32, one batch")]
-for _trick in (
+_TRICKS: tuple[dict[str, Any], ...] = (
     {"title": "+ gradient accumulation", "micro_batches": 4},
     {"title": "+ mixed precision (bfloat16 autocast)", "autocast": True},
     {"title": "+ gradient checkpointing", "checkpointing": True},
     {"title": "+ frozen weights in bfloat16", "half_weights": True},
     {"title": "+ linear layers in four bits (NF4)", "four_bits": True},
-):
+)
+# Each trick with all those before it.
+SETTINGS = [Setting("baseline: float32, one batch")]
+for _trick in _TRICKS:
     SETTINGS.append(SETTINGS[-1]._replace(**_trick))
 
 
@@ -174,7 +175,7 @@ def problems(cells: dict[str, Any], device: str) -> list[str]:
         if library != PEFT and (
             not cell["answers"] or any(device not in a for a in cell["answers"])
         ):
-            found.append(f"{library}: answered by {cell['answers'] or 'nobody'}")
+            found.append(f"{library}: answered by {cell['answers'] or 'no kernel'}")
         if PEFT in cells:
             theirs = cells[PEFT]["loss"]
             if not abs(cell["loss"] - theirs) <= LOSS_LIMIT * abs(theirs):
@@ -282,7 +283,8 @@ def build(library: str, setting: Setting, size: Size, device: str) -> Any:
         use_cache=False,
     )
     dtype = torch.bfloat16 if setting.half_weights else torch.float32
-    model: Any = LlamaForCausalLM(config).to(device=device, dtype=dtype)
+    model: Any = LlamaForCausalLM(config)
+    model.to(device=device, dtype=dtype)
     if setting.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if setting.four_bits:
@@ -291,13 +293,14 @@ def build(library: str, setting: Setting, size: Size, device: str) -> Any:
         else:
             _quantize_by_bitsandbytes(model, dtype)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    adapter = {"r": size.rank, "lora_alpha": 2 * size.rank, "lora_dropout": size.dropout}
+    adapter: dict[str, Any] = {"r": size.rank, "lora_alpha": 2 * size.rank}
+    adapter |= {"lora_dropout": size.dropout, "target_modules": targets}
     if library == OURS:
-        lk.apply_lora(model, target_modules=targets, **adapter)
+        lk.apply_lora(model, **adapter)
     else:
         import peft
 
-        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, **adapter))
+        model = peft.get_peft_model(model, peft.LoraConfig(**adapter))
         if library == SWAPPED:
             lk.accelerate_peft(model)
     return model.train()

@@ -86,7 +86,7 @@ struct Batch {
     });
   }
 
-  // The mask's rows in the order of the segments; without a mask nobody asks for them.
+  // The mask's rows in the order of the segments; not read without a mask.
   std::vector<int64_t> logical(bool masked) const {
     std::vector<int64_t> rows(masked ? M : 0);
     for (size_t i = 0; i < rows.size(); ++i) rows[i] = logical_row[order[i]];
@@ -195,7 +195,7 @@ inline DropoutMask of_slice(DropoutMask mask, int64_t slice) {
 template <typename C>
 struct Gathered {
   std::vector<Tensor> copies;
-  Rows<C> whole{};              // every column without a mask, unless nobody asks for it
+  Rows<C> whole{};              // every column without a mask, where it is asked for
   std::vector<Rows<C>> slices;  // columns [begin[j], end[j])
 
   // With `base`, of the rows without an adapter too.

@@ -78,7 +78,7 @@ def stock_model(family, base=None, **changes):
 
 @torch.no_grad()
 def draw(model, seed=3):
-    """Every A and B, whoever's they are, as large as 1."""
+    """Every A and B, ours and PEFT's, as large as 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:

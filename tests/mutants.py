@@ -11,19 +11,22 @@ of the texts, ``--list`` shows them. The mistakes are data, ``tests/mutants.toml
     new = "what stands there instead"
     tests = ["tests/functional"]    # default: the folder of tests of the file's room
 
-Each is planted in a copy of the checkout below build/, never here. Those of csrc/ are compiled
-together, into one extension that takes the number of the mistake from an environment variable: they
-replace expressions. A mistake that no test sees, or that is not found in its file, fails the run.
+Each is planted in a copy of the checkout below build/, never here; there is a copy for each core,
+with one mistake at a time. Those of csrc/ are compiled together, into one extension that takes the
+number of the mistake from an environment variable: they replace expressions. A mistake that no test
+sees, or that is not found in its file, fails the run.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +36,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-COPY = ROOT / "build" / "mutants"
+COPIES = ROOT / "build" / "mutants"
 VARIABLE = "LORA_KERNELS_MUTANT"
 # Declared by the headers of the copy, defined in one of its sources.
 DECLARATION = "namespace lora_kernels { extern const int mutant; }\n"
@@ -79,10 +82,10 @@ def read() -> list[Mutant]:
     return [Mutant(**entry) for entry in content["mutant"]]
 
 
-def make_copy() -> None:
+def make_copy(copy: Path) -> None:
     """The checkout's files as they are now and no others, with the extensions of its last build;
     the copy's own objects stay."""
-    for held in COPY.glob("*"):
+    for held in copy.glob("*"):
         if held.is_dir() and held.name != "build":
             shutil.rmtree(held)
     names = subprocess.run(
@@ -91,13 +94,13 @@ def make_copy() -> None:
     ).stdout.split("\0")  # fmt: skip
     built = [path.relative_to(ROOT) for path in (ROOT / "lora_kernels").glob("*.so")]
     for name in [*filter(None, names), *built, "lora_kernels/_build_info.json"]:
-        target = COPY / name
+        target = copy / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_file():
             shutil.copy2(ROOT / name, target)
 
 
-def build(mutants: list[tuple[int, Mutant]]) -> None:
+def build(copy: Path, mutants: list[tuple[int, Mutant]]) -> None:
     """Compile the copy's csrc/ with all its mistakes, for the widest instruction set here."""
     files = {mutant.file for _, mutant in mutants}
     for file in files:
@@ -109,19 +112,19 @@ def build(mutants: list[tuple[int, Mutant]]) -> None:
         first = "#pragma once\n" if file.endswith(".h") else ""
         assert text.find(first) >= 0
         text = text.replace(first, first + DECLARATION, 1) if first else DECLARATION + text
-        (COPY / file).write_text(text)
-    home = COPY / "csrc" / "bindings.cpp"
+        (copy / file).write_text(text)
+    home = copy / "csrc" / "bindings.cpp"
     home.write_text(home.read_text() + DEFINITION)
     loaded = "from lora_kernels.spec import native; print(native._extension(native.load()))"
     isa = run([sys.executable, "-c", loaded], ROOT).stdout.strip().rpartition("_C_")[2]
-    setup = COPY / "setup.py"
+    setup = copy / "setup.py"
     every = "[make_extension(isa) for isa in ISA_FLAGS]"
     assert every in setup.read_text()
     setup.write_text(setup.read_text().replace(every, f'[make_extension("{isa}")]'))
-    done = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], COPY)
+    done = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], copy)
     if (
         done.returncode
-        or '"failed": {}' not in (COPY / "lora_kernels/_build_info.json").read_text()
+        or '"failed": {}' not in (copy / "lora_kernels/_build_info.json").read_text()
     ):
         raise SystemExit(f"the mistakes of csrc/ do not compile:\n{done.stdout}{done.stderr}")
 
@@ -135,13 +138,18 @@ def run(command: list[str], folder: Path, **environment: str) -> subprocess.Comp
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def is_seen(number: int, mutant: Mutant) -> tuple[bool, str]:
-    """Whether a test turns red, and its name or pytest's last line."""
+def is_seen(copy: Path, number: int, mutant: Mutant) -> tuple[bool, str]:
+    """Whether a test turns red in the copy, and its name or pytest's last line."""
     environment = {VARIABLE: str(number)} if mutant.is_native else {}
     if any("kernels" in part for part in mutant.part):
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n", "auto"]
-    done = run([*command, *mutant.part], COPY, **environment)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    file = copy / mutant.file
+    if not mutant.is_native:
+        file.write_text(mutant.planted((ROOT / mutant.file).read_text(), mutant.new))
+    done = run([*command, *mutant.part], copy, **environment)
+    if not mutant.is_native:
+        shutil.copy2(ROOT / mutant.file, file)
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no output"]
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     # 1: tests failed; 2: stopped at the first that did. Anything else is no answer.
@@ -152,6 +160,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("texts", nargs="*", help="parts of names or files; default: all")
     parser.add_argument("--list", action="store_true", help="show them and stop")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mistakes at once")
     options = parser.parse_args()
     chosen = [
         (number, mutant)
@@ -164,23 +173,27 @@ def main() -> int:
             print(f"{mutant.file}: {mutant.name}")
     if options.list:
         return 0
-    make_copy()
     native = [(number, mutant) for number, mutant in chosen if mutant.is_native]
+    copies: queue.Queue[Path] = queue.Queue()
+    for core in range(options.jobs):
+        make_copy(COPIES / f"{core}")
+        copies.put(COPIES / f"{core}")
     if native:
-        build(native)
-    survivors = 0
-    for number, mutant in chosen:
-        file, start = COPY / mutant.file, time.monotonic()
-        if not mutant.is_native:
-            file.write_text(mutant.planted((ROOT / mutant.file).read_text(), mutant.new))
-        seen, what = is_seen(number, mutant)
-        if not mutant.is_native:
-            shutil.copy2(ROOT / mutant.file, file)
-        survivors += not seen
-        seconds = time.monotonic() - start
-        print(
-            f"{'red' if seen else 'NOT SEEN':8} {mutant.name} ({seconds:.0f} s): {what}", flush=True
-        )
+        build(COPIES / "0", native)
+        for extension in (COPIES / "0" / "lora_kernels").glob("*.so"):
+            for core in range(1, options.jobs):
+                shutil.copy2(extension, COPIES / f"{core}" / "lora_kernels")
+
+    def judge(chosen: tuple[int, Mutant]) -> bool:
+        copy, start = copies.get(), time.monotonic()
+        seen, what = is_seen(copy, *chosen)
+        copies.put(copy)
+        seconds = f"{time.monotonic() - start:.0f} s"
+        print(f"{'red' if seen else 'NOT SEEN':8} {chosen[1].name} ({seconds}): {what}", flush=True)
+        return seen
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        survivors = [*pool.map(judge, chosen)].count(False)
     print(f"{len(chosen) - survivors} of {len(chosen)} mistakes are seen")
     return int(survivors > 0)
 

@@ -40,7 +40,7 @@ STOCK = "peft"
 
 
 def tiny(how, dtype=None, name="llama", *, weights=torch.float32, num_hidden_layers=2, **config):
-    """The same weights and the same adapter, whoever computes: "peft" is PEFT as it comes. With
+    """The same weights and the same adapter for every library: "peft" is PEFT as it comes. With
     weights of half precision the adapter is float32, unless a dtype is given for all."""
     size, targets, *_ = FAMILIES[name]
     model = small.build(name, num_hidden_layers=num_hidden_layers, **size).to(weights)
@@ -61,7 +61,7 @@ def adapted(model, how, **config):
 
 
 def trainable(model):
-    """name -> Parameter, by the same names whoever adapted the model."""
+    """name -> Parameter, by the same names for ours and PEFT's models."""
     return {
         f"{name} {which}": parameter
         for name, (a, b, *_) in small.adapters(model).items()

@@ -13,7 +13,8 @@ def content():
             for mode, adapters, tokens in (("none", 0, 100), ("vllm", 8, 10), ("ours", 8, 85)):
                 rate = noise * tokens
                 rows.append(where | {"mode": mode, "adapters": adapters, "tokens_per_s": rate})
-    settings = {"layers": 4, "requests": 32, "vocabulary": 8192, "runs": 3, "ranks": (8, 16, 32)}
+    settings = {"layers": 4, "dtype": "bfloat16", "requests": 32, "vocabulary": 8192, "runs": 3}
+    settings |= {"ranks": (8, 16, 32)}
     about = {"device": "some CPU", "versions": {"torch": "2.13"}}
     profile = {"engine": "vllm", "mode": "ours", "hidden": 512, "profile": {"decode": {"op": 0.5}}}
     return {
@@ -34,8 +35,14 @@ def test_medians_ratios_and_bars(tmp_path):
     assert ["", "512", "decode", "8", "100", "10", "85", "0.85", "8.50", ""] in table
     outcomes = [line[-2] for line in table if line[-2:-1] and line[-2] in ("met", "missed")]
     assert outcomes == ["met", "met", "missed", "met"]  # 0.85 is enough at 512 alone
-    assert "vllm, ours, hidden 512, decode" in lines
+    assert "vllm, ours, hidden 512, decode" in lines and "the median of 3 processes" in lines
     assert (tmp_path / "engines.png").stat().st_size > 1000
+
+
+def test_rows_of_fewer_processes_are_said(tmp_path):
+    found = content()
+    found["rows"] = [row for row in found["rows"] if row["hidden"] == 512 or row["run"] == 0]
+    assert "the median of 1 to 3 processes" in "\n".join(engines.table(found))
 
 
 def test_a_failure_is_the_exit_status(tmp_path):

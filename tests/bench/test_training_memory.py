@@ -94,7 +94,7 @@ def cell(**changes):
 @pytest.mark.parametrize(
     ("ours", "problem"),
     [
-        (cell(answers={}), "answered by nobody"),
+        (cell(answers={}), "answered by no kernel"),
         (cell(answers={"cpu: native": 3, "reference: reference": 1}), "reference: reference"),
         (cell(loss=4.1), r"a loss of 4.1000, PEFT's is 4.0000"),
         (cell(loss=float("nan")), "a loss of nan"),

@@ -415,7 +415,7 @@ def test_no_warning_in_a_training_step():
 
 
 def test_a_mode_sees_the_operators():
-    """Eager calls take a shorter way to the same backend; whoever observes sees the operators."""
+    """Eager calls take a shorter way to the same backend; a dispatch mode sees the operators."""
 
     class Seen(TorchDispatchMode):
         def __init__(self):

@@ -212,7 +212,7 @@ def test_no_graph_and_no_autocast_reach_inside(op, device):
     if not isinstance(results, tuple):
         results, expected = (results,), (expected,)
     assert len(results) == len(RESULTS[op])
-    # What torch puts there to warn whoever differentiates an operator without going through
+    # What torch puts there to warn where an operator is differentiated without going through
     # functional/linear.py.
     assert {result.grad_fn.name() for result in results} == {"torch::autograd::WarnNotImplemented"}
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))

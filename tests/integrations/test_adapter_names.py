@@ -166,7 +166,7 @@ def test_patterns_that_mean_the_same_when_sorted_stay_short(tmp_path):
 
 
 def test_the_first_pattern_of_a_file_decides(tmp_path):
-    """As PEFT reads a file that somebody else wrote."""
+    """As PEFT reads a file of another program."""
     lk.save_adapter(lk.apply_lora(build("llama"), r=4, target_modules=["q_proj"]), tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
     config["alpha_pattern"] = {"q_proj": 8, "0.self_attn.q_proj": 64, "a)|(.*1.self_attn.q_proj": 1}

@@ -70,7 +70,7 @@ def test_from_segments(name, permuted, padding, dtype):
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     if padding != "none" and lengths:
         starts += [total if padding == "repeated" else 0] * 4
-        indices = [*indices, 2, 2, 2, 2]  # a slot of somebody else, left from the batch before
+        indices = [*indices, 2, 2, 2, 2]  # a slot of other requests, left from the batch before
     slots = [s for s, n in zip(indices, lengths, strict=False) for _ in range(n)] + [-1] * 3
     permutation = None
     if permuted:
@@ -78,7 +78,7 @@ def test_from_segments(name, permuted, padding, dtype):
         by_place, slots = slots, [-1] * rows
         for place, row in enumerate(row_of_place.tolist()):
             slots[row] = by_place[place]
-        # Padded as SGLang's graphs pad it: with a row that is somebody's.
+        # Padded as SGLang's graphs pad it: with a row of a request.
         permutation = torch.cat([row_of_place, torch.zeros(9, dtype=torch.long)]).to(dtype)
     arguments = (
         torch.tensor(starts, dtype=dtype),

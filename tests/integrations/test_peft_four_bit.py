@@ -225,7 +225,7 @@ def test_the_trainer(checkpointing, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.1
-    # Recomputing a block ends before its last layer, whose result nobody saved.
+    # Recomputing a block ends before its last layer, whose result is not saved.
     assert report.calls.fused == 6 * (14 + 12 * checkpointing)
     assert not report.calls.fallen_back
     for old, parameter in zip(before, model.parameters(), strict=True):

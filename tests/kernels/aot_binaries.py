@@ -28,7 +28,7 @@ _READER = Path(aot_code.__file__)
 
 
 def arguments(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The operator's own arguments; the tensors are reserved memory that nobody touches."""
+    """The operator's own arguments; the tensors are reserved memory that is never touched."""
     problem, layout = call.problem, call.layout
     if problem.slots:
         return (), aot_segmented.arguments(problem, layout, call.packed)

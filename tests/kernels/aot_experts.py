@@ -53,7 +53,7 @@ def calls(known: DeviceFacts) -> Iterator[tuple[Config, Problem, str]]:
 
 
 def arguments(problem: Problem, layout: str) -> dict[str, Any]:
-    """The operator's own arguments; the tensors are reserved memory that nobody touches."""
+    """The operator's own arguments; the tensors are reserved memory that is never touched."""
     dtype, adapters = DTYPES[problem.dtype], DTYPES[problem.adapter_dtype]
     odd = layout == "odd"
     m, n, k, r = (size - odd for size in (problem.m, problem.n, problem.k, problem.r))

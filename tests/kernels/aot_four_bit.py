@@ -78,7 +78,7 @@ def calls(known: DeviceFacts) -> Iterator[tuple[Config, Problem, str]]:
 
 
 def launch(config: Config, problem: Problem, layout: str, known: DeviceFacts) -> None:
-    """Calls the launcher; the tensors are reserved memory that nobody touches."""
+    """Calls the launcher; the tensors are reserved memory that is never touched."""
     dtype, adapters = DTYPES[problem.dtype], DTYPES[problem.adapter_dtype]
     odd = layout == "odd"
     m, n, k, r = problem.m - odd, problem.n, problem.k, problem.r - odd

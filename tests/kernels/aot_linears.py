@@ -48,7 +48,7 @@ def calls(known: DeviceFacts) -> Iterator[tuple[Config, Problem, str]]:
 
 
 def shrink(config: Config, problem: Problem, layout: str) -> None:
-    """Calls the launcher; the tensors are reserved memory that nobody touches."""
+    """Calls the launcher; the tensors are reserved memory that is never touched."""
     dtype, adapters = DTYPES[problem.dtype], DTYPES[problem.adapter_dtype]
     m, r = problem.m, problem.r // len(WIDTHS)
 

@@ -147,7 +147,7 @@ def products(kernel: str, c: dict[str, Any]) -> list[tuple[int, int, int]]:
 
 
 def arguments(problem: Problem, layout: str, packed: bool) -> dict[str, Any]:
-    """The operator's own arguments; the tensors are reserved memory that nobody touches."""
+    """The operator's own arguments; the tensors are reserved memory that is never touched."""
     dtype, adapters = DTYPES[problem.dtype], DTYPES[problem.adapter_dtype]
     odd = layout == "odd"
     m, k, r = problem.m - odd, problem.k - odd, problem.r - odd

@@ -68,7 +68,7 @@ def test_every_projection_has_its_own_mask():
 
 
 def test_some_of_the_projections():
-    """LoRA on q and v, as most adapters have it; and on q alone, which has nobody to share with."""
+    """LoRA on q and v, as most adapters have it; and on q alone, which shares with none."""
     shared, apart = pair()
     shared.k_proj = apart.k_proj = nn.Linear(24, 16).requires_grad_(False)
     lk.share_inputs(shared)

@@ -232,7 +232,7 @@ def test_another_devices_experts_add_nothing():
 
 
 class Unknown(torch.nn.Module):
-    """Experts whose computation nobody declares."""
+    """Experts without a declared computation."""
 
     def __init__(self):
         super().__init__()

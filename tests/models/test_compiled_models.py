@@ -109,7 +109,7 @@ def test_one_graph_for_batch_sizes_in_a_model_of_peft(how):
 
 
 def test_inductor():
-    """The backend of whoever names none. It draws other random numbers, so there is no dropout; and
+    """The default backend. It draws other random numbers, so there is no dropout; and
     it takes long."""
     model = tiny("apply_lora", num_hidden_layers=1).train()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)

@@ -337,7 +337,7 @@ class ReadsTheDtype(nn.Module):
 
 
 class Passes(nn.Module):
-    """The linear is handed on to somebody who calls it."""
+    """The linear is handed on to a function that calls it."""
 
     def __init__(self):
         super().__init__()

@@ -180,7 +180,7 @@ def fail_at(monkeypatch, owner, name, call):
 @pytest.mark.parametrize("where", ["building", "putting in", "freezing", "the report"])
 def test_an_error_midway_leaves_the_model_as_it_was(monkeypatch, where, call):
     model = build("gpt2")
-    # Whoever froze or unfroze something before finds it so.
+    # What was frozen or unfrozen before stays so.
     model.transformer.h[0].attn.c_attn.weight.requires_grad_(False)
     before = small.Snapshot(model)
     if where == "building":

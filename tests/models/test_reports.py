@@ -112,7 +112,7 @@ class Raw(nn.Module):
 
 
 class Dense(nn.Module):
-    """Somebody's linear layer that is no nn.Linear."""
+    """A linear layer of a user's that is no nn.Linear."""
 
     def __init__(self):
         super().__init__()

@@ -37,7 +37,7 @@ def gradients(model):
 
 
 def tiny(how, family):
-    """The same weights and the same adapter, whoever computes."""
+    """The same weights and the same adapter for every library."""
     model = mixtures.build(family, use_cache=False)
     if how == "apply_lora":
         model = lk.apply_lora(model, **LORA)
