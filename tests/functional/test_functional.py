@@ -414,7 +414,8 @@ def test_no_warning_in_a_training_step():
         call(inputs, rng=None).sum().backward()
 
 
-def test_a_mode_sees_the_operators():
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_a_mode_sees_the_operators(dropout_p):
     """Eager calls take a shorter way to the same backend; a dispatch mode sees the operators."""
 
     class Seen(TorchDispatchMode):
@@ -426,14 +427,14 @@ def test_a_mode_sees_the_operators():
             self.names.append(function.name())
             return function(*args, **(kwargs or {}))
 
-    inputs = Case(5, 6, 7, 2).draw()
-    arguments = (inputs.x, inputs.weight, inputs.lora_a.requires_grad_(), inputs.lora_b, 0.5)
+    inputs = Case(5, 6, 7, 2, dropout_p=dropout_p).draw()
+    inputs.lora_a.requires_grad_()
     with lk.record_plans() as direct:
-        y = lk.lora_linear(*arguments)
+        y = call(inputs)
         y.backward(inputs.dy)
     gradient, inputs.lora_a.grad = inputs.lora_a.grad, None
     with lk.record_plans() as observed, Seen() as seen:
-        again = lk.lora_linear(*arguments)
+        again = call(inputs)
         again.backward(inputs.dy)
     expected = ["lora_linear_fwd", "lora_shrink", "lora_linear_dab"]
     assert [name for name in seen.names if name.startswith("lora_kernels::")] == [
