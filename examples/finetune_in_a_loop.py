@@ -24,6 +24,8 @@ def main(arguments=None):
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     with open(args.text, encoding="utf-8") as file:
         ids = torch.tensor(tokenizer(file.read())["input_ids"])
+    if len(ids) <= args.tokens:
+        parser.error(f"{args.text} has {len(ids)} tokens: --tokens must be fewer")
 
     model = AutoModelForCausalLM.from_pretrained(args.model)
     lk.apply_lora(model, r=16, lora_alpha=32, lora_dropout=0.05)  # every linear layer but the head

@@ -43,7 +43,9 @@ def report() -> str:
         )
     isa = native.load()
     lines.append(
-        f"native CPU kernels: {isa}" if isa else f"native CPU kernels: none, {native.why_not()}"
+        f"CPU kernels: {isa}, for float32, bfloat16 and float16"
+        if isa
+        else f"CPU kernels: NONE, PyTorch computes in their place, more slowly: {native.why_not()}"
     )
     if not torch.cuda.is_available():
         lines.append(f"GPU: none that torch {torch.__version__} can use")
@@ -56,6 +58,7 @@ def report() -> str:
 def _device_report(device: str) -> list[str]:
     known = facts(device)
     lines = [f"{device}: {known.name} ({known.arch}), {len(tables.table(known))} tuned plans"]
+    plans_of: dict[str, list[str]] = {}
     for name in DTYPES:
         answers: dict[str, list[str]] = {}
         for op in (*OPERATORS, *SEGMENTED_OPERATORS):
@@ -64,8 +67,10 @@ def _device_report(device: str) -> list[str]:
             config = plan.plan(problem, known)
             answers.setdefault(config.plan, []).append(op)
         said = "; ".join(f"{plan_name}: {', '.join(ops)}" for plan_name, ops in answers.items())
-        lines.append(f"  {name:9} {said}")
+        plans_of.setdefault(f"{config.plan}" if len(answers) == 1 else said, []).append(name)
+    lines += [f"  {', '.join(dtypes)} by {plans}" for plans, dtypes in plans_of.items()]
     lines.append("  why not another plan (512 rows, 4096 x 4096, r 16):")
+    plans_for: dict[str, list[str]] = {}
     for name in PLANS:
         reasons: dict[str, list[str]] = {}
         for dtype in DTYPES:
@@ -76,8 +81,8 @@ def _device_report(device: str) -> list[str]:
                 reasons.setdefault(reason, []).append(dtype)
         for reason, dtypes in reasons.items():
             where = "" if len(dtypes) == len(DTYPES) else f" for {', '.join(dtypes)}"
-            lines.append(f"    {name}{where}: {reason}")
-    return lines
+            plans_for.setdefault(reason, []).append(f"{name}{where}")
+    return lines + [f"    {', '.join(plans)}: {reason}" for reason, plans in plans_for.items()]
 
 
 def _devices() -> list[str]:

@@ -59,6 +59,7 @@ ROUNDINGS = 4
 BUSY = 0.15
 # A speed is told where the middle half of the rounds' ratios is no wider than this.
 CLEAR = 1.5
+_SAME = "the same"
 
 
 @dataclass
@@ -108,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser, dtype: Callable[[str], torch.
         help="an adapter of PEFT; default: a new one on all linear layers but the head",
     )
     add("--r", type=int, metavar="R", help="rank of a new adapter; default: 16")
+    add("--dropout", type=float, metavar="P", help="of a new adapter; default: 0")
     add(
         "--rows",
         type=_rows,
@@ -154,7 +156,8 @@ def run(arguments: argparse.Namespace) -> int:
     need = required_bytes(outline, inputs, dtype, r, generate)
     check_memory(need, available_bytes(device))
 
-    stock = adapted(load(source, config, model_class, dtype).to(device), source, r)
+    dropout = arguments.dropout or 0.0
+    stock = adapted(load(source, config, model_class, dtype).to(device), source, r, dropout)
     inputs = {name: value.to(device) for name, value in inputs.items()}
     # What PEFT alone cannot compute is not ours to compare.
     with torch.no_grad():
@@ -192,8 +195,11 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}")
-    if arguments.r is not None and arguments.adapter is not None:
-        raise UserError("--r is for a new adapter: leave it out with --adapter")
+    for name in ("r", "dropout"):
+        if getattr(arguments, name) is not None and arguments.adapter is not None:
+            raise UserError(f"--{name} is for a new adapter: leave it out with --adapter")
+    if not 0.0 <= (arguments.dropout or 0.0) < 1.0:
+        raise UserError(f"--dropout must be at least 0 and below 1, not {arguments.dropout}")
     if arguments.device is not None:
         try:
             torch.empty(0, device=arguments.device)
@@ -350,13 +356,15 @@ def headline(
     weights = "" if source.has_weights else ", random weights"
     layers = len(report.fused) + len(report.skipped)
     adapter = f"adapter {source.adapter}" if source.adapter else "new adapter of PEFT"
+    dropout = stock.active_peft_config.lora_dropout
     size = " x ".join(map(str, next(iter(inputs.values())).shape))
     task = f"generation of {NEW_TOKENS} tokens after prompts" if generate else "training steps"
     return [
         f"{type(stock.get_base_model()).__name__} in {source.folder}{weights}: "
         f"{sum(p.numel() for p in frozen) / 1e6:,.1f} M frozen parameters, {dtype}, "
         f"{_mib(sum(p.nbytes for p in frozen))} MiB, shared by both",
-        f"{adapter}: {layers} layers, {trainable / 1e6:,.2f} M trainable parameters",
+        f"{adapter}: {layers} layers, {trainable / 1e6:,.2f} M trainable parameters"
+        + f", dropout {dropout:g}" * (not generate),
         f"{task} of {size}; {machine.name} ({machine.arch}, {machine.processors} {units}), "
         f"torch {torch.__version__}, peft {version('peft')}, {date.today()}",
     ]
@@ -385,7 +393,10 @@ def table(sides: dict[str, Side], inputs: dict[str, Tensor], generate: bool) -> 
         _bytes_row("peak memory of a step", stock.peak_bytes, ours.peak_bytes),
     ]
     if not generate:
-        rows.append(_bytes_row("saved activations", stock.saved_bytes, ours.saved_bytes))
+        saved = _bytes_row("saved activations", stock.saved_bytes, ours.saved_bytes)
+        if saved[-1] == _SAME and not stock.model.active_peft_config.lora_dropout:
+            saved = (*saved[:-1], f"{_SAME}: without dropout PEFT saves no copy of x (--dropout)")
+        rows.append(saved)
     if ours.packed_bytes:
         rows.append(("packed weights, MiB", "0.0", _mib(ours.packed_bytes), "kept by ours alone"))
     lines = [f"{'':28}{PEFT:>12}{OURS:>12}"]
@@ -402,7 +413,7 @@ def _bytes_row(title: str, theirs: int, ours: int) -> tuple[str, ...]:
 def _ratio(value: float, better: str, worse: str) -> str:
     """``value`` is PEFT's over ours: above 1 ours is better."""
     word, value = (better, value) if value >= 1 else (worse, 1 / value)
-    return f"ours {value:.2f}x {word}" if f"{value:.2f}" != "1.00" else "the same"
+    return f"ours {value:.2f}x {word}" if f"{value:.2f}" != "1.00" else _SAME
 
 
 def _spread(sides: dict[str, Side], rounds: int) -> str:

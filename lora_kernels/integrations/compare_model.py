@@ -163,7 +163,7 @@ def load(source: Source, config: Any, model_class: Any, dtype: torch.dtype) -> A
     return or_error(source.folder, lambda: model_class._from_config(config, dtype=dtype))
 
 
-def adapted(model: Any, source: Source, r: int) -> Any:
+def adapted(model: Any, source: Source, r: int, dropout: float) -> Any:
     """``model`` with its adapter, by PEFT."""
     import peft
 
@@ -179,7 +179,11 @@ def adapted(model: Any, source: Source, r: int) -> Any:
             )
         # Drawn at random: with B = 0 a missing adapter would not show.
         adapter = peft.LoraConfig(
-            r=r, lora_alpha=2 * r, target_modules="all-linear", init_lora_weights=False
+            r=r,
+            lora_alpha=2 * r,
+            lora_dropout=dropout,
+            target_modules="all-linear",
+            init_lora_weights=False,
         )
         return or_error(source.folder, lambda: peft.get_peft_model(model, adapter))
 

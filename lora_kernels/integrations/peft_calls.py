@@ -46,6 +46,8 @@ class Calls:
         return bool(self.fused or self.fallen_back)
 
     def __str__(self) -> str:
+        if not self:
+            return "no call yet"
         total = self.fused + self.fallen_back.total()
         lines = [f"{self.fused} of {total} calls fused ({100 * self.share:.1f}%)"]
         lines += [f"{n} fell back: {reason}" for reason, n in self.fallen_back.most_common()]

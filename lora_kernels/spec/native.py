@@ -121,7 +121,10 @@ def _load(directory: Path, forced: str | None) -> tuple[str | None, str | None]:
 
     info = _build_info(directory)
     if not info:
-        return None, "the CPU extensions were not built: lora_kernels was never installed with pip"
+        return None, (
+            f"{directory} holds the sources alone: start Python in another folder, where it finds "
+            "the installed package, or install with pip install --no-build-isolation -e"
+        )
     if info["built"] and not _fits(info):
         return None, (
             f"the CPU extensions were built for torch {info['torch']} and this is torch "

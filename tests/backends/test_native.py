@@ -392,7 +392,7 @@ def test_an_install_with_a_compiler_built_them_all():
 
 def test_reason_never_installed(tmp_path):
     isa, reason = native._load(tmp_path, None)
-    assert isa is None and "never installed" in reason
+    assert isa is None and "holds the sources alone" in reason
 
 
 def test_reason_recorded_by_the_install(tmp_path):

@@ -97,6 +97,15 @@ def test_an_adapter_of_peft(given, gpt2, tmp_path, capsys):
     assert "without an adapter: 4 c_proj, 2 c_fc, lm_head" in out
 
 
+@pytest.mark.parametrize("dropout", ["0", "0.1"])
+def test_a_new_adapter_drops_what_is_asked(dropout, gpt2, capsys):
+    status, out, _ = run(capsys, gpt2, *SMALL, "--dropout", dropout)
+    assert status == 0 and f"trainable parameters, dropout {dropout}\n" in out
+    (saved,) = (line for line in out.splitlines() if line.startswith("saved activations"))
+    assert ("x less" in saved) == (dropout == "0.1")
+    assert ("without dropout PEFT saves no copy of x" in saved) == (dropout == "0")
+
+
 def test_what_is_left_to_peft_is_told_with_the_reason(gpt2, tmp_path, capsys):
     velora = peft.tuners.lora.config.VeloraConfig(num_groups=4)
     changes = {"target_modules": ["c_attn"], "velora_config": velora}
@@ -182,6 +191,11 @@ def wrong_calls(tmp_path):
         "too long with what is made": ([gpt2, "--generate", "--rows", "1x40"], ["it generates"]),
         "no steps": ([gpt2, "--steps", "0"], ["--steps must be at least 1"]),
         "no rank": ([gpt2, "--r", "0"], ["--r must be at least 1"]),
+        "no probability": ([gpt2, "--dropout", "1"], ["--dropout must be", "below 1, not 1"]),
+        "of an adapter that is": (
+            [gpt2, "--adapter", here, "--dropout", "0.1"],
+            ["--dropout is for a new adapter"],
+        ),
         "no device": ([gpt2, "--device", "nothing"], ["--device nothing"]),
         "no GPU": ([gpt2, "--device", "cuda:99"], ["--device cuda:99"]),
     }
