@@ -73,6 +73,13 @@ def test_finetune_in_a_loop(folder, capsys):
     assert all(p.any() for name, p in model.named_parameters() if "lora_B" in name)
 
 
+def test_a_text_too_short_is_told(folder, capsys):
+    arguments = [str(folder / name) for name in ("llama", "text", "short")]
+    with pytest.raises(SystemExit):
+        example("finetune_in_a_loop")([*arguments, "--tokens", "1000000"])
+    assert "--tokens must be fewer" in capsys.readouterr().err
+
+
 def test_vision_transformer(tmp_path, capsys):
     small.build("vit").save_pretrained(tmp_path / "vit")
     example("vision_transformer")([str(tmp_path / "vit"), str(tmp_path / "out"), "--steps", "2"])

@@ -41,6 +41,8 @@ def test_outputs_and_gradients(family):
     assert len(trio.report.fused) == LAYERS[family] and not trio.report.skipped
     trio.check(LAYERS[family])
     assert trio.report.calls.fused == LAYERS[family] and trio.report.calls.share == 1.0
+    trio.report.calls.reset()
+    assert str(trio.report).splitlines()[0].endswith("; no call yet")
     with lk.record_plans() as answers:
         assert trio.check_gradients() == 2 * LAYERS[family]
     # The first layer's input needs no gradient unless something before it trains.

@@ -16,6 +16,7 @@ from test_model_state import Shared
 import lora_kernels as lk
 from lora_kernels import FusedLoRALinear
 from lora_kernels.models.apply import lora_layers
+from lora_kernels.models.config import exact_patterns
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -312,3 +313,14 @@ def test_saving_a_plain_model_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"GPT2LMHeadModel .*apply_lora"):
         lk.save_adapter(build("gpt2"), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_pattern_that_is_made_matches_its_own_layer_alone():
+    layers = {"a.q": (8, 16.0), "abq": (4, 16.0)}
+    patterns = exact_patterns(lk.LoRAConfig(r=4, lora_alpha=16), layers)["rank_pattern"]
+    # As PEFT reads them.
+    ranks = {
+        name: next((r for key, r in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), 4)
+        for name in layers
+    }
+    assert ranks == {name: r for name, (r, _) in layers.items()}
