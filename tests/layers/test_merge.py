@@ -44,6 +44,17 @@ def test_merge_and_unmerge(kind, dtype):
     assert layer.weight is weight
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_training_mode_unmerges(kind):
+    layer = adapted(kind)
+    weight = layer.weight
+    layer.merge()
+    layer.eval()
+    assert layer.merged
+    nn.Sequential(layer).train()
+    assert not layer.merged and layer.weight is weight
+
+
 def test_merging_writes_no_tied_weight():
     embedding = nn.Embedding(40, 24)
     module = nn.Linear(24, 40, bias=False)
