@@ -173,6 +173,12 @@ def in_place(layer):
         layer.weight.mul_(2.0)
 
 
+def one_value_in_place(layer):
+    """Not one of those that are compared with the copy."""
+    with torch.no_grad():
+        layer.weight[1, 1] += 9.0
+
+
 def new_parameter(layer):
     layer.weight = nn.Parameter(torch.randn_like(layer.weight), requires_grad=False)
 
@@ -200,6 +206,7 @@ CHANGES = {
     "to_empty": lambda layer: layer.to_empty(device="cpu").reset_parameters(),
     "reset_parameters": lambda layer: layer.reset_parameters(),
     "in place": in_place,
+    "one value in place": one_value_in_place,
     "another Parameter": new_parameter,
     "another .data": lambda layer: setattr(layer.weight, "data", torch.randn_like(layer.weight)),
     ".data in place": lambda layer: layer.weight.data.copy_(torch.randn_like(layer.weight)),

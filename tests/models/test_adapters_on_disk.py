@@ -17,6 +17,7 @@ import lora_kernels as lk
 from lora_kernels import FusedLoRALinear
 from lora_kernels.models.apply import lora_layers
 from lora_kernels.models.config import exact_patterns
+from lora_kernels.models.on_disk import without_prefix
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -324,3 +325,11 @@ def test_a_pattern_that_is_made_matches_its_own_layer_alone():
         for name in layers
     }
     assert ranks == {name: r for name, (r, _) in layers.items()}
+
+
+def test_a_model_may_have_pefts_prefix_of_its_own():
+    factor = torch.ones(2, 3)
+    keys = {"base_model.model.q.lora_A.weight": factor}
+    theirs = without_prefix(keys, ["base_model", "base_model.model", "base_model.model.q"])
+    assert list(theirs) == list(keys)
+    assert list(without_prefix(keys, ["q"])) == ["q.lora_A.weight"]
