@@ -71,7 +71,8 @@ def apply_lora(
     Args:
         r: the rank; or the configuration, as ``config``.
         config: a ``LoraConfig`` or ``AdaLoraConfig`` of PEFT, or an ``lk.LoRAConfig``, in place of
-            the fields.
+            the fields. One of PEFT's keeps PEFT's defaults: without ``target_modules`` it adapts
+            the layers that PEFT chooses for the model's ``model_type`` (q and v of Llama).
         target_modules: a list of module names or their endings ("q_proj", "layers.0.mlp.up_proj");
             a regular expression that matches whole names; None or "all-linear": every ``nn.Linear``
             and Conv1D except the output head and classifier heads.
@@ -105,6 +106,7 @@ def apply_lora(
     >>> lora_report(model).skipped
     {'2': 'not in target_modules'}
     """
+    root = unwrap(model)
     if config is None and LoRAConfig.is_like(r):
         config, r = r, LoRAConfig.r
     given = LoRAConfig.of_fields(
@@ -114,10 +116,9 @@ def apply_lora(
         twice = [name for name, value in vars(given).items() if value != vars(LoRAConfig())[name]]
         if twice:
             raise ValueError(f"{', '.join(twice)} belongs into the config that is given as well")
-        given = LoRAConfig.of(config)
+        given = LoRAConfig.of(config, root)
     given.autocast_adapter_dtype &= autocast_adapter_dtype
     check_pack_weight(pack_weight)
-    root = unwrap(model)
     selection = select(root, given)
     insert(root, given, selection)
     selection.warn_of_missed(stacklevel=3)

@@ -16,9 +16,12 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..layers.adalora import AdaLoRALinear
 from ..layers.fused import FusedLoRALinear, check_lora_arguments, default_scaling
+from .foreign import default_targets
+from .peft_config import ADALORA, NO_PART_OF_A_LAYER, adalora_fields, is_pefts
 
 # One process tries all patterns; honest ones take milliseconds.
 _PATTERN_SECONDS = 10.0
@@ -28,51 +31,6 @@ _MAX_PATTERNS = 2**15
 
 # Of entries that match nothing, these are said one by one.
 _MAX_NOTES = 20
-
-# Fields of PEFT's LoraConfig that say nothing of what a fresh adapter computes.
-NO_PART_OF_A_LAYER = frozenset(
-    [
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "fan_in_fan_out",
-        "inference_mode",
-        "loftq_config",
-        "lora_ga_config",
-        "megatron_core",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "task_type",
-    ]
-)
-
-
-# Fields of PEFT's AdaLoraConfig that its LoraConfig has not, but for ``init_r``; and one that means
-# something else there.
-ADALORA = frozenset(
-    ["target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"]
-    + ["init_r", "rank_pattern", "alpha_pattern", "use_rslora"]
-)
-
-
-def adalora_fields(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields ``r`` and ``adalora`` of a :class:`LoRAConfig` for those of PEFT's AdaLoraConfig.
-
-    >>> adalora_fields({"init_r": 2, "rank_pattern": {"h.fc.lora_E.default": [True, False]}})
-    {'r': 2, 'adalora': {'rank_pattern': {'h.fc.lora_E': [True, False]}}}
-    """
-    schedule = {k: content[k] for k in content if k in ADALORA and k != "init_r"}
-    pattern = schedule.get("rank_pattern")
-    if isinstance(pattern, Mapping):
-        # While a model of PEFT trains, the name of the adapter is behind.
-        ends = {key: key.rpartition(".lora_E")[0] for key in pattern}
-        schedule["rank_pattern"] = {f"{ends[key]}.lora_E": kept for key, kept in pattern.items()}
-    return {"r": content.get("init_r", 12), "adalora": schedule}
 
 
 @dataclass
@@ -130,12 +88,14 @@ class LoRAConfig:
         return cls(**plain)
 
     @classmethod
-    def of(cls, config: Any) -> LoRAConfig:
-        """A copy of ``config``, one of these or PEFT's ``LoraConfig``.
+    def of(cls, config: Any, model: nn.Module) -> LoRAConfig:
+        """A copy of ``config``, one of these or PEFT's ``LoraConfig``; where that names no targets,
+        they are those that PEFT chooses for ``model``.
 
         Raises:
             TypeError: it is neither.
-            ValueError: it is of another method, or has fields set that are not computed here.
+            ValueError: it is of another method, has fields set that are not computed here, or
+                names no targets for a model that PEFT does not know.
         """
         if isinstance(config, LoRAConfig):
             return replace(config)
@@ -165,6 +125,9 @@ class LoRAConfig:
                 f"config sets {', '.join(others)}, which is not computed here: leave it out, or "
                 "use PEFT's get_peft_model and then accelerate_peft"
             )
+        if values.get("target_modules") is None and is_pefts(type(config)):
+            only_parameters = values.get("target_parameters") is not None
+            values["target_modules"] = [] if only_parameters else default_targets(model, method)
         return cls(**values)
 
     @property

@@ -222,6 +222,25 @@ def taken_for_experts(model: nn.Module, layers: Iterable[str]) -> list[str]:
     return [name for name in layers if name.rpartition(".")[2] in names]
 
 
+def default_targets(model: nn.Module, method: str) -> list[str] | str:
+    """The ``target_modules`` that PEFT chooses for ``model`` where a configuration names none.
+
+    Raises:
+        ValueError: PEFT knows none for its ``model_type``.
+    """
+    from peft import utils
+
+    known = getattr(utils, f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING")
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    targets = known.get(model_type)
+    if targets is None:
+        raise ValueError(
+            f"PEFT has no default target_modules for model_type {model_type!r}: name them in the "
+            'config, or give target_modules="all-linear"'
+        )
+    return targets if isinstance(targets, str) else list(targets)
+
+
 def checkpointing_modules(model: nn.Module) -> list[nn.Module]:
     """The modules that ``gradient_checkpointing_enable`` gives a function to."""
     return [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..layers.sliced import spread
-from .config import ADALORA, NO_PART_OF_A_LAYER, LoRAConfig, adalora_fields
+from .config import LoRAConfig
+from .peft_config import ADALORA, NO_PART_OF_A_LAYER, adalora_fields
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -15,6 +15,7 @@ from ..layers.replacing import unsupported_reason
 from . import foreign
 from .config import LoRAConfig
 from .experts import ExpertSelection, select_experts
+from .peft_config import is_pefts
 from .reports import grouped, unreached
 
 
@@ -104,7 +105,7 @@ def _check_not_applied(model: nn.Module) -> None:
             raise ValueError(
                 f"{type(model).__name__} has an AdapterStore already ({name!r}): close that first"
             )
-        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
+        if is_pefts(type(module)):
             where = f"{name!r} is" if name else "this is"
             raise ValueError(
                 f"{where} a {type(module).__name__} of PEFT already: the plain model is needed"

@@ -268,6 +268,48 @@ def test_a_configuration_of_pefts_is_taken(values, as_keyword):
     assert layer.lora_dropout == config.lora_dropout
 
 
+@pytest.mark.parametrize("kind", [peft.LoraConfig, peft.AdaLoraConfig])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("excluded", [None, ["0.self_attn.v_proj"]])
+@pytest.mark.filterwarnings("ignore:exclude_modules:UserWarning")
+def test_a_config_of_pefts_without_targets_means_what_peft_chooses(kind, family, excluded):
+    schedule = {"total_step": 10} if kind is peft.AdaLoraConfig else {}
+    config = kind(exclude_modules=excluded, **schedule)
+    theirs = peft.get_peft_model(small.build(family), copy.deepcopy(config))
+    model = lk.apply_lora(small.build(family), config)
+    adapted = lk.lora_report(model).adapted
+    assert adapted.keys() == set(theirs.base_model.targeted_module_names)
+    assert config.target_modules is None
+    # By keywords, and in a configuration of ours, None is every linear layer.
+    for arguments in ({}, {"config": lk.LoRAConfig()}):
+        assert len(lk.lora_report(lk.apply_lora(small.build(family), **arguments)).adapted) > len(
+            adapted
+        )
+
+
+def test_a_config_of_pefts_that_names_parameters_means_no_linear_layer():
+    config = peft.LoraConfig(target_parameters=["experts.down_proj"])
+    theirs = peft.get_peft_model(small.build("mixtral"), copy.deepcopy(config)).base_model
+    assert not theirs.targeted_module_names
+    model = lk.apply_lora(small.build("mixtral"), config)
+    assert lk.lora_report(model).adapted.keys() == set(theirs.targeted_parameter_names)
+
+
+@pytest.mark.parametrize("kind", [peft.LoraConfig, peft.AdaLoraConfig])
+def test_a_model_that_peft_does_not_know_wants_targets(kind):
+    class Own(nn.Sequential):
+        config = None
+
+    config = kind(**({"total_step": 10} if kind is peft.AdaLoraConfig else {}))
+    models = [Own(nn.Linear(4, 4)), small.build("llama")]
+    models[1].config.model_type = "unheard of"
+    for model in models:
+        before = small.Snapshot(model)
+        with pytest.raises(ValueError, match="no default target_modules for model_type"):
+            lk.apply_lora(model, config)
+        before.assert_unchanged()
+
+
 def test_a_configuration_of_our_own_is_taken_and_not_kept():
     config = lk.LoRAConfig(r=3, target_modules=["q_proj"])
     model = lk.apply_lora(small.build("llama"), config, autocast_adapter_dtype=False)
