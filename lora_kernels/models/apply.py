@@ -16,6 +16,7 @@ from ..layers.fused import FusedLoRALinear
 from ..layers.packed import check_pack_weight
 from .config import LoRAConfig
 from .experts import adapt, described, expert_layers
+from .peft_config import heads_of_task
 from .reports import LoRAReport, pattern
 from .selection import Selection, select
 
@@ -87,6 +88,9 @@ def apply_lora(
             full in ``target_modules`` is not filtered.
         modules_to_save: names or endings of modules that are trained in full and saved with the
             adapter.
+        task_type: PEFT's, as "CAUSAL_LM"; its ``AutoPeftModel`` classes read it in the file. As in
+            PEFT, "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" train the heads in full (``classifier``,
+            ``score``; ``qa_outputs``).
         target_parameters: names or endings of 3-D Parameters of experts
             ("experts.gate_up_proj"); such adapters have no dropout and no DoRA. Linear layers are
             still those of ``target_modules``: ``[]`` for none.
@@ -119,6 +123,9 @@ def apply_lora(
         given = LoRAConfig.of(config, root)
     given.autocast_adapter_dtype &= autocast_adapter_dtype
     check_pack_weight(pack_weight)
+    given.check()
+    saved = [*(given.modules_to_save or []), *heads_of_task(root, given.task_type)]
+    given.modules_to_save = list(dict.fromkeys(saved)) or None
     selection = select(root, given)
     insert(root, given, selection)
     selection.warn_of_missed(stacklevel=3)

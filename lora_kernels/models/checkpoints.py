@@ -48,6 +48,7 @@ from .on_disk import (
     places_of,
     read_adapter,
 )
+from .peft_config import heads_of_task
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -225,6 +226,7 @@ def load_adapter(
         alpha_pattern=config.alpha_pattern,
         use_rslora=config.use_rslora,
         adalora=config.adalora,
+        task_type=config.task_type or record.config.task_type,
     )
     record.embeddings = sorted({*record.embeddings, *embeddings})
     return model
@@ -347,7 +349,6 @@ def _content(
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
         "peft_type": "LORA" if adalora is None else "ADALORA",
-        "task_type": None,
     }
     if adalora is not None:
         # Its r is not used, and PEFT warns of any but its default.
@@ -365,25 +366,25 @@ def _modules_to_save(
 ) -> tuple[list[str] | None, dict[str, Tensor]]:
     """Entries by which PEFT finds the modules ``saved``, and the tensors of others that it then
     looks for too: it takes every module whose name ends in an entry."""
-    if not saved:
-        return None, {}
     names = names_of(model)
-    entries = config.modules_to_save or []
+    entries = config.modules_to_save or [] if saved else []
     if {name for name in names if name.endswith(tuple(entries))} != set(saved):
         entries = sorted(saved)
-    others = [name for name in names if name.endswith(tuple(entries)) and name not in saved]
+    wanted = {name for name in names if name.endswith(tuple(entries))}
+    wanted.update(heads_of_task(model, config.task_type))
+    others = [name for name in names if name in wanted and name not in saved]
     more: dict[str, Tensor] = {}
     for name in others:
         if any(f"{layer}.".startswith(f"{name}.") for layer in adapted):
             warnings.warn(
-                f"PEFT reads modules_to_save={entries} as {name} too, which has an adapter: it "
-                "cannot load this file",
+                f"PEFT reads modules_to_save={entries} and task_type={config.task_type!r} as "
+                f"{name} too, which has an adapter: it cannot load this file",
                 stacklevel=4,
             )
             continue
         state = model.get_submodule(name).state_dict()
         more |= {f"{name}.{key}": tensor for key, tensor in state.items()}
-    return entries, more
+    return entries or None, more
 
 
 def _targets(model: nn.Module, layers: Collection[str]) -> list[str] | str:

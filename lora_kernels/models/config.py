@@ -21,7 +21,7 @@ from torch import nn
 from ..layers.adalora import AdaLoRALinear
 from ..layers.fused import FusedLoRALinear, check_lora_arguments, default_scaling
 from .foreign import default_targets
-from .peft_config import ADALORA, NO_PART_OF_A_LAYER, adalora_fields, is_pefts
+from .peft_config import ADALORA, HEADS_OF_TASKS, NO_PART_OF_A_LAYER, adalora_fields, is_pefts
 
 # One process tries all patterns; honest ones take milliseconds.
 _PATTERN_SECONDS = 10.0
@@ -51,6 +51,7 @@ class LoRAConfig:
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    task_type: str | None = None
     # Of AdaLoRA, whose ``init_r`` is ``r``: what PEFT's configuration has besides (its schedule,
     # its ``rank_pattern`` of booleans).
     adalora: dict[str, Any] | None = None
@@ -58,6 +59,10 @@ class LoRAConfig:
     # Not PEFT's: every matrix of every experts module.
     experts: bool = False
     autocast_adapter_dtype: bool = True
+
+    def __post_init__(self) -> None:
+        # PEFT's TaskType is an Enum.
+        self.task_type = getattr(self.task_type, "value", self.task_type)
 
     @staticmethod
     def is_like(value: Any) -> bool:
@@ -205,6 +210,9 @@ class LoRAConfig:
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', not {self.bias!r}")
+        if self.task_type not in [None, *HEADS_OF_TASKS]:
+            tasks = ", ".join(HEADS_OF_TASKS)
+            raise ValueError(f"task_type must be one of {tasks}, not {self.task_type!r}")
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
             if isinstance(value, str):

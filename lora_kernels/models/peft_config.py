@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 # Fields of PEFT's LoraConfig that say nothing of what a fresh adapter computes.
 NO_PART_OF_A_LAYER = frozenset(
     [
@@ -23,9 +25,18 @@ NO_PART_OF_A_LAYER = frozenset(
         "qalora_group_size",
         "revision",
         "runtime_config",
-        "task_type",
     ]
 )
+
+# PEFT's task types, and the ends of the names of heads that it trains in full with each.
+HEADS_OF_TASKS: dict[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "SEQ_2_SEQ_LM": (),
+    "CAUSAL_LM": (),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+    "FEATURE_EXTRACTION": (),
+}
 
 # Fields of PEFT's AdaLoraConfig that its LoraConfig has not, but for ``init_r``; and one that means
 # something else there.
@@ -53,3 +64,10 @@ def adalora_fields(content: Mapping[str, Any]) -> dict[str, Any]:
 def is_pefts(kind: type) -> bool:
     """Whether a class is PEFT's, or derived from one."""
     return any(cls.__module__.partition(".")[0] == "peft" for cls in kind.__mro__)
+
+
+def heads_of_task(model: nn.Module, task: str | None) -> list[str]:
+    """The modules of ``model`` that PEFT trains in full and looks for in files of ``task``."""
+    ends = HEADS_OF_TASKS.get(task or "", ())
+    names = (name for name, _ in model.named_modules(remove_duplicate=False))
+    return [name for name in names if name.endswith(ends)]
