@@ -174,7 +174,7 @@ def load_adapter(
         saved = {name: root.get_submodule(name) for name in applied(root).report.modules_to_save}
     else:
         config.modules_to_save = files.modules_to_save(root) or None
-        selection = select(root, config)
+        selection = select(root, config, folder)
         wanted = {}
         for module, names in selection.targets.items():
             rank = config.rank(names[0])

@@ -338,7 +338,7 @@ class LoRAConfig:
             for pattern in getattr(self, field_name):
                 if not any(map(_compiled(_at_end(pattern)).match, adapted)):
                     known = any(_matches([pattern], name) for name in layers)
-                    advice = "" if known else _near(pattern, adapted)
+                    advice = "" if known else near(pattern, adapted)
                     yield field_name, pattern, "no adapted layer", advice
         for entry in self.target_parameters or []:
             if not any(_matches([entry], name) for name in adapted):
@@ -354,7 +354,7 @@ class LoRAConfig:
                 if not any(_matches(meant, name) for name in layers):
                     holds = any(_matches(meant, name) for name in containers)
                     inside = _inside(entry if is_regex else re.escape(entry))
-                    advice = inside if holds else _near(entry, layers)
+                    advice = inside if holds else near(entry, layers)
                     yield field_name, entry, "no layer", advice
         targets = [name for name in layers if self.is_target(name)]
         for index in _as_list(self.layers_to_transform):
@@ -442,14 +442,15 @@ def _inside(pattern: str) -> str:
     return rf"; to mean the layers inside, use the regular expression (.*\.)?{pattern}\..*"
 
 
-def _near(entry: str, names: Collection[str]) -> str:
+def near(entry: str, names: Collection[str]) -> str:
+    """Which of ``names`` may have been meant by ``entry``, as the end of a message."""
     name = re.sub(r"\\(.)", r"\1", entry).strip("^$")
     if len(name) > 200:
         return ""
     parts = name.count(".") + 1
     endings = {".".join(other.split(".")[-parts:]) for other in names}
-    near = difflib.get_close_matches(name, sorted(endings), 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    found = difflib.get_close_matches(name, sorted(endings), 1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def _is_close(value: float, other: float) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import nn
 
@@ -13,8 +14,9 @@ from ..layers.fused import FusedLoRALinear
 from ..layers.multi import MultiLoRAEmbedding, MultiLoRALinear
 from ..layers.replacing import unsupported_reason
 from . import foreign
-from .config import LoRAConfig
+from .config import LoRAConfig, near
 from .experts import ExpertSelection, select_experts
+from .on_disk import first_few
 from .peft_config import is_pefts
 from .reports import grouped, unreached
 
@@ -42,8 +44,11 @@ class Selection:
             )
 
 
-def select(model: nn.Module, config: LoRAConfig) -> Selection:
-    """Resolve ``config`` on ``model`` without changing it; a user's errors are raised here."""
+def select(model: nn.Module, config: LoRAConfig, source: Path | None = None) -> Selection:
+    """Resolve ``config`` on ``model`` without changing it; a user's errors are raised here.
+
+    ``source``: the adapter that brought the configuration.
+    """
     config.check()
     _check_not_applied(model)
     paths: dict[nn.Module, list[str]] = {}
@@ -77,7 +82,7 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
                 refused[module] = bypass or ""
     experts = select_experts(model, config, saved)
     if not targets and not experts.targets:
-        raise ValueError(_nothing_matches(config, skipped))
+        raise ValueError(_nothing_matches(config, skipped, source))
     skipped |= experts.skipped
     if "" in {name for names in targets.values() for name in names}:
         raise ValueError(
@@ -173,11 +178,26 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def _nothing_matches(config: LoRAConfig, skipped: dict[str, str]) -> str:
-    target = "all-linear" if config.all_linear else config.target_modules
+def _nothing_matches(config: LoRAConfig, skipped: dict[str, str], source: Path | None) -> str:
+    target = "all-linear" if config.all_linear else config.target_modules or []
+    some = target[:200] if isinstance(target, str) else target[:8]
+    shown = f"target_modules={some!r}" + (" and more" if len(some) < len(target) else "")
+    where = "" if source is None else f"{source}: "
     if not skipped:
-        return f"target_modules={target!r}: the model has no linear layers"
-    lines = grouped(skipped)
-    more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
-    listed = "; ".join(lines[:8]) + more
-    return f"target_modules={target!r} leaves no layer to adapt; the linear layers are {listed}"
+        return f"{where}{shown}: the model has no linear layers"
+    wanted = grouped({name: why for name, why in skipped.items() if config.is_target(name)})
+    if wanted:
+        more = f"; and {len(wanted) - 8} more" if len(wanted) > 8 else ""
+        return f"{where}{shown} leaves no layer to adapt: {'; '.join(wanted[:8])}{more}"
+    names = list(dict.fromkeys(name.rpartition(".")[2] for name in skipped))
+    here = f"Linear layers here: {first_few(names, 16)}"
+    if source is not None:
+        return f"{source} is for other layers than this model's: {shown}. {here}"
+    if isinstance(target, str):
+        advice = "; a string is a regular expression of whole names"
+        if any(replace(config, target_modules=[target]).is_target(name) for name in skipped):
+            advice += f". For every layer of that name give [{target!r}]"
+    else:
+        advice = next(filter(None, (near(entry, skipped) for entry in target)), "")
+    end = "" if advice.endswith("?") else "."
+    return f"{shown} leaves no layer to adapt{advice}{end} {here}"

@@ -108,9 +108,33 @@ def test_a_model_of_peft_is_refused(config, inner):
 # ---- wrong calls leave the model as it was
 
 WRONG = {
-    "no match": ({"target_modules": ["nothing"]}, r"'nothing'.* leaves no layer.*q_proj"),
+    "no match": (
+        {"target_modules": ["nothing"]},
+        r"^target_modules=\['nothing'\] leaves no layer to adapt\. Linear layers here: q_proj, "
+        r"k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head$",
+    ),
+    "a match that is near": (
+        {"target_modules": ["nothing", "v_porj"]},
+        r"leaves no layer to adapt; did you mean 'v_proj'\? Linear layers here: q_proj, ",
+    ),
+    "many names": (
+        {"target_modules": [f"x{i}" for i in range(900)]},
+        r"'x7'\] and more leaves no layer to adapt\. Linear layers here: q_proj, ",
+    ),
+    "a typo beside what is excluded": (
+        {"target_modules": ["q_porj"], "exclude_modules": ["k_proj"]},
+        r"did you mean 'q_proj'\? Linear layers here: ",
+    ),
     "an ending is a whole part": ({"target_modules": ["proj"]}, r"\['proj'\] leaves no layer"),
-    "a regex is no ending": ({"target_modules": "q_proj"}, r"'q_proj' leaves no layer"),
+    "a regex is no ending": (
+        {"target_modules": "q_proj"},
+        r"'q_proj' leaves no layer to adapt; a string is a regular expression of whole names\. "
+        r"For every layer of that name give \['q_proj'\]\. Linear layers here: q_proj, k_proj, ",
+    ),
+    "a regex of nothing": (
+        {"target_modules": ".*q_porj"},
+        r"leaves no layer to adapt; a string is a regular expression of whole names\. Linear ",
+    ),
     "an empty list": ({"target_modules": []}, r"\[\] leaves no layer"),
     "everything excluded": ({"exclude_modules": ".*"}, "in exclude_modules"),
     "no such layer": (
