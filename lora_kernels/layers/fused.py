@@ -148,7 +148,8 @@ class FusedLoRALinear(MergeableLinear):
         Raises:
             TypeError: ``module`` is something else, computes in its own way (a subclass's forward,
                 one that was set on the object), holds more than weight and bias (parametrised,
-                pruned), or its weight is no plain Parameter (quantised); the message says which.
+                pruned), or its weight is no plain Parameter (quantised otherwise); the message
+                says which.
             ValueError: as for the constructor; DoRA on a four-bit weight.
         """
         reason = unsupported_reason(module)

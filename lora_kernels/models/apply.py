@@ -66,8 +66,8 @@ def apply_lora(
     The arguments are the fields of :class:`LoRAConfig`, named as in PEFT's, and ``pack_weight``;
     those not described here are :class:`FusedLoRALinear`'s. What was adapted, what was skipped and
     why, and the trainable parameters are in ``lora_report(model)``. A warning says which kinds of
-    module hold weights that were wanted and cannot have an adapter (experts in 3-D Parameters,
-    weights that are multiplied without a linear layer).
+    module hold weights that were wanted and have no adapter (experts in 3-D Parameters without
+    ``experts=True``, weights that are multiplied without a linear layer).
 
     Args:
         r: the rank; or the configuration, as ``config``.
@@ -101,7 +101,8 @@ def apply_lora(
         ValueError: nothing matches; a matched layer cannot be adapted (not linear, or its forward
             is never called, as ``nn.MultiheadAttention.out_proj``); the model has LoRA layers
             already; a rank below 1 or another wrong value; a configuration that uses what the
-            layers do not compute (DoRA, ...). The model is then as it was.
+            layers do not compute (``lora_bias``, ``layer_replication``, DoRA on a four-bit weight,
+            ...). The model is then as it was.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> model = apply_lora(model, r=2, target_modules=["0"])

@@ -125,10 +125,10 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: the directory or one of its two files is missing.
-        ValueError: a file is corrupt, of another method than LoRA, or uses what
-            :class:`FusedLoRALinear` does not compute (DoRA, a bias on lora_B, ...); tensors are
-            missing, left over, or of the wrong shape (a resized vocabulary too). The message names
-            the file and the modules, and the model is as it was.
+        ValueError: a file is corrupt, of another method than LoRA and AdaLoRA, or uses what
+            :class:`FusedLoRALinear` does not compute (a bias on lora_B, ``layer_replication``,
+            ...); tensors are missing, left over, or of the wrong shape (a resized vocabulary too).
+            The message names the file and the modules, and the model is as it was.
     """
     root = unwrap(model)
     folder = Path(directory)
