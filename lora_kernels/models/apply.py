@@ -16,7 +16,7 @@ from ..layers.fused import FusedLoRALinear
 from ..layers.packed import check_pack_weight
 from .config import LoRAConfig
 from .experts import adapt, described, expert_layers
-from .peft_config import heads_of_task
+from .peft_config import heads_of_task, is_pefts
 from .reports import LoRAReport, pattern
 from .selection import Selection, select
 
@@ -136,15 +136,19 @@ def apply_lora(
 
 
 def lora_report(model: nn.Module) -> LoRAReport:
-    """What :func:`apply_lora` (or ``load_adapter``) did to ``model``, and, once the model has been
-    called, which adapted layers no call has reached; print it. Adapted layers that something has
-    replaced since are listed as skipped.
+    """What :func:`apply_lora` (or ``load_adapter``) did to ``model``, whether it is merged, and,
+    once the model has been called, which adapted layers no call has reached; print it. Adapted
+    layers that something has replaced since are listed as skipped.
 
     Raises:
         ValueError: the model has no LoRA layers of this package.
     """
     report = applied(model).report
-    report.never_called = _never_called(lora_layers(model))
+    layers = lora_layers(model)
+    report.never_called = _never_called(layers)
+    experts = expert_layers(unwrap(model))
+    report.merged = sum(layer.merged for layer in layers.values())
+    report.merged += sum(module.merged for module in experts.values())
     lost = lost_layers(model)
     if not lost:
         return report
@@ -167,7 +171,12 @@ def applied(model: nn.Module) -> Applied:
     check_not_taken_off(model)
     record = record_of(model)
     if record is None:
-        raise ValueError(f"{type(model).__name__} was not adapted by apply_lora or load_adapter")
+        advice = ""
+        if is_pefts(type(unwrap(model))):
+            advice = "; print what accelerate_peft returns, save with PEFT's save_pretrained"
+        raise ValueError(
+            f"{type(model).__name__} was not adapted by apply_lora or load_adapter{advice}"
+        )
     return record
 
 

@@ -23,7 +23,8 @@ class LoRAReport:
 
     ``adapted``: name -> "kind [out, in], r"; ``skipped``: name -> reason; ``unreached``: kind of
     module -> how much of the model's weights it holds as matrices that cannot have an adapter
-    (from 1% on); ``never_called``: adapted layers that no call reached, known once another was.
+    (from 1% on); ``never_called``: adapted layers that no call reached, known once another was;
+    ``merged``: how many modules have their adapter merged into the weights now.
     """
 
     adapted: dict[str, str]
@@ -34,6 +35,7 @@ class LoRAReport:
     all_parameters: int
     unreached: dict[str, str] = field(default_factory=dict)
     never_called: list[str] = field(default_factory=list)
+    merged: int = 0
 
     def __str__(self) -> str:
         share = 100 * self.trainable_parameters / max(self.all_parameters, 1)
@@ -46,6 +48,9 @@ class LoRAReport:
         lines += [f"  skipped  {line}" for line in grouped(self.skipped)]
         lines += [f"  no adapter possible  {kind}: {what}" for kind, what in self.unreached.items()]
         lines += [f"  trained in full  {name}" for name in self.modules_to_save]
+        if self.merged:
+            modules = f"{self.merged} module{'s' * (self.merged > 1)}"
+            lines.append(f"  merged  into the weights of {modules}; unmerge_adapter undoes it")
         why = "not reached by any call so far, so its adapter has no effect"
         lines += [f"  never called  {x}" for x in grouped(dict.fromkeys(self.never_called, why))]
         lines += [f"  note: {note}" for note in self.notes]

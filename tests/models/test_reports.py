@@ -48,6 +48,29 @@ def test_refused_layers_are_one_line_of_the_error():
         lk.apply_lora(model)
 
 
+@pytest.mark.parametrize(("name", "arguments"), [("llama", {}), ("mixtral", {"experts": True})])
+def test_a_merged_model_says_so(name, arguments):
+    model = lk.apply_lora(small.build(name), target_modules=["q_proj"], **arguments)
+    modules = 4 if arguments else 2
+    line = f"  merged  into the weights of {modules} modules; unmerge_adapter undoes it"
+    assert "merged" not in str(lk.lora_report(model))
+    lk.merge_adapter(model)
+    assert line in str(lk.lora_report(model)).splitlines()
+    lk.unmerge_adapter(model)
+    assert "merged" not in str(lk.lora_report(model))
+
+
+def test_a_model_of_peft_has_its_report_elsewhere(tmp_path):
+    for model, says in [
+        (small.peft_model(small.build("llama"), target_modules=["q_proj"]), True),
+        (small.build("llama"), False),
+    ]:
+        for call in (lk.lora_report, lambda model: lk.save_adapter(model, tmp_path)):
+            with pytest.raises(ValueError, match="was not adapted by apply_lora") as error:
+                call(model)
+            assert ("print what accelerate_peft returns" in str(error.value)) == says
+
+
 # ---- what cannot have an adapter
 
 
