@@ -4,6 +4,7 @@ interpreted as in ``test_kernels.py``."""
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -24,6 +25,7 @@ from lora_kernels.backends import vendor
 from lora_kernels.functional.ops import SEGMENTED_OPERATORS
 from lora_kernels.kernels import common
 from lora_kernels.planning.config import DECODE_OPS, MIXED_LINEAR_OPS
+from lora_kernels.testing.linear import Case
 
 pytestmark = segmented_kernels.SKIPS
 
@@ -56,6 +58,15 @@ def test_gemm_with_a_tail(op, gemm, sizes):
 )
 def test_skinny(op, split, sizes):
     check_range(op, launch(op, skinny(split)), linear(sizes, dropout_p=0.3))
+
+
+def test_a_nan_of_any_bits_stays_one():
+    """Rounding the largest of them to TF32 would carry into its sign."""
+    case = Case(9, 24, 20, 3, FLOAT16, adapter_dtype=torch.float32, device=DEVICE)
+    arguments = case.draw().arguments("lora_linear_fwd")
+    arguments["lora_b"].view(torch.int32)[4] = 0x7FFFFFFF
+    y, _ = launch("lora_linear_fwd", GEMMS["tail"])(**arguments)
+    assert y.isnan().nonzero()[:, 1].unique().tolist() == [4] and y[:, 4].isnan().all()
 
 
 @pytest.mark.parametrize("sizes", SIZES)
