@@ -224,6 +224,10 @@ def twice(self, x):
     return [self.q_proj(x) + self.q_proj(x), self.k_proj(x), self.v_proj(x)]
 
 
+def another_twice(self, x):
+    return [self.q_proj(x), self.k_proj(x) + self.k_proj(x), self.v_proj(x)]
+
+
 def without_graph(self, x):
     q = self.q_proj(x)
     with torch.no_grad():
@@ -259,6 +263,7 @@ CALLS = {
     "an adapter replaced": (replaced_adapter, 1),
     "a hook in between": (hooked_later, 1),
     "called twice": (twice, 1),
+    "another called twice": (another_twice, 1),
     "no graph for one": (without_graph, 1),
     "autocast for one": (under_autocast, 1),
     "checkpointed": (checkpointed_inside(False, True), 3),
