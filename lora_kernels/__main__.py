@@ -66,8 +66,9 @@ def _device_report(device: str) -> list[str]:
             problem = Problem(op, 512, 4096, 4096, 16, name, name, slots=slots)
             config = plan.plan(problem, known)
             answers.setdefault(config.plan, []).append(op)
-        said = "; ".join(f"{plan_name}: {', '.join(ops)}" for plan_name, ops in answers.items())
-        plans_of.setdefault(f"{config.plan}" if len(answers) == 1 else said, []).append(name)
+        by_plan = [f"{plan_name}: {', '.join(ops)}" for plan_name, ops in answers.items()]
+        said = "; ".join(answers if len(answers) == 1 else by_plan)
+        plans_of.setdefault(said, []).append(name)
     lines += [f"  {', '.join(dtypes)} by {plans}" for plans, dtypes in plans_of.items()]
     lines.append("  why not another plan (512 rows, 4096 x 4096, r 16):")
     plans_for: dict[str, list[str]] = {}

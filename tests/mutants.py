@@ -184,16 +184,16 @@ def main() -> int:
             for core in range(1, options.jobs):
                 shutil.copy2(extension, COPIES / f"{core}" / "lora_kernels")
 
-    def judge(chosen: tuple[int, Mutant]) -> bool:
+    def judge(number: int, mutant: Mutant) -> bool:
         copy, start = copies.get(), time.monotonic()
-        seen, what = is_seen(copy, *chosen)
+        seen, what = is_seen(copy, number, mutant)
         copies.put(copy)
         seconds = f"{time.monotonic() - start:.0f} s"
-        print(f"{'red' if seen else 'NOT SEEN':8} {chosen[1].name} ({seconds}): {what}", flush=True)
+        print(f"{'red' if seen else 'NOT SEEN':8} {mutant.name} ({seconds}): {what}", flush=True)
         return seen
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        survivors = [*pool.map(judge, chosen)].count(False)
+        survivors = [*pool.map(judge, *zip(*chosen, strict=True))].count(False)
     print(f"{len(chosen) - survivors} of {len(chosen)} mistakes are seen")
     return int(survivors > 0)
 
