@@ -31,6 +31,13 @@ void scales_of(const FourBit& w, int64_t first, int64_t count, float* out) {
   }
 }
 
+void ask_for(const FourBit& w, int64_t row, int64_t count, int64_t j, int64_t end) {
+  for (int64_t i = row; i < std::min(row + count, w.rows); ++i) {
+    const uint8_t* bytes = w.data + (w.first + i) * w.cols / 2;
+    for (int64_t at = j / 2; at < end / 2; at += 64) __builtin_prefetch(bytes + at, 0, 2);
+  }
+}
+
 namespace {
 
 // Bytes of whole vectors, on every machine.
@@ -309,16 +316,19 @@ void decode_all(const FourBit& w, C* out) {
 template <typename C>
 void pack_panel(const FourBit& w, int64_t k0, int64_t k1, int64_t n0, C* panel) {
   const int64_t K = k1 - k0, cols = std::min<int64_t>(kPanel, w.columns() - n0);
-  C* part = part_scratch.of<C>(kPart<C> * kPanel);
-  const auto packed = [&](int64_t stride_k, int64_t stride_n) {
-    pack_panel<C>(ConstMatrix{part, kind_of<C>, K, cols, stride_k, stride_n}, 0, K, 0, panel);
-  };
-  if (w.inner) {
-    decode<C>(w, n0, n0 + cols, k0, k1, part, kPart<C>);
-    packed(1, kPart<C>);
-  } else {
+  if (!w.inner) {
+    C* part = part_scratch.of<C>(kPart<C> * kPanel);
     decode<C>(w, k0, k1, n0, n0 + cols, part, kPanel);
-    packed(kPanel, 1);
+    pack_panel<C>(ConstMatrix{part, kind_of<C>, K, cols, kPanel, 1}, 0, K, 0, panel);
+    return;
+  }
+  // As many columns at a time as stay in the nearest cache, while those of the next panel come.
+  C* part = part_scratch.of<C>(kPart<C> * kPanelUnit);
+  for (int64_t j = 0; j < cols; j += kPanelUnit) {
+    const int64_t n = n0 + j, some = std::min<int64_t>(kPanelUnit, cols - j);
+    ask_for(w, n + kPanel, kPanelUnit, k0, k1);
+    decode<C>(w, n, n + some, k0, k1, part, kPart<C>);
+    pack_unit(part, kPart<C>, K, some, j, panel_width(cols), panel);
   }
 }
 

@@ -42,6 +42,10 @@ inline int shift_of(const FourBit& w) { return std::countr_zero(static_cast<uint
 // The scales of `count` blocks from `first` on.
 void scales_of(const FourBit& w, int64_t first, int64_t count, float* out);
 
+// Asks for the bytes of columns [j, end) of `count` rows, or as many as there are: the machine does
+// not see streams that end with every stretch.
+void ask_for(const FourBit& w, int64_t row, int64_t count, int64_t j, int64_t end);
+
 // Rows [i0, i1), columns [j0, j1) of w as out[i - i0][ld]: code times absmax in float32, rounded
 // once to C. Out is C, or float for the same values wider.
 template <typename C, typename Out>

@@ -19,15 +19,6 @@ namespace {
 
 constexpr int kFew = 4;
 
-// Asks for the bytes of columns [k, end) of `count` rows, or as many as there are: the machine does
-// not see streams that end with every stretch.
-void ask_for(const FourBit& w, int64_t row, int64_t count, int64_t k, int64_t end) {
-  for (int64_t i = row; i < std::min(row + count, w.rows); ++i) {
-    const uint8_t* bytes = w.data + (w.first + i) * w.cols / 2;
-    for (int64_t at = k / 2; at < end / 2; at += 64) __builtin_prefetch(bytes + at, 0, 2);
-  }
-}
-
 #if defined(__AVX512F__)
 // Values that one step of the products below takes from a row of w: 32 bytes for bfloat16, whose
 // nibbles make 4 vectors of 16 halves, 64 bytes for float, 8 vectors of 16 words.

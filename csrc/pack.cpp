@@ -67,8 +67,9 @@ bool is_packed(const ConstMatrix& b, const C* packed) {
   for (int64_t i = 0; i < kSamples; ++i) {
     const int64_t k = i * 7919 % b.rows, n = i * 104729 % b.cols;
     const int64_t n0 = n / kPanel * kPanel, width = panel_width(b.cols - n0);
-    const int64_t row = n0 * padded<C>(b.rows) + k / kStep<C> * kStep<C> * width;
-    const C held = packed[row + (n - n0) * kStep<C> + k % kStep<C>];
+    const int64_t k0 = k / kPart<C> * kPart<C>, depth = padded<C>(std::min(kPart<C>, b.rows - k0));
+    const C* panel = packed + n0 * padded<C>(b.rows) + k0 * width;
+    const C held = panel[place<C>(k - k0, n - n0, depth, width)];
     C value;
     with_type(b.kind, [&]<typename T>() {
       value =

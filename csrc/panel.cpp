@@ -1,7 +1,5 @@
 #include "panel.h"
 
-#include "vec.h"
-
 namespace lora_kernels {
 
 namespace {
@@ -110,9 +108,9 @@ constexpr int64_t kBlocksAhead = 4;
 // An inner axis that fills a part of a vector, as the usual ranks do, one column after the other:
 // kParts blocks of columns share a transpose. Part is the vector that one column fills.
 template <typename Part, int kParts, typename C>
-void pack_short(const C* b, int64_t stride_n, int64_t N, int64_t width, C* panel) {
-  constexpr int kSteps = kLanes / kParts;
-  for (int64_t n = 0; n < width; n += kLanes * kParts) {
+void pack_short(const C* b, int64_t stride_n, int64_t N, int64_t count, int64_t width, C* panel) {
+  constexpr int kSteps = kLanes / kParts, kDepth = kSteps * kStep<C>;
+  for (int64_t n = 0; n < count; n += kLanes * kParts) {
     Words rows[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
@@ -124,20 +122,23 @@ void pack_short(const C* b, int64_t stride_n, int64_t N, int64_t width, C* panel
       rows[i] = join(parts);
     }
     transpose(rows);
-    for (int p = 0; p < kParts && n + p * kLanes < width; ++p) {
-      C* to = panel + (n + p * kLanes) * kStep<C>;
-      for (int s = 0; s < kSteps; ++s) store(to + s * width * kStep<C>, rows[p * kSteps + s]);
+    for (int p = 0; p < kParts && n + p * kLanes < count; ++p) {
+      for (int s = 0; s < kSteps; ++s) {
+        C* to = panel + place<C>(s * kStep<C>, n + p * kLanes, kDepth, width);
+        store(to, rows[p * kSteps + s]);
+      }
     }
   }
 }
 
-// Rows [0, K) of b, of which `reach` may be read ahead, and N columns.
+// Rows [0, K) of b, of which `reach` may be read ahead, and N columns, which become `count` of a
+// panel of `width`.
 template <typename C, typename T>
 void pack(const T* b, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, int64_t reach,
-          int64_t width, C* panel) {
+          int64_t count, int64_t width, C* panel) {
   constexpr int64_t kStride = kStep<C>;
   const auto word = [&](int64_t k, int64_t n) {
-    return panel + (k / kStride * width + n) * kStride;
+    return panel + place<C>(k, n, padded<C>(K), width);
   };
   if (stride_n == 1) {
     constexpr int64_t kColumns = kLanes * kStride;
@@ -145,11 +146,11 @@ void pack(const T* b, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, 
       for (int64_t s = k + kRowsAhead; s < std::min(k + kRowsAhead + kStride, reach); ++s) {
         prefetch(b + s * stride_k, N);
       }
-      for (int64_t n = 0; n < width; n += kColumns) {
+      for (int64_t n = 0; n < count; n += kColumns) {
         Words words[kStride];
         step_of_columns<C>(b + k * stride_k + n, stride_k, 1, K - k, N - n, words);
         for (int64_t s = 0; s < kStride; ++s) {
-          if (n + s * kLanes < width) store(word(k, n + s * kLanes), words[s]);
+          if (n + s * kLanes < count) store(word(k, n + s * kLanes), words[s]);
         }
       }
     }
@@ -158,13 +159,13 @@ void pack(const T* b, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, 
   constexpr int64_t kBlock = kLanes * kStride;
   if constexpr (std::is_same_v<C, T> && kLanes >= 8) {
     if (stride_k == 1 && K == kBlock / 2) {
-      return pack_short<HalfOfWords, 2>(b, stride_n, N, width, panel);
+      return pack_short<HalfOfWords, 2>(b, stride_n, N, count, width, panel);
     }
     if (stride_k == 1 && K == kBlock / 4) {
-      return pack_short<QuarterOfWords, 4>(b, stride_n, N, width, panel);
+      return pack_short<QuarterOfWords, 4>(b, stride_n, N, count, width, panel);
     }
   }
-  for (int64_t n = 0; n < width; n += kLanes) {
+  for (int64_t n = 0; n < count; n += kLanes) {
     for (int64_t k = 0; k < K; k += kBlock) {
       Words rows[kLanes];
       const T* from = b + n * stride_n + k * stride_k;
@@ -225,10 +226,15 @@ template <typename C>
 void pack_panel(const ConstMatrix& b, int64_t k0, int64_t k1, int64_t n0, C* panel) {
   with_type(b.kind, [&]<typename T>() {
     const T* from = static_cast<const T*>(b.data) + k0 * b.stride_row + n0 * b.stride_col;
-    const int64_t cols = b.cols - n0;
+    const int64_t cols = b.cols - n0, width = panel_width(cols);
     pack(from, b.stride_row, b.stride_col, k1 - k0, std::min<int64_t>(kPanel, cols), b.rows - k0,
-         panel_width(cols), panel);
+         width, width, panel);
   });
+}
+
+template <typename C>
+void pack_unit(const C* b, int64_t ld, int64_t K, int64_t N, int64_t n, int64_t width, C* panel) {
+  pack(b, 1, ld, K, N, K, kPanelUnit, width, panel + place<C>(0, n, padded<C>(K), width));
 }
 
 void prefetch_panel(const ConstMatrix& b, int64_t n0) {
@@ -267,6 +273,8 @@ void copy_rows(const ConstMatrix& x, int64_t i0, int64_t i1, int64_t k0, int64_t
 
 template void pack_panel<float>(const ConstMatrix&, int64_t, int64_t, int64_t, float*);
 template void pack_panel<BFloat16>(const ConstMatrix&, int64_t, int64_t, int64_t, BFloat16*);
+template void pack_unit(const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
+template void pack_unit(const BFloat16*, int64_t, int64_t, int64_t, int64_t, int64_t, BFloat16*);
 template void copy_rows<float>(const ConstMatrix&, int64_t, int64_t, int64_t, int64_t, float*,
                                int64_t);
 template void copy_rows<BFloat16>(const ConstMatrix&, int64_t, int64_t, int64_t, int64_t, BFloat16*,

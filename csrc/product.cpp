@@ -16,10 +16,6 @@ namespace {
 
 constexpr int kMaxVectors = kRegisters.columns;
 
-// Whether a tile reads a part of each row of its panel: two vectors of AVX2 are a quarter.
-constexpr bool kNarrow = kMaxVectors * kLanes < kPanel;
-constexpr int64_t kPanelRowsAhead = 32;
-
 template <int kVectors>
 constexpr int kRows = std::min(kRegisters.accumulators / kVectors, kRegisters.rows);
 
@@ -33,27 +29,21 @@ inline void add_to(float* c, const Vec (&acc)[kM][kVectors], bool add) {
   }
 }
 
-// The first of the passes over a panel asks for whole rows: lines that lie a row apart are no
-// stream that the machine sees. With it, and with more columns for few rows, a packed weight of
-// 2048 x 2048 and 1, 4, 16 rows take 2.0, 3.4 and 5.7 ms, without 3.1, 4.7 and 7.8 (Zen 3, AVX2,
-// float32, one thread, cold weights, 2026-11).
+// Vector j of a row of b's strips, of which each is `width` wide and of K rows.
 template <typename C>
-inline void ask_ahead(bool first, const C* row, int64_t width) {
-  if (!kNarrow || !first) return;
-  for (int64_t i = 0; i < width; i += 64 / sizeof(C)) {
-    __builtin_prefetch(row + kPanelRowsAhead * width + i, 0, 3);
-  }
+inline const C* vector_of(const C* b, int64_t K, int64_t width, int64_t k, int j) {
+  const int64_t strip = j * kLanes / kStrip;
+  return b + strip * kStrip * K + k * width + (j * kLanes - strip * kStrip) * kStep<C>;
 }
 
 struct FloatTile {
   template <int kM, int kVectors>
   static void run(int64_t K, const float* a, int64_t lda, const float* b, int64_t width, float* c,
-                  bool add, bool first) {
+                  bool add) {
     Vec acc[kM][kVectors] = {};
     for (int64_t k = 0; k < K; ++k) {
-      ask_ahead(first, b + k * width, width);
       Vec columns[kVectors];
-      for (int j = 0; j < kVectors; ++j) columns[j] = load<Vec>(b + k * width + j * kLanes);
+      for (int j = 0; j < kVectors; ++j) columns[j] = load<Vec>(vector_of(b, K, width, k, j));
       for (int i = 0; i < kM; ++i) {
         const Vec row = broadcast(a[i * lda + k]);
         for (int j = 0; j < kVectors; ++j) acc[i][j] += row * columns[j];
@@ -67,20 +57,19 @@ struct FloatTile {
 struct PairTile {
   template <int kM, int kVectors>
   static void run(int64_t K, const BFloat16* a, int64_t lda, const BFloat16* b, int64_t width,
-                  float* c, bool add, bool first) {
+                  float* c, bool add) {
     Vec acc[kM][kVectors] = {};
     for (int64_t k = 0; k < K; k += 2) {
-      ask_ahead(first, b + k * width, 2 * width);
       Vec columns[kVectors];
       for (int j = 0; j < kVectors; ++j) {
-        columns[j] = lower_bfloat16(load<Words>(b + k * width + 2 * j * kLanes));
+        columns[j] = lower_bfloat16(load<Words>(vector_of(b, K, width, k, j)));
       }
       for (int i = 0; i < kM; ++i) {
         const Vec row = broadcast(static_cast<float>(a[i * lda + k]));
         for (int j = 0; j < kVectors; ++j) acc[i][j] += row * columns[j];
       }
       for (int j = 0; j < kVectors; ++j) {
-        columns[j] = upper_bfloat16(load<Words>(b + k * width + 2 * j * kLanes));
+        columns[j] = upper_bfloat16(load<Words>(vector_of(b, K, width, k, j)));
       }
       for (int i = 0; i < kM; ++i) {
         const Vec row = broadcast(static_cast<float>(a[i * lda + k + 1]));
@@ -165,55 +154,52 @@ __attribute__((always_inline)) inline void rows_in_place(int64_t K, const C* a, 
 // The rows that are left, fewer than a tile's.
 template <typename Tile, int kM, int kVectors, typename C>
 void remaining_rows(int64_t M, int64_t K, const C* a, int64_t lda, const C* b, int64_t width,
-                    float* c, bool add, bool first) {
+                    float* c, bool add) {
   if constexpr (kM > 0) {
     if (M == kM) {
-      Tile::template run<kM, kVectors>(K, a, lda, b, width, c, add, first);
+      Tile::template run<kM, kVectors>(K, a, lda, b, width, c, add);
     } else {
-      remaining_rows<Tile, kM - 1, kVectors>(M, K, a, lda, b, width, c, add, first);
+      remaining_rows<Tile, kM - 1, kVectors>(M, K, a, lda, b, width, c, add);
     }
   }
 }
 
 template <typename Tile, int kVectors, typename C>
 void all_rows(int64_t M, int64_t K, const C* a, int64_t lda, const C* b, int64_t width, float* c,
-              bool add, bool first) {
+              bool add) {
   constexpr int kM = kRows<kVectors>;
-  for (; M >= kM; M -= kM, a += kM * lda, c += kM * kPanel, first = false) {
-    Tile::template run<kM, kVectors>(K, a, lda, b, width, c, add, first);
+  for (; M >= kM; M -= kM, a += kM * lda, c += kM * kPanel) {
+    Tile::template run<kM, kVectors>(K, a, lda, b, width, c, add);
   }
-  remaining_rows<Tile, kM - 1, kVectors>(M, K, a, lda, b, width, c, add, first);
+  remaining_rows<Tile, kM - 1, kVectors>(M, K, a, lda, b, width, c, add);
 }
 
 template <typename Tile, typename C>
 void tiled_product(int64_t M, int64_t width, int64_t K, const C* a, int64_t lda, const C* b,
                    float* c, bool add) {
-  int64_t n = 0;
-  const auto columns = [&]<int kVectors>(std::integral_constant<int, kVectors>) {
-    for (; n + kVectors * kLanes <= width; n += kVectors * kLanes) {
-      all_rows<Tile, kVectors>(M, K, a, lda, b + n * kStep<C>, width, c + n, add, n == 0);
-    }
-  };
-  if constexpr (kNarrow) {
-    // Few rows leave accumulators for more columns.
-    if (M <= kRows<4 * kMaxVectors>) {
-      columns(std::integral_constant<int, 4 * kMaxVectors>{});
-    } else if (M <= kRows<2 * kMaxVectors>) {
-      columns(std::integral_constant<int, 2 * kMaxVectors>{});
-    }
-  }
-  columns(std::integral_constant<int, kMaxVectors>{});
-  if constexpr (kPanelUnit % (kMaxVectors * kLanes) != 0) {
-    // AVX-512, where a unit is a vector.
-    const C* rest = b + n * kStep<C>;
-    switch ((width - n) / kLanes) {
+  if constexpr (kStrip == kPanel) {
+    switch (width / kLanes) {
+      case 4:
+        return all_rows<Tile, 4>(M, K, a, lda, b, width, c, add);
       case 3:
-        return all_rows<Tile, 3>(M, K, a, lda, rest, width, c + n, add, false);
+        return all_rows<Tile, 3>(M, K, a, lda, b, width, c, add);
       case 2:
-        return all_rows<Tile, 2>(M, K, a, lda, rest, width, c + n, add, false);
+        return all_rows<Tile, 2>(M, K, a, lda, b, width, c, add);
       case 1:
-        return all_rows<Tile, 1>(M, K, a, lda, rest, width, c + n, add, false);
+        return all_rows<Tile, 1>(M, K, a, lda, b, width, c, add);
     }
+  } else {
+    int64_t n = 0;
+    const auto strips = [&]<int kStrips>() {
+      for (; n + kStrips * kStrip <= width; n += kStrips * kStrip) {
+        all_rows<Tile, kStrips * kMaxVectors>(M, K, a, lda, b + n * K, kStrip, c + n, add);
+      }
+    };
+    // Few rows leave accumulators for more columns: one row of 2048 x 2048, not in the caches,
+    // takes 1.6 ms, with a strip at a time 2.0 (Zen 1, AVX2, float32, one thread, 2026-12).
+    if (M <= kRows<4 * kMaxVectors>) strips.template operator()<4>();
+    if (M <= kRows<2 * kMaxVectors>) strips.template operator()<2>();
+    strips.template operator()<1>();
   }
 }
 
@@ -241,7 +227,7 @@ struct InPlace {
 struct DotTile {
   template <int kM, int kVectors>
   LORA_KERNELS_DOT static void run(int64_t K, const BFloat16* a, int64_t lda, const BFloat16* b,
-                                   int64_t width, float* c, bool add, bool) {
+                                   int64_t width, float* c, bool add) {
     __m512 acc[kM][kVectors] = {};
     for (int64_t k = 0; k < K; k += 2) {
       __m512bh columns[kVectors];

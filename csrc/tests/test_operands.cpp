@@ -11,10 +11,10 @@ namespace {
 template <typename C>
 void expect_panel(const C* panel, const Values& b, int64_t k0, int64_t k1, int64_t n0,
                   const std::string& what) {
-  const int64_t width = panel_width(b.cols - n0);
-  for (int64_t k = 0; k < padded<C>(k1 - k0); ++k) {
+  const int64_t width = panel_width(b.cols - n0), depth = padded<C>(k1 - k0);
+  for (int64_t k = 0; k < depth; ++k) {
     for (int64_t n = 0; n < width; ++n) {
-      const C held = panel[(k / kStep<C> * width + n) * kStep<C> + k % kStep<C>];
+      const C held = panel[place<C>(k, n, depth, width)];
       const bool inside = k < k1 - k0 && n0 + n < b.cols;
       expect_equal(static_cast<float>(held), inside ? b(k0 + k, n0 + n) : 0, what, k, n);
     }
@@ -39,7 +39,10 @@ void test_pack(Random& random) {
   const auto packed = exactly<C>(packed_size<C>(m.rows, m.cols));
   pack(m, packed.get());
   for (int64_t n = 0; n < m.cols; n += kPanel) {
-    expect_panel(packed.get() + n * padded<C>(m.rows), values, 0, m.rows, n, what);
+    for (int64_t k = 0; k < m.rows; k += kPart<C>) {
+      const C* part = packed.get() + n * padded<C>(m.rows) + k * panel_width(m.cols - n);
+      expect_panel(part, values, k, std::min(m.rows, k + kPart<C>), n, what);
+    }
   }
   expect_equal(is_packed(m, packed.get()), true, what, 0, 0);
   for (int64_t i = 0; i < packed_size<C>(m.rows, m.cols); ++i) packed[i] = C(7.0f);
