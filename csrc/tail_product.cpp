@@ -115,9 +115,12 @@ constexpr int64_t kRowBlock = 192, kLeastRows = 24;
 // for themselves on as many rows.
 constexpr int64_t kSummedRows = 4 * kRowBlock;
 
-// Bytes of a block's rows that stay in the second-level cache. 2048 x 512 x 2816 in float32 takes
-// 0.90 of the time panel by panel, and 0.97 to 1.00 where the rows do not stay (Zen 1, 2026-12).
+// Bytes of a block's rows that stay in the second-level cache: then its panels, packed before, come
+// one after the other. 2048 x 512 x 2816 in float32 takes 0.90 of the time panel by panel, 2048 x
+// 1024 x 5632 in blocks of 128 rows 0.94; blocks of 96 rows that do not stay (K = 2816) take 1.10
+// (Zen 1, 2026-12). Blocks below kRowBlock were not measured with AVX-512.
 constexpr int64_t kStayingBytes = int64_t{512} << 10;
+constexpr int64_t kLeastStaying = kStrip == kPanel ? kRowBlock : kRowBlock / 2;
 
 // How a product is cut into tiles.
 struct TilePlan {
@@ -221,12 +224,15 @@ void tail_products(const TailProduct<C>* products, int64_t count) {
     const int64_t M = products[i].x.M, P = panels(products[i].y.cols);
     plans[i] = {0, 0, tiles, 0, false};
     if (M == 0 || P == 0) continue;
-    const int64_t blocks =
-        std::max(ceil_div(M, products[i].other_count > 0 ? kSummedRows : kRowBlock),
-                 std::min(ceil_div(M, kLeastRows), ceil_div(4 * threads, P * count)));
-    const int64_t block = ceil_div(M, blocks), row_bytes = products[i].x.K * sizeof(C);
-    const bool stays = products[i].packed && block * row_bytes <= kStayingBytes;
-    plans[i] = {blocks, block, tiles, P * blocks, stays};
+    const int64_t row_bytes = std::max<int64_t>(products[i].x.K, 1) * sizeof(C);
+    const int64_t staying = products[i].packed ? kStayingBytes / row_bytes : 0;
+    const bool stays = staying >= kLeastStaying;
+    const int64_t most = products[i].other_count > 0 ? kSummedRows
+                         : stays                     ? std::min(staying, kRowBlock)
+                                                     : kRowBlock;
+    const int64_t blocks = std::max(
+        ceil_div(M, most), std::min(ceil_div(M, kLeastRows), ceil_div(4 * threads, P * count)));
+    plans[i] = {blocks, ceil_div(M, blocks), tiles, P * blocks, stays};
     tiles += P * blocks;
     multiplications += M * products[i].x.K * products[i].y.cols;
     if (products[i].four_bit && decodes_in_registers<C>(M, *products[i].four_bit)) {
