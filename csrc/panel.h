@@ -15,7 +15,7 @@ constexpr int kPanel = 64;
 constexpr int kPanelUnit = 16;
 
 // Columns that a product takes at once: they lie together, so that it reads a panel in order.
-constexpr int kStrip = std::min(kPanel, kRegisters.columns* kLanes);
+constexpr int kStrip = kRegisters.columns * kLanes;
 static_assert(kStrip == kPanel || kPanelUnit % kStrip == 0);
 
 inline int64_t panels(int64_t cols) { return ceil_div(cols, kPanel); }
