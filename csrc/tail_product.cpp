@@ -14,7 +14,8 @@ namespace lora_kernels {
 namespace {
 
 // The tails' share of tiles. The panels of a segment are packed when its rows are first met at a
-// panel of columns: tiles come row block by row block, so that this is once a thread.
+// panel of columns: once a thread where all blocks of a panel come one after the other, else once a
+// block.
 template <typename C>
 class TailTiles {
  public:
