@@ -2,14 +2,16 @@
 ``python -m bench.four_bit``.
 
 NF4 in blocks of 64 with double quantisation, an adapter of rank 16 in float32: forward in
-evaluation mode by rows; forward and backward of 512 rows in training mode. The caches are
-overwritten before each call. A call of ours that the native kernels did not answer ends the run.
+evaluation mode by rows; forward and backward of 512 rows in training mode. The weights are cold:
+each call takes another copy of the layer (``measure``). A call of ours that the native kernels did
+not answer ends the run.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from torch import nn
 import lora_kernels as lk
 
 from .command import Report
-from .measure import medians, native_answers
+from .measure import CpuClock, medians, native_answers
 from .peft_layer import TRAINING, step_of
 
 RANK = 16
@@ -76,14 +78,25 @@ def linear_4bit(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     return found
 
 
+class InTurn(nn.ModuleList):
+    """Copies of a layer, of which each call takes the next."""
+
+    def __init__(self, layer: nn.Module, count: int) -> None:
+        super().__init__(copy.deepcopy(layer) for _ in range(count))
+        self.turns = itertools.cycle(self)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return next(self.turns)(x)
+
+
 def measure(case: Case, seconds: float) -> dict[str, Any]:
     x, dy = (torch.randn(case.rows, case.width, dtype=getattr(torch, case.dtype)) for _ in "xy")
     mode = TRAINING if case.train else "evaluation"
-    steps = {name: step_of(layer, mode, x, dy) for name, layer in layers(case).items()}
-    native_answers(lambda: [step() for step in steps.values()])
-    caches = torch.zeros(48 << 20, dtype=torch.uint8)
-    times = medians(steps, seconds, before=lambda name: caches.add_(1))
-    return case._asdict() | {"us": times}
+    made = layers(case)
+    copies = CpuClock().sets(made[PLAIN].weight, dy)
+    steps = {name: step_of(InTurn(layer, copies), mode, x, dy) for name, layer in made.items()}
+    native_answers(lambda: [step() for step in steps.values() for _ in range(copies)])
+    return case._asdict() | {"us": medians(steps, seconds)}
 
 
 REPORT = Report(

@@ -72,7 +72,7 @@ def layers_of(case: Case, accelerated: bool) -> tuple[list[Any], PeftReport | No
 
 
 def step_of(model: Any, mode: str, x: Tensor, dy: Tensor) -> Callable[[], Any]:
-    x = x.clone().requires_grad_(mode != "evaluation")
+    x = x.detach().requires_grad_(mode != "evaluation")
     trained = [x, *(p for p in model.parameters() if p.requires_grad)]
 
     @torch.no_grad()

@@ -288,6 +288,91 @@ __attribute__((target("avx512bf16"))) void decode_by_dot(const FourBit& w, int64
                                                          int64_t ld) {
   decode_rows(DotCodes(w.code), w, i0, i1, j0, j1, out, ld);
 }
+
+// Whether look_up_unit can have columns [k0, k1) of any kPanelUnit rows of w: whole blocks.
+bool looks_up_units(const FourBit& w, int64_t k0, int64_t k1) {
+  static const bool has_bytes = __builtin_cpu_supports("avx512vbmi");
+  return has_bytes && bfloat16_product() != Bfloat16Product::kFloat && w.block >= 64 &&
+         w.cols % w.block == 0 && k0 % 64 == 0 && k1 % 64 == 0;
+}
+
+// As decode and pack_unit: columns [k0, k1) of kPanelUnit rows of w from `row` on, from column n on
+// of a panel of `width` columns. A lookup takes its values from four rows' tables, so that it puts
+// four rows and four steps side by side, and of a transpose the half is left.
+__attribute__((target("avx512bf16,avx512vbmi"))) void look_up_unit(const FourBit& w, int64_t row,
+                                                                   int64_t k0, int64_t k1,
+                                                                   int64_t n, int64_t width,
+                                                                   BFloat16* panel) {
+  const int shift = shift_of(w);
+  const int64_t first = k0 >> shift, count = ((k1 - 1) >> shift) + 1 - first;
+  float scales[kPanelUnit][kPart<BFloat16> / 64];
+  for (int64_t i = 0; i < kPanelUnit; ++i) {
+    scales_of(w, ((w.first + row + i) * w.cols >> shift) + first, count, scales[i]);
+  }
+  const __m512 code = _mm512_loadu_ps(w.code);
+  // Bits 4 and 5 of a value's index are its row in a group of four.
+  const __m512i four = _mm512_set1_epi8(15);
+  const __m512i rows =
+      _mm512_set_epi64(0x3030303030303030, 0x3030303030303030, 0x2020202020202020,
+                       0x2020202020202020, 0x1010101010101010, 0x1010101010101010, 0, 0);
+  // Step s of four rows as words, from the lower and, by bit 6, the higher halves of their pairs.
+  alignas(64) uint8_t order[64];
+  for (int i = 0; i < 64; ++i) order[i] = i / 4 % 4 * 16 + i / 16 + i / 2 % 2 * 64;
+  const __m512i steps = _mm512_load_si512(order);
+  const int64_t ld = w.cols / 2;
+  const uint8_t* bytes = w.data + (w.first + row) * ld + k0 / 2;
+  for (int64_t k = k0; k < k1; k += 64, bytes += 32) {
+    const int64_t b = (k >> shift) - first;
+    __m512i tables[4][2];
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) {
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const auto values = [&](int i) {
+          return _mm512_mul_ps(code, _mm512_set1_ps(scales[4 * g + 2 * h + i][b]));
+        };
+        tables[g][h] = (__m512i)_mm512_cvtne2ps_pbh(values(1), values(0));
+      }
+    }
+    for (int half = 0; half < 2; ++half) {
+      __m512i lower[4], higher[4];
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g) {
+        const auto part = [&](int i) {
+          const uint8_t* from = bytes + (4 * g + i) * ld + 16 * half;
+          if (half == 0) __builtin_prefetch(from + kPanel * ld, 0, 2);
+          return _mm_loadu_si128((const __m128i*)from);
+        };
+        __m512i q = _mm512_castsi128_si512(part(0));
+        q = _mm512_inserti32x4(q, part(1), 1);
+        q = _mm512_inserti32x4(q, part(2), 2);
+        q = _mm512_inserti32x4(q, part(3), 3);
+        // (q & four) | rows
+        lower[g] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(q, 4), four, rows, 0xEA);
+        higher[g] = _mm512_ternarylogic_epi32(q, four, rows, 0xEA);
+      }
+      BFloat16* out = panel + place<BFloat16>(k - k0 + 32 * half, n, k1 - k0, width);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j, out += 8 * width) {
+        const __m512i from = _mm512_add_epi8(steps, _mm512_set1_epi8(4 * j));
+        __m512i words[4];
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; ++g) {
+          const __m512i index = _mm512_permutex2var_epi8(lower[g], from, higher[g]);
+          words[g] = _mm512_permutex2var_epi16(tables[g][0], index, tables[g][1]);
+        }
+        const __m512i a = _mm512_shuffle_i32x4(words[0], words[1], 0x44);
+        const __m512i c = _mm512_shuffle_i32x4(words[2], words[3], 0x44);
+        const __m512i d = _mm512_shuffle_i32x4(words[0], words[1], 0xEE);
+        const __m512i e = _mm512_shuffle_i32x4(words[2], words[3], 0xEE);
+        _mm512_storeu_si512(out, _mm512_shuffle_i32x4(a, c, 0x88));
+        _mm512_storeu_si512(out + 2 * width, _mm512_shuffle_i32x4(a, c, 0xDD));
+        _mm512_storeu_si512(out + 4 * width, _mm512_shuffle_i32x4(d, e, 0x88));
+        _mm512_storeu_si512(out + 6 * width, _mm512_shuffle_i32x4(d, e, 0xDD));
+      }
+    }
+  }
+}
 #endif
 
 }  // namespace
@@ -313,12 +398,22 @@ void decode_all(const FourBit& w, C* out) {
   });
 }
 
+// Rows that are decoded between two requests for as many of the next panel. Requests for 64 lines
+// at once have what follows wait for them: 8 cold rows of 4096 x 4096 in bfloat16 take 1,980 us
+// with them and without any, 1,510 with a line for every line that is read (two threads of Zen 4,
+// 2026-12).
+constexpr int64_t kRowsAtOnce = 4;
+
 template <typename C>
 void pack_panel(const FourBit& w, int64_t k0, int64_t k1, int64_t n0, C* panel) {
   const int64_t K = k1 - k0, cols = std::min<int64_t>(kPanel, w.columns() - n0);
   if (!w.inner) {
     C* part = part_scratch.of<C>(kPart<C> * kPanel);
-    decode<C>(w, k0, k1, n0, n0 + cols, part, kPanel);
+    for (int64_t k = k0; k < k1; k += kRowsAtOnce) {
+      ask_for(w, k, kRowsAtOnce, n0 + kPanel, n0 + 2 * kPanel);
+      decode<C>(w, k, std::min(k1, k + kRowsAtOnce), n0, n0 + cols, part + (k - k0) * kPanel,
+                kPanel);
+    }
     pack_panel<C>(ConstMatrix{part, kind_of<C>, K, cols, kPanel, 1}, 0, K, 0, panel);
     return;
   }
@@ -326,8 +421,19 @@ void pack_panel(const FourBit& w, int64_t k0, int64_t k1, int64_t n0, C* panel) 
   C* part = part_scratch.of<C>(kPart<C> * kPanelUnit);
   for (int64_t j = 0; j < cols; j += kPanelUnit) {
     const int64_t n = n0 + j, some = std::min<int64_t>(kPanelUnit, cols - j);
-    ask_for(w, n + kPanel, kPanelUnit, k0, k1);
-    decode<C>(w, n, n + some, k0, k1, part, kPart<C>);
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<C, BFloat16>) {
+      if (some == kPanelUnit && looks_up_units(w, k0, k1)) {
+        look_up_unit(w, n, k0, k1, j, panel_width(cols), panel);
+        continue;
+      }
+    }
+#endif
+    for (int64_t i = 0; i < some; i += kRowsAtOnce) {
+      ask_for(w, n + kPanel + i, kRowsAtOnce, k0, k1);
+      decode<C>(w, n + i, n + std::min(some, i + kRowsAtOnce), k0, k1, part + i * kPart<C>,
+                kPart<C>);
+    }
     pack_unit(part, kPart<C>, K, some, j, panel_width(cols), panel);
   }
 }

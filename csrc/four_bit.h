@@ -77,9 +77,18 @@ void product_of_few(int64_t M, int64_t cols, const C* arranged, const FourBit& w
 template <typename C>
 bool multiplies_along_rows(int64_t M, const FourBit& w);
 
+// Whether it does so with rows of x arranged as the nibbles of w come: whole blocks in each row of
+// w.
+template <typename C>
+bool takes_nibbles(int64_t M, const FourBit& w);
+
+// The rows of such a product, [M, K].
+template <typename C>
+void arrange_along_rows(int64_t M, int64_t K, const C* x, int64_t ld, C* out);
+
 // c [M, kPanel] += x w for columns [n, n + cols) of the product.
 template <typename C>
-void product_along_rows(int64_t M, int64_t cols, const C* x, int64_t ld, const FourBit& w,
-                        int64_t n, float* c);
+void product_along_rows(int64_t M, int64_t cols, const C* x, int64_t ld, bool arranged,
+                        const FourBit& w, int64_t n, float* c);
 
 }  // namespace lora_kernels

@@ -134,7 +134,8 @@ struct TilePlan {
 template <typename C>
 class ProductTiles {
  public:
-  // `arranged` are the rows of a product that decodes its weight in registers, or null.
+  // `arranged` are the rows of a product that takes them in the order of a four-bit weight's
+  // nibbles, or null.
   ProductTiles(const TailProduct<C>& p, const TilePlan& plan, const C* arranged)
       : p_(p), plan_(plan), arranged_(arranged), tails_(p) {}
 
@@ -153,10 +154,12 @@ class ProductTiles {
     current_ = n;
 
     tails_.write(first, rows, n, cols, tile);
-    if (arranged_) {
+    if (p.four_bit && decodes_in_registers<C>(M, *p.four_bit)) {
       product_of_few(rows, cols, arranged_, *p.four_bit, n, tile);
     } else if (p.four_bit && multiplies_along_rows<C>(M, *p.four_bit)) {
-      product_along_rows(rows, cols, p.x.data + first * p.x.ld, p.x.ld, *p.four_bit, n, tile);
+      const int64_t ld = arranged_ ? p.x.K : p.x.ld;
+      const C* x = (arranged_ ? arranged_ : p.x.data) + first * ld;
+      product_along_rows(rows, cols, x, ld, arranged_ != nullptr, *p.four_bit, n, tile);
     } else {
       multiply({p.x, p.w, p.packed}, p.four_bit, first, rows, n, panel_width(cols), fresh, tile);
     }
@@ -236,10 +239,12 @@ void tail_products(const TailProduct<C>* products, int64_t count) {
     plans[i] = {blocks, ceil_div(M, blocks), tiles, P * blocks, stays};
     tiles += P * blocks;
     multiplications += M * products[i].x.K * products[i].y.cols;
-    if (products[i].four_bit && decodes_in_registers<C>(M, *products[i].four_bit)) {
-      // M is below kLeastRows: there is one block of rows.
-      arranged[i] = allocate<C>(M * products[i].x.K);
-      arrange_rows(M, products[i].x.K, products[i].x.data, products[i].x.ld, arranged[i].get());
+    const FourBit* w = products[i].four_bit;
+    const bool few = w && decodes_in_registers<C>(M, *w);
+    if (few || (w && takes_nibbles<C>(M, *w))) {
+      const Rows<C>& x = products[i].x;
+      arranged[i] = allocate<C>(M * x.K);
+      (few ? arrange_rows<C> : arrange_along_rows<C>)(M, x.K, x.data, x.ld, arranged[i].get());
     }
   }
   at::parallel_for(0, tiles, grain_of(tiles, multiplications), [&](int64_t begin, int64_t end) {

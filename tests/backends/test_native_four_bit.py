@@ -16,8 +16,9 @@ from lora_kernels.testing.linear import Case, assert_within_budget, naive, poiso
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPS = ["lora_linear_fwd", "lora_linear_dx"]
 
-# Rows that are decoded in registers, along rows, in panels, by several blocks of rows; rows of
-# whole blocks, of parts of one, longer than a stretch, and such as begin in the middle of a byte.
+# Rows that are decoded in registers, along rows, by nibbles, in panels, by several blocks of rows;
+# rows of whole blocks, of parts of one, longer than a stretch, and such as begin in the middle of a
+# byte.
 SIZES = [
     Case(1, 66, 256, 4),
     Case(3, 65, 128, 3),
@@ -28,7 +29,10 @@ SIZES = [
     Case(1, 5, 7, 1),
     Case(2, 37, 129, 5),
     Case(33, 65, 41, 3),
+    Case(11, 71, 1280, 2),
     Case(20, 67, 2100, 3),
+    Case(16, 80, 1024, 2),
+    Case(50, 24, 1024, 2),
     Case(200, 136, 640, 24),
 ]
 VARIANTS = [
@@ -38,7 +42,7 @@ VARIANTS = [
     {"adapter_dtype": torch.float32},
 ]
 FORMATS = [("nf4", 64, True), ("nf4", 64, False), ("fp4", 128, True), ("nf4", 32, False)]
-FORMATS += [("fp4", 4096, False)]
+FORMATS += [("fp4", 4096, False), ("nf4", 1024, True)]
 
 
 class Bytes:
@@ -103,7 +107,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.parametrize("m", [1, 20])
+@pytest.mark.parametrize("m", [1, 10, 20])
 @pytest.mark.parametrize("op", OPS)
 def test_a_mistake_turns_the_check_red(mistake, m, op):
     weight = Bytes(Case(m, 128, 128, 4, torch.bfloat16), "nf4", 64, True)
