@@ -313,10 +313,12 @@ def picture(content: Content, path: Path) -> None:
         ticks = [f"{where['hidden']}\n{where['adapters']}" for where, _ in here]
         axis.set_xticks(range(len(here)), ticks)
         axis.set_xlabel("hidden size, adapters in the batch")
-        axis.set_ylabel("tokens per second over vLLM without LoRA")
+        axis.set_ylabel("tokens/s over vLLM without LoRA")
         axis.axhline(1.0, color="black", linewidth=0.8)
         axis.set_title(f"{workload}: {WORKLOADS[workload][0]} in, {WORKLOADS[workload][1]} out")
-        axis.legend()
+        # Room for the legend above the bars and the line.
+        axis.set_ylim(0.0, 1.25 * max(1.0, *[over["ours"] for _, over in here]))
+        axis.legend(loc="upper center", ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
