@@ -129,10 +129,11 @@ def test_other_parameters_are_left_to_peft():
     assert small.relative_difference(logits(ours), logits(theirs)) < 1e-5
 
 
-def test_experts_that_bitsandbytes_parametrised():
+def test_experts_that_bitsandbytes_parametrised(monkeypatch):
     """Against PEFT over the decoded weights: over such experts PEFT 0.21 forgets one of two
     adapters, and removes none behind a call."""
     bnb = pytest.importorskip("bitsandbytes.nn.parametrize")
+    mixtures.decode_flat(monkeypatch)
     base, decoded = mixtures.build("qwen3_moe"), mixtures.build("qwen3_moe")
     targets = []
     for i, (one, other) in enumerate(zip(base.model.layers, decoded.model.layers, strict=True)):

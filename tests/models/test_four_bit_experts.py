@@ -253,7 +253,8 @@ def parametrised(family="qwen3_moe", **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"compress_statistics": True, "quant_type": "fp4"}])
-def test_experts_that_bitsandbytes_parametrised(options, tmp_path):
+def test_experts_that_bitsandbytes_parametrised(options, tmp_path, monkeypatch):
+    mixtures.decode_flat(monkeypatch)
     theirs, decoded = parametrised(**options)
     ours = mixtures.build("qwen3_moe")
     kind, double = options.get("quant_type", "nf4"), options.get("compress_statistics", False)

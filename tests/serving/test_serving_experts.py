@@ -88,12 +88,13 @@ def test_tokens_are_the_merged_models(zoo):
 
 
 @pytest.mark.parametrize("of_bitsandbytes", [False, True])
-def test_tokens_over_experts_in_four_bits(zoo, of_bitsandbytes):
+def test_tokens_over_experts_in_four_bits(zoo, of_bitsandbytes, monkeypatch):
     """They are those of merged models with what the bytes mean."""
     family, folder, _ = zoo
     base, decoded = mixtures.in_four_bits(family)
     if of_bitsandbytes:
         bnb = pytest.importorskip("bitsandbytes.nn.parametrize")
+        mixtures.decode_flat(monkeypatch)
         base = mixtures.build(family)
         options = {"compress_statistics": True, "quant_type": "nf4"}
         for layer in base.model.layers:
