@@ -87,6 +87,13 @@ def test_operator_keeps_the_budget(op, case, kind, block, double):
     Bytes(case, kind, block, double).check(op)
 
 
+@pytest.mark.parametrize("m", [1, 5, 16, 17, 50])
+def test_whole_blocks_in_bfloat16(m):
+    """In registers, by nibbles and in panels that are looked up, whatever is drawn above."""
+    for k, block in (1280, 64), (1280, 128), (2048, 1024):
+        Bytes(Case(m, 70, k, 3, torch.bfloat16), "nf4", block, True).check("lora_linear_fwd")
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("plan", ["vendor", "reference"])
