@@ -168,10 +168,12 @@ constexpr int64_t kStretch = 1024;
 // 2,080, 24 rows 2,870 and 2,900 (2026-12).
 constexpr int64_t kNibbleRows = 16;
 
+constexpr int64_t kSpan = 128;  // values in a vector of bytes
+
 // Whether the nibbles of w's rows can be taken in the order in which they come: whole spans of
 // whole blocks.
 bool by_nibbles(const FourBit& w) {
-  return w.inner && w.block >= 64 && w.cols % w.block == 0 && w.cols % 128 == 0;
+  return w.inner && w.block >= 64 && w.cols % w.block == 0 && w.cols % kSpan == 0;
 }
 #else
 // 2048 x 2048, float32, one thread of Zen 1, in us, along rows and by panels: 16 rows 6,400 and
@@ -181,7 +183,6 @@ constexpr int64_t kStretch = kPart<float> * kLanes;
 #endif
 
 #if defined(__AVX512F__)
-constexpr int64_t kSpan = 128;  // values in a vector of bytes
 constexpr int kRowsOfW = Dots<BFloat16>::kRowsOfW;
 
 // Vector t of the four of a span has nibble t of every 16 bits; their first value is nibble 1.
