@@ -34,7 +34,7 @@ void scales_of(const FourBit& w, int64_t first, int64_t count, float* out) {
 void ask_for(const FourBit& w, int64_t row, int64_t count, int64_t j, int64_t end) {
   for (int64_t i = row; i < std::min(row + count, w.rows); ++i) {
     const uint8_t* bytes = w.data + (w.first + i) * w.cols / 2;
-    for (int64_t at = j / 2; at < end / 2; at += 64) __builtin_prefetch(bytes + at, 0, 2);
+    for (int64_t at = j / 2; at < end / 2; at += 64) ask_for_line(bytes + at);
   }
 }
 
@@ -340,7 +340,7 @@ __attribute__((target("avx512bf16,avx512vbmi"))) void look_up_unit(const FourBit
       for (int g = 0; g < 4; ++g) {
         const auto part = [&](int i) {
           const uint8_t* from = bytes + (4 * g + i) * ld + 16 * half;
-          if (half == 0) __builtin_prefetch(from + kPanel * ld, 0, 2);
+          if (half == 0) ask_for_line(from + kPanel * ld);
           return _mm_loadu_si128((const __m128i*)from);
         };
         __m512i q = _mm512_castsi128_si512(part(0));

@@ -206,7 +206,7 @@ struct NibblesAhead {
   // Values [k, k + kSpan) of row j.
   __attribute__((target("avx512bf16"), always_inline)) inline void decode(int64_t j,
                                                                           int64_t k) const {
-    __builtin_prefetch(later + j * ld + k / 2, 0, 2);
+    ask_for_line(later + j * ld + k / 2);
     const __m512 values = _mm512_loadu_ps(code);
     const __m512 lower = _mm512_set1_ps(scales[j][k >> shift]);
     const __m512 upper = _mm512_set1_ps(scales[j][(k + kSpan / 2) >> shift]);

@@ -57,7 +57,7 @@ __attribute__((target("avx512bf16"))) void few(int64_t K, const BFloat16* x, con
       const __m256i table = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(code, scale));
       const uint8_t* from = bytes + j * w.cols / 2 + b * 32;
       const __m256i q = _mm256_loadu_si256((const __m256i*)from);
-      __builtin_prefetch(from + kRowsOfW * w.cols / 2, 0, 2);
+      ask_for_line(from + kRowsOfW * w.cols / 2);
 #pragma GCC unroll 4
       for (int t = 0; t < 4; ++t) {
         const auto values = (__m256bh)_mm256_permutexvar_epi16(_mm256_srli_epi16(q, 4 * t), table);
@@ -96,7 +96,7 @@ void few(int64_t K, const float* x, const FourBit& w, int64_t row, const float* 
           _mm512_mask_blend_ps(0xFF00, lower, _mm512_set1_ps(scales[j * ld + ((k + 64) >> shift)]));
       const uint8_t* from = bytes + j * w.cols / 2 + k / 2;
       const __m512i q = _mm512_loadu_si512(from);
-      __builtin_prefetch(from + kRowsOfW * w.cols / 2, 0, 2);
+      ask_for_line(from + kRowsOfW * w.cols / 2);
       __m512 sums[kM][2] = {};
 #pragma GCC unroll 8
       for (int t = 0; t < 8; ++t) {

@@ -1,5 +1,7 @@
 #include "panel.h"
 
+#include "memory.h"
+
 namespace lora_kernels {
 
 namespace {
@@ -97,7 +99,7 @@ inline void step_of_columns(const T* from, int64_t stride_k, int64_t stride_n, i
 // bfloat16 on one core, with it 0.38 ms (Zen 5, 2026-11).
 template <typename T>
 inline void prefetch(const T* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) ask_for_line(from + i);
 }
 
 constexpr int64_t kRowsAhead = 32;
@@ -187,7 +189,7 @@ void pack(const T* b, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, 
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
           rows[i] = steps_of_column<C>(from + i * stride_n, 1, kBlock);
-          __builtin_prefetch(from + i * stride_n + kBlocksAhead * kBlock, 0, 2);
+          ask_for_line(from + i * stride_n + kBlocksAhead * kBlock);
         }
       } else {
         for (int i = 0; i < kLanes; ++i) {
@@ -249,18 +251,6 @@ void pack_panel(const ConstMatrix& b, int64_t k0, int64_t k1, int64_t n0, C* pan
 template <typename C>
 void pack_unit(const C* b, int64_t ld, int64_t K, int64_t N, int64_t n, int64_t width, C* panel) {
   pack(b, 1, ld, K, N, K, kPanelUnit, width, panel + place<C>(0, n, padded<C>(K), width));
-}
-
-void prefetch_panel(const ConstMatrix& b, int64_t n0) {
-  with_type(b.kind, [&]<typename T>() {
-    const T* from = static_cast<const T*>(b.data) + n0 * b.stride_col;
-    const int64_t cols = std::min<int64_t>(kPanel, b.cols - n0);
-    if (b.stride_row == 1) {
-      for (int64_t n = 0; n < cols; ++n) prefetch(from + n * b.stride_col, b.rows);
-    } else if (b.stride_col == 1) {
-      for (int64_t k = 0; k < b.rows; ++k) prefetch(from + k * b.stride_row, cols);
-    }
-  });
 }
 
 template <typename C>

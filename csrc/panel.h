@@ -51,9 +51,6 @@ void pack_panel(const ConstMatrix& b, int64_t k0, int64_t k1, int64_t n0, C* pan
 template <typename C>
 void pack_unit(const C* b, int64_t ld, int64_t K, int64_t N, int64_t n, int64_t width, C* panel);
 
-// Asks for what pack_panel would read of all rows of b.
-void prefetch_panel(const ConstMatrix& b, int64_t n0);
-
 // Rows [i0, i1), columns [k0, k1) of x, rounded to C, as out[i - i0][ld], zero from k1 - k0 on.
 template <typename C>
 void copy_rows(const ConstMatrix& x, int64_t i0, int64_t i1, int64_t k0, int64_t k1, C* out,

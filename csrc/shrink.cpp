@@ -73,7 +73,10 @@ void shrink_block(const Shrink<C>& job, const ShrinkPlan& plan, const C* packed,
     for (int64_t p = 0; p < plan.panels; ++p) {
       const int64_t n = p * kPanel, width = panel_width(plan.b.cols - n);
       const C* panel = packed + n * padded<C>(K) + k * width;
-      product(M, width, depth, rows.data, rows.ld, panel, tiles + p * size, k > 0);
+      float* tile = tiles + p * size;
+      float* sums = k == 0 ? tile : part_scratch.of<float>(M * kPanel);
+      product_in_halves(M, width, depth, rows.data, rows.ld, panel, sums);
+      for (int64_t i = 0; k > 0 && i < M * kPanel; ++i) tile[i] += sums[i];
     }
   }
   finish_shrink(tiles, size, first, M, job);
@@ -138,8 +141,8 @@ void shrink(const Shrink<C>* jobs, int64_t count) {
       if (own) pack_panel(plan.b, k, k_end, n, own);
       const C* panel = own ? own : job.packed + n * padded<C>(K) + k * width;
       const Rows<C> rows = masked_part(job, 0, M, k, depth);
-      product(M, width, depth, rows.data, rows.ld, panel,
-              sums.get() + plan.offset + (p * plan.parts + part) * M * kPanel, false);
+      product_in_halves(M, width, depth, rows.data, rows.ld, panel,
+                        sums.get() + plan.offset + (p * plan.parts + part) * M * kPanel);
     }
     release_products();
   });

@@ -51,16 +51,6 @@ class TailTiles {
     return {begin, end, b, begin - tail.column};
   }
 
-  // Few rows are soon multiplied: what the next panels are packed from would be waited for (in a
-  // batch of 8 adapters 2 KiB here and there; a guess that this helps, not measured).
-  void prefetch(int64_t i, int64_t n) const {
-    for (int64_t c = 0; c < p_.segments[i].count; ++c) {
-      const Tail<C>& tail = p_.segments[i].tails[c];
-      const auto [begin, end, b, first] = columns_of(tail, n);
-      if (begin < end && !tail.packed) prefetch_panel(b, first);
-    }
-  }
-
   void write_segment(int64_t i, int64_t first, int64_t M, int64_t n, int64_t cols, float* tile) {
     const TailedRows<C>& segment = p_.segments[i];
     int64_t depth = 0;
@@ -69,8 +59,6 @@ class TailTiles {
     const bool fresh = segment_ != i || column_ != n;
     segment_ = i;
     column_ = n;
-    if (fresh && i + 1 < p_.count) prefetch(i + 1, n);
-    if (fresh && i + 1 == p_.count) prefetch(0, n + kPanel);
 
     bool written = false;
     for (int64_t c = 0; c < segment.count; ++c) {

@@ -109,6 +109,12 @@ def test_no_file_is_too_long(folder):
     assert {p.name: n for p, n in lengths.items() if n > MOST_LINES} == {}
 
 
+def test_memory_is_asked_for_in_one_place():
+    """A function that only prefetches has no effect to GCC, which drops its calls."""
+    sources = (PACKAGE.parent / "csrc").glob("*.*")
+    assert [p.name for p in sources if "__builtin_prefetch" in p.read_text()] == ["memory.h"]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_names_of_other_peoples_classes_have_their_place(path):
     if room(path) == "integrations" or path.name == "foreign.py":
