@@ -60,6 +60,20 @@ inline Vec broadcast(float value) { return value - Vec{}; }
 inline Vec lower_bfloat16(Words pairs) { return (Vec)(pairs << 16); }
 inline Vec upper_bfloat16(Words pairs) { return (Vec)(pairs & 0xFFFF0000u); }
 
+// Value kUpper of a pair of bfloat16 in every lane. With AVX2 a shift takes a port of the products,
+// which the scalar way does not (Emerald Rapids: 1.1 of the time); with AVX-512 it takes 0.9.
+template <int kUpper>
+inline Vec broadcast_of_pair(const BFloat16* pair) {
+#if defined(__AVX512F__)
+  uint32_t word;
+  std::memcpy(&word, pair, sizeof(word));
+  const Words words = word - Words{};
+  return kUpper ? upper_bfloat16(words) : lower_bfloat16(words);
+#else
+  return broadcast(static_cast<float>(pair[kUpper]));
+#endif
+}
+
 // Each float rounded to nearest even, its bfloat16 in the low half; every NaN becomes 0x7FC0, as
 // torch has it.
 inline Words bfloat16_bits(Vec v) {

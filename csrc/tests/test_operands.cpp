@@ -109,23 +109,34 @@ void test_every_short_size() {
 template <typename C>
 void test_product(Random& random) {
   const int64_t M = random.of({1, 2, 3, 5, 6, 7, 8, 11, 12, 13, 23, 24, 25, 50});
-  const int64_t K = padded<C>(1 + random.below(kPart<C> - 1)), width = random.of({16, 32, 48, 64});
-  const bool add = random.coin();
-  const std::string what = text("product ", M, "x", K, "x", width, add ? " added" : "");
+  // Of a panel of `depth` rows those from `first` on.
+  const int64_t depth = padded<C>(1 + random.below(kPart<C> - 1)),
+                width = random.of({16, 32, 48, 64});
+  const int64_t first = random.coin() ? 0 : random.below(depth / 2 + 1) / 2 * 2, K = depth - first;
+  const bool halves = first == 0 && random.coin(), add = !halves && random.coin();
+  const std::string what = text("product ", M, "x", K, "x", width, " from row ", first,
+                                halves ? " in halves"
+                                : add  ? " added"
+                                       : "");
   const Values a(M, K, random);
-  Values b(K, width, random);
+  Values b(depth, width, random);
   const LaidRows<C> rows(a, K + random.of({0, 2, 32}));
   const Laid columns = Laid::contiguous(b, kind_of<C>);
-  const auto panel = exactly<C>(K * width);
-  pack_panel(columns.matrix, 0, K, 0, panel.get());
+  const auto panel = exactly<C>(depth * width);
+  pack_panel(columns.matrix, 0, depth, 0, panel.get());
 
   const auto c = exactly<float>((M - 1) * kPanel + width);
   std::fill(c.get(), c.get() + (M - 1) * kPanel + width, 3.0f);
-  product(M, width, K, rows.rows.data, rows.rows.ld, panel.get(), c.get(), add);
+  if (halves) {
+    product_in_halves(M, width, K, rows.rows.data, rows.rows.ld, panel.get(), c.get());
+  } else {
+    product(M, width, K, depth, rows.rows.data, rows.rows.ld,
+            panel.get() + first * std::min<int64_t>(width, kStrip), c.get(), add);
+  }
   for (int64_t i = 0; i < M; ++i) {
     for (int64_t j = 0; j < (i + 1 < M ? kPanel : width); ++j) {
       double expected = j < width && !add ? 0 : 3;
-      for (int64_t k = 0; j < width && k < K; ++k) expected += a(i, k) * b(k, j);
+      for (int64_t k = 0; j < width && k < K; ++k) expected += a(i, k) * b(first + k, j);
       expect_equal(c[i * kPanel + j], expected, what, i, j);
     }
   }
