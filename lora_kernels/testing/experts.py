@@ -179,11 +179,16 @@ def naive(inputs: ExpertInputs, op: str, dtype: torch.dtype) -> list[Tensor]:
 
 
 def check_experts(
-    op: str, run: Callable[..., Any], case: ExpertCase, *, backend: str | None = None
+    op: str,
+    run: Callable[..., Any],
+    case: ExpertCase,
+    *,
+    backend: str | None = None,
+    budgets: int = 1,
 ) -> list[Tensor]:
     """Run ``run(**arguments)`` as ``op`` on ``case`` in poisoned memory and hold every result to
-    the budget; rows without an expert, and gradients of experts without rows, to zero. ``backend``
-    as in :func:`testing.check`. Returns the results."""
+    the budget (``budgets`` of them); rows without an expert, and gradients of experts without rows,
+    to zero. ``backend`` as in :func:`testing.check`. Returns the results."""
     inputs = case.draw()
     arguments = inputs.arguments(op)
     exact, eager = naive(inputs, op, torch.float64), naive(inputs, op, case.dtype)
@@ -193,7 +198,7 @@ def check_experts(
         assert [(a.op, a.backend) for a in answers] == [(op, backend)], f"answered by {answers}"
     results = [results] if isinstance(results, Tensor) else list(results)
     for number, (ours, one, other) in enumerate(zip(results, eager, exact, strict=True)):
-        assert_within_budget(f"{op} {case} result {number}", ours, one, other)
+        assert_within_budget(f"{op} {case} result {number}", ours, one, other, budgets)
         unused = torch.tensor(case.counts, device=ours.device) == 0
         if op == "expert_linear_dab":
             assert not ours[unused].any(), f"{op} {case}: a gradient of an expert without rows"

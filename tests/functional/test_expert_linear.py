@@ -67,8 +67,11 @@ def has_kernels():
 @pytest.mark.parametrize("op", ops.EXPERT_OPERATORS)
 @pytest.mark.parametrize("case", SIZES, ids=str)
 def test_the_reference_keeps_the_budget(op, case, device):
+    """Two of them: both sides are the library's, one by rows and one by experts, and on Intel its
+    sums of a row are that much better than those of a matrix."""
     with lk.force_plan("reference"):
-        check_experts(op, operator(op), replace(case, device=device), backend="reference")
+        moved = replace(case, device=device)
+        check_experts(op, operator(op), moved, backend="reference", budgets=2)
 
 
 @pytest.mark.parametrize("op", ops.EXPERT_OPERATORS)

@@ -7,24 +7,16 @@ import pytest
 import small
 import torch
 from small import CONFIG, FAMILIES, GENERATING, adapt, build, trainable
+from training import assert_close
 
 import lora_kernels as lk
 from lora_kernels.models.apply import lora_layers
-from lora_kernels.testing.linear import error_and_budget
 
 
 @pytest.fixture(autouse=True)
 def isolated():
     with small.isolated():
         yield
-
-
-def assert_close(name, ours, eager, exact):
-    """The budget of one operator, doubled: a model is a chain of them, and transformers computes
-    norms and softmax in float32 in the float64 model too."""
-    assert ours.shape == exact.shape
-    for metric, (error, budget) in error_and_budget(ours, eager, exact).items():
-        assert error <= 2 * budget, f"{name}: {metric} error {error:.3e} over {2 * budget:.3e}"
 
 
 def gradients(model):
@@ -62,9 +54,11 @@ def test_forward_and_gradients_are_those_of_pefts_eager_model(name):
         assert layer.scaling == pytest.approx(scaling)
     exact = in_double(theirs)
     with torch.no_grad():
-        base, y = small.logits(build(name)), small.logits(ours)
+        # Of a classifier's few logits the largest error of one library may be far from another's.
+        batch = small.batch_for(ours, rows=32)
+        base, y = small.logits(build(name), batch), small.logits(ours, batch)
         assert (y - base).abs().max() > 0.3 * base.abs().max(), "the adapter cannot be seen"
-        assert_close("logits", y, small.logits(theirs), small.logits(exact))
+        assert_close("logits", y, small.logits(theirs, batch), small.logits(exact, batch))
     mine, eager, reference = gradients(ours), gradients(theirs), gradients(exact)
     assert mine.keys() == reference.keys() and len(mine) == 2 * len(targets)
     for n, gradient in mine.items():
