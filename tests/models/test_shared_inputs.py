@@ -5,11 +5,11 @@ import copy
 import pytest
 import small
 import torch
+import training
 from small import adapt
 
 import lora_kernels as lk
 from lora_kernels.models.apply import lora_layers
-from lora_kernels.testing.linear import error_and_budget
 
 # What shares in each block, of a model with adapters on all linear layers.
 BLOCKS = {
@@ -60,14 +60,11 @@ def step(model, exact=False):
 
 
 def assert_close(ours, apart, exact):
-    """As in test_apply.py: a model is a chain of operators."""
     assert ours.keys() == apart.keys() == exact.keys()
     for name, reference in exact.items():
         if name.startswith("gradient"):
             assert reference.abs().max() > 0, name
-        for metric, found in error_and_budget(ours[name], apart[name], reference).items():
-            error, budget = found
-            assert error <= 2 * budget, f"{name}: {metric} {error:.3e} over {2 * budget:.3e}"
+        training.assert_close(name, ours[name], apart[name], reference)
 
 
 @pytest.mark.parametrize("family", BLOCKS)
