@@ -109,8 +109,13 @@ def first_error(build_temp: str, error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-class BuildNative(BuildExtension.with_options(no_python_abi_suffix=True) if torch else build_ext):
+class BuildNative(BuildExtension if torch else build_ext):
     """Builds what it can, leaves out what it cannot and writes down which is which."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        # Not by torch's with_options: setuptools 77.0.3, which vLLM 0.31.0 pins, takes no options.
+        self.no_python_abi_suffix = True
 
     def run(self) -> None:
         self.failed: dict[str, str] = {}
